@@ -1,0 +1,1 @@
+"""podquant: quantize a checkpoint on the pod that will serve it, then serve it."""

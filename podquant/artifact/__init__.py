@@ -1,0 +1,1 @@
+"""The directory that conversion writes and serving reads."""

@@ -1,0 +1,1 @@
+"""Array math of quantization: no files, names or mesh."""

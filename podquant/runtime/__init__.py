@@ -1,0 +1,1 @@
+"""The engine: load, schedule, step, sample."""
