@@ -1,0 +1,107 @@
+"""What a caller asks of the engine and what it hears back: plain values, no arrays, no HTTP, no JAX."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended; the values are OpenAI's where OpenAI has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    Attributes:
+        max_tokens: tokens to generate at the most; 0 asks only for the log-probabilities of the prompt.
+        min_tokens: no stop token, end token or stop string ends the output before this many tokens.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: 1.0, 0 (or -1) and 0.0 leave the distribution whole; applied in the order k, p, min_p.
+        frequency_penalty, presence_penalty, repetition_penalty: over generated tokens (the last: over prompt tokens too).
+        logit_bias: token id → value added to its logit.
+        seed: None draws one; the same seed repeats the output.
+        stop: strings that end the output, themselves left out.
+        stop_token_ids: tokens that end the output, beside the model's own end tokens.
+        ignore_eos: the model's end tokens do not end the output.
+        logprobs: number of most likely tokens to report at each generated position, 0 for only the chosen; None for nothing.
+        prompt_logprobs: the same for each prompt position but the first.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        id: unique among the requests in flight.
+        prompt_ids: token ids, at least one.
+        params: how to continue.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities (natural logarithm, before temperature, penalties and bias) at one position.
+
+    Attributes:
+        token_id: the token that stands there.
+        logprob: its log-probability.
+        top: the most likely tokens and their log-probabilities, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """News of one request: what came since the last news.
+
+    Attributes:
+        request_id: whose news.
+        token_ids: new tokens, an ending stop token included.
+        text: new text, safe to show (whole characters; nothing that may begin a stop string); "" without a tokenizer.
+        logprobs: one entry for each new token if asked for, else empty.
+        prompt_logprobs: once, with the first news, if asked for: one entry for each prompt token, None for the first.
+        finish_reason: None while the request runs.
+        stop_reason: the stop string or stop token id that ended it, if one did.
+        error: what went wrong if finish_reason is ERROR.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = field(default=())
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
