@@ -1,0 +1,37 @@
+"""The names of an artifact's files and tensors. Knows nothing of their content."""
+
+from __future__ import annotations
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "podquant.json"
+QUALITY = "quality.json"
+
+SAFETENSORS = ".safetensors"
+
+
+def weights_file(number: int, count: int) -> str:
+    """Name of the `number`-th (from 1) of `count` files of tensors, as Hugging Face counts them."""
+    return f"model-{number:05d}-of-{count:05d}{SAFETENSORS}"
+
+
+def weight_of(module: str) -> str:
+    """Name of the tensor that holds a module's weight or, quantized, its codes."""
+    return f"{module}.weight"
+
+
+def scales_of(module: str) -> str:
+    """Name of the tensor that holds the scales of a quantized module."""
+    return f"{module}.weight_scale"
+
+
+def module_of(tensor: str) -> str | None:
+    """The module whose weight a tensor is; None when the tensor is not a weight."""
+    module, dot, leaf = tensor.rpartition(".")
+    return module if dot and leaf == "weight" else None
+
+
+def is_safe(name: str) -> bool:
+    """Whether a file name read from a manifest stays inside the artifact's directory."""
+    parts = name.split("/")
+    return "\\" not in name and "\0" not in name and all(part not in ("", ".", "..") for part in parts)
