@@ -1,0 +1,123 @@
+"""Files in a local directory. Reads go straight into the caller's memory; nothing is mapped, cached or copied.
+
+Knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Buffer
+from pathlib import Path
+
+from podquant.errors import StorageError
+from podquant.storage.failures import storage_error
+
+
+class LocalStore:
+    """The files of one local directory; a `Store`.
+
+    A file stays open from its first ranged read to `close()`, so a file replaced meanwhile is still read consistently.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """`uri` must name an existing directory, else `StorageError`."""
+        self._root = Path(os.path.abspath(local_path(uri)))
+        if not self._root.is_dir():
+            found = "a file" if self._root.exists() else "nothing"
+            raise StorageError(f"{self._root}: expected a directory, found {found}. Check the path.")
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._is_open = True
+
+    @property
+    def uri(self) -> str:
+        return str(self._root)
+
+    def list(self) -> dict[str, int]:
+        """As `Store.list`. Symbolic links to files count as files (the Hugging Face cache is made of them)."""
+        sizes = {}
+        for folder, _, names in os.walk(self._root, onerror=_raise):
+            for path in (Path(folder, name) for name in names):
+                if path.is_file():
+                    sizes[path.relative_to(self._root).as_posix()] = path.stat().st_size
+        return dict(sorted(sizes.items()))
+
+    def size(self, name: str) -> int:
+        path = self._path(name)
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise storage_error("read the size", path, error) from error
+
+    def read(self, name: str) -> bytes:
+        path = self._path(name)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise storage_error("read", path, error) from error
+
+    def read_into(self, name: str, offset: int, buffer: Buffer) -> None:
+        path = self._path(name)
+        view = memoryview(buffer)
+        if view.nbytes == 0:
+            return
+        view = view.cast("B")
+        done = 0
+        try:
+            descriptor = self._descriptor(name, path)
+            while done < len(view):  # Linux moves at most 2 GiB a call
+                got = os.preadv(descriptor, [view[done:]], offset + done)
+                if got == 0:
+                    break
+                done += got
+        except OSError as error:
+            raise storage_error(f"read at offset {offset:,}", path, error) from error
+        if done < len(view):
+            raise StorageError(
+                f"{path}: the file ends early: wanted {len(view):,} bytes at offset {offset:,}, got {done:,}. "
+                "It is truncated, or changed while it was read: copy it again."
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_open = False
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def _descriptor(self, name: str, path: Path) -> int:
+        with self._lock:
+            if not self._is_open:
+                raise StorageError(f"{path}: read after its store was closed.")
+            if name not in self._descriptors:
+                self._descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[name]
+
+    def _path(self, name: str) -> Path:
+        return self._root / checked_name(name, self._root)
+
+
+def local_path(uri: str) -> Path:
+    """The local path that `uri` names (a path, `~/…`, or `file://…`); `StorageError` for any other kind of place."""
+    scheme, separator, rest = uri.partition("://")
+    if separator and scheme == "gs":
+        raise StorageError(f"{uri}: gs:// is not supported yet. Copy the files to a local directory and name that.")
+    if separator and scheme != "file":
+        raise StorageError(f"{uri}: unknown kind of storage {scheme!r}. Expected a local directory.")
+    path = rest if separator else uri
+    if not path or "\0" in path:
+        raise StorageError(f"{uri!r} names no place. Expected a local directory.")
+    return Path(path).expanduser()
+
+
+def checked_name(name: str, root: Path) -> str:
+    """`name` itself; `StorageError` unless it is a plain relative name that cannot lead out of `root`."""
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise StorageError(
+            f"{root}: {name!r} is not a name inside this directory: expected a relative path without '..'."
+        )
+    return name
+
+
+def _raise(error: OSError) -> None:
+    raise storage_error("list", Path(error.filename), error) from error

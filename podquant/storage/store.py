@@ -1,0 +1,65 @@
+"""Where bytes are read from and written to: the two interfaces, and the one function that picks an implementation.
+
+Callers name a place by URI and hold a `Store` or a `Writer`; which kind of storage is behind it they never learn.
+Knows nothing of tensors, checkpoints or artifacts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Buffer
+from typing import Protocol
+
+from podquant.storage.local import LocalStore
+
+
+class Store(Protocol):
+    """A tree of files to read. Names are relative, with `/` between the parts. Every method may be called from threads.
+
+    Every method raises `StorageError` naming the file.
+    """
+
+    @property
+    def uri(self) -> str:
+        """The place, in full."""
+
+    def list(self) -> dict[str, int]:
+        """Every file below the place: name → size in bytes, sorted by name."""
+
+    def size(self, name: str) -> int:
+        """Bytes in one file."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file; for small ones."""
+
+    def read_into(self, name: str, offset: int, buffer: Buffer) -> None:
+        """Fill `buffer` (writable, C-contiguous) with the bytes from `offset` on; fewer than it holds is an error."""
+
+    def close(self) -> None:
+        """Release what reading holds open. Reading afterwards is an error."""
+
+
+class Writer(Protocol):
+    """One new file, written from front to back by one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """The file's name inside its publication."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far."""
+
+    @property
+    def crc32c(self) -> int:
+        """CRC32C (Castagnoli) of the bytes written so far, as an unsigned 32-bit number."""
+
+    def write(self, buffer: Buffer) -> None:
+        """Append the bytes of `buffer` (C-contiguous). Blocks until the storage has taken them."""
+
+    def close(self) -> None:
+        """End the file; a second call does nothing."""
+
+
+def open_store(uri: str) -> Store:
+    """The files at `uri`: a local directory, as a path or `file://`."""
+    return LocalStore(uri)
