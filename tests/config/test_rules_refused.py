@@ -165,7 +165,7 @@ def test_a_pattern_that_python_only_warns_about_is_refused_without_pytest_too(tm
     (tmp_path / "my.yaml").write_text(GOOD.replace("'.*'", "'[[b]'"))
     with (
         warnings.catch_warnings(action="ignore"),
-        pytest.raises(ConfigError, match="refuses: Possible nested set at position 0"),
+        pytest.raises(ConfigError, match="refuses: Possible nested set at position 1"),
     ):
         load_quantization_config(str(tmp_path / "my.yaml"))
 
