@@ -83,6 +83,13 @@ class Fields:
             raise self.error(key, f"an integer from {at_least}", value)
         return value
 
+    def number(self, key: str) -> float | None:
+        """A number or null."""
+        value = self._get(key)
+        if value is not None and type(value) not in (int, float):
+            raise self.error(key, "a number or null", value)
+        return value  # type: ignore[no-any-return]
+
     def integers(self, key: str) -> tuple[int, ...]:
         """A list of non-negative integers."""
         value = self._get(key)

@@ -17,6 +17,7 @@ from podquant.artifact.naming import MANIFEST, is_safe, scales_of, weight_of
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_DISK_NAME, QUANTIZED_DTYPES, DType
 from podquant.errors import ArtifactError
+from podquant.quantize.qarray import scales_shape
 
 FORMAT = "podquant-artifact"
 VERSION = 1
@@ -120,15 +121,6 @@ class Manifest:
             "tensors": {name: _encode_tensor(tensor) for name, tensor in self.tensors.items()},
         }
         return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def scales_shape(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
-    """Shape of the scales of a weight `[out, in]`: `[out, 1]`, or one scale a block, the last blocks partial."""
-    rows, columns = shape
-    if scheme.weight_block_size is None:
-        return rows, 1
-    block_rows, block_columns = scheme.weight_block_size
-    return -(-rows // block_rows), -(-columns // block_columns)
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -266,7 +258,7 @@ def _check_scheme(name: str, tensor: TensorEntry, manifest: Manifest, at: str) -
         raise ArtifactError(
             f'{at}: expected codes "X.weight" with scales "X.weight_scale" in the manifest, got "{tensor.scales}"'
         )
-    expected = scales_shape(tensor.shape, scheme)
+    expected = scales_shape((tensor.shape[0], tensor.shape[1]), scheme.weight_block_size)
     if scales.dtype.disk != "F32" or scales.shape != expected or scales.scheme is not None:
         raise ArtifactError(f"{at}: expected scales F32 {list(expected)}, got {scales.dtype.disk} {list(scales.shape)}")
     if module not in manifest.modules:

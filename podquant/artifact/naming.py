@@ -7,12 +7,13 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "podquant.json"
 QUALITY = "quality.json"
 
-SAFETENSORS = ".safetensors"
+HEADER_METADATA = {"format": "pt"}
+"""What every safetensors header of an artifact carries; others that load checkpoints expect it."""
 
 
 def weights_file(number: int, count: int) -> str:
     """Name of the `number`-th (from 1) of `count` files of tensors, as Hugging Face counts them."""
-    return f"model-{number:05d}-of-{count:05d}{SAFETENSORS}"
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def weight_of(module: str) -> str:

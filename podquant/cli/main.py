@@ -1,0 +1,68 @@
+"""`podquant COMMAND …`: finds the command, runs it, and turns podquant's own errors into one line on stderr.
+
+A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; only the one asked for is
+imported, so that `--help` is fast. Knows nothing of what a command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from podquant.errors import PodquantError
+
+COMMANDS = {
+    "convert": "quantize a checkpoint into an artifact",
+    "plan": "show what convert would do, without doing it",
+    "inspect": "show what an artifact holds and how good it is",
+    "verify": "check an artifact to the last byte",
+}
+"""Command → its line in the help; `podquant.cli.<command>` is its module."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (`sys.argv` if None). Returns the exit status: 0, or 1 after an error was printed.
+
+    Wrong usage exits with status 2, as argparse does.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(argv[0] if argv else "").parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except PodquantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough: `podquant inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser, with the arguments of one command filled in."""
+    parser = argparse.ArgumentParser(
+        prog="podquant",
+        description="Quantize a Hugging Face checkpoint on the TPU pod that will serve it, then serve it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"podquant {version('podquant')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        subparser = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        if name == command:
+            module = import_module(f"podquant.cli.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from podquant.artifact.manifest import Manifest, parse_manifest, scales_shape
+from podquant.artifact.manifest import Manifest, parse_manifest
 from podquant.config.scheme import Scheme
 from podquant.errors import ArtifactError
 
@@ -64,11 +64,6 @@ def test_reads_back_what_it_writes(document: dict[str, Any]) -> None:
     assert parse_manifest(manifest.encode(), "x") == manifest
     assert manifest.tensors["a.weight"].scheme == Scheme("int8")
     assert manifest.files[FILE].crc32c == 0x0BADCAFE
-
-
-def test_scales_of_partial_blocks() -> None:
-    assert scales_shape((130, 257), Scheme("int8", None, (128, 128))) == (2, 3)
-    assert scales_shape((130, 257), Scheme("int8")) == (130, 1)
 
 
 def test_a_newer_version_is_refused_naming_its_writer() -> None:

@@ -1,0 +1,52 @@
+"""Progress in bytes on stderr: a bar on a terminal, else a plain line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_LINE_SECONDS = 5.0
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how much of `total` bytes is done; yields the function to call with the bytes done since the last call."""
+    show = _bar if sys.stderr.isatty() else _lines
+    with show(what, total) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def _lines(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    begin = shown = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, shown
+        done += count
+        if time.monotonic() - shown >= _LINE_SECONDS:
+            shown = time.monotonic()
+            line()
+
+    def line() -> None:
+        seconds = max(time.monotonic() - begin, 1e-9)
+        left = f", {(total - done) * seconds / done:.0f} s left" if 0 < done < total else ""
+        print(
+            f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / seconds / 1e9:.2f} GB/s{left}", file=sys.stderr
+        )
+
+    yield advance
+    line()

@@ -1,0 +1,24 @@
+"""`podquant verify ARTIFACT`: check an artifact to the last byte."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `podquant verify`."""
+    parser.add_argument("artifact", metavar="ARTIFACT", help="a directory that podquant convert wrote")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print every problem; status 1 if there is one."""
+    from podquant.artifact.verify import verify_artifact
+
+    problems = verify_artifact(arguments.artifact)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        return 1
+    print(f"{arguments.artifact}: every file, header, scale and code is as the manifest says")
+    return 0

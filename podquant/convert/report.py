@@ -1,0 +1,131 @@
+"""Plans, artifacts and quality figures as lines of plain text. Knows nothing of terminals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from podquant.artifact.manifest import Manifest, ModuleRule
+from podquant.convert.plan import WINDOW_BYTES, Plan
+
+_NUMBER = re.compile(r"\d+")
+
+
+def plan_lines(plan: Plan, *, workers: int, window_bytes: int = WINDOW_BYTES) -> list[str]:
+    """What a conversion would do: modules with their schemes and rules, units, bytes and memory."""
+    source = plan.source
+    lines = [f"source   {source.name}: {len(source.files)} files, {size_text(plan.bytes_in)} to convert"]
+    lines += ["", *_module_lines(plan.modules), ""]
+    rows = [("file", "tensors", "in", "out")]
+    rows += [
+        (unit.file, str(len(unit.tensors)), size_text(unit.bytes_in), size_text(unit.bytes_out)) for unit in plan.units
+    ]
+    lines += table(rows)
+    lines += [
+        "",
+        f"reads {size_text(plan.bytes_in)}, writes {size_text(plan.bytes_out)}; "
+        f"peak memory {size_text(plan.peak_memory(workers, window_bytes))} with {workers} workers",
+        *note_lines(plan),
+    ]
+    return lines
+
+
+def note_lines(plan: Plan) -> list[str]:
+    """What a user should know of a plan before it is carried out."""
+    lines = [f"warning: {rule}" for rule in plan.unmatched]
+    if plan.redundant is not None:
+        left_out, kept = plan.redundant
+        lines.append(f"note: {left_out.name} is left out: config.json ties it to {kept.name}")
+    if not any(module.scheme for module in plan.modules.values()):
+        lines.append("warning: nothing is quantized: every module is kept in its own dtype")
+    return lines
+
+
+def manifest_lines(manifest: Manifest) -> list[str]:
+    """What an artifact says about itself."""
+    weights = [tensor for tensor in manifest.tensors.values() if tensor.scheme is not None]
+    total = sum(file.size for file in manifest.files.values())
+    quantized, everything = sum(t.nbytes for t in weights), sum(t.nbytes for t in manifest.tensors.values())
+    lines = [
+        f"written by   {manifest.written_by}, tp_size {manifest.tp_size}",
+        f"source       {manifest.source.name}, {size_text(sum(f.size for f in manifest.source.files.values()))}",
+        f"files        {len(manifest.files)}, {size_text(total)}",
+        f"tensors      {len(manifest.tensors)}, {size_text(everything)}; "
+        f"{len(weights)} of them codes, {size_text(quantized)}",
+        "",
+        *_module_lines(manifest.modules),
+        "",
+    ]
+    rows = [("file", "size", "CRC32C")]
+    rows += [(name, size_text(file.size), f"{file.crc32c:08x}") for name, file in manifest.files.items()]
+    return lines + table(rows)
+
+
+def quality_lines(quality: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What quantization did, one line for the tensors that differ in numbers only, and one for all.
+
+    Args:
+        quality: tensor → the figures of `Quality`, as `quality.json` holds them.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, figures in quality.items():
+        groups.setdefault(_NUMBER.sub("*", name), []).append(figures)
+    rows: list[tuple[str, ...]] = [("weight", "count", "SQNR dB", "least", "max error", "zeros", "scales")]
+    rows += [_quality_row(name, figures) for name, figures in groups.items()]
+    if len(groups) > 1:
+        rows.append(_quality_row("all", list(quality.values())))
+    return table(rows) if quality else []
+
+
+def size_text(count: int) -> str:
+    """A byte count for people: `1.50 GB` (of 10**9 bytes)."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def table(rows: Sequence[tuple[str, ...]], *, right_from: int = 1) -> list[str]:
+    """Rows in aligned columns: those from `right_from` on to the right, the others to the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < right_from else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _module_lines(modules: Mapping[str, ModuleRule]) -> list[str]:
+    """One line for the modules that differ in numbers only and are quantized alike by one rule."""
+    groups: dict[tuple[str, str, str], int] = {}
+    for name, module in modules.items():
+        scheme = "kept" if module.scheme is None else module.scheme.label
+        if module.scheme is not None and module.scheme.activation_dtype is None:
+            scheme += " weight-only"
+        key = (_NUMBER.sub("*", name), scheme, module.rule)
+        groups[key] = groups.get(key, 0) + 1
+    rows = [("module", "count", "scheme", "rule"), *((key[0], str(n), *key[1:]) for key, n in groups.items())]
+    return table(rows, right_from=len(rows[0]))
+
+
+def _quality_row(name: str, figures: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    sqnr = [f["sqnr_db"] for f in figures if f["sqnr_db"] is not None]
+
+    def mean(values: Iterable[float]) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    return (
+        name,
+        str(len(figures)),
+        f"{mean(sqnr):.2f}" if sqnr else "exact",
+        f"{min(sqnr):.2f}" if sqnr else "exact",
+        f"{max(f['max_error_ratio'] for f in figures):.5f}",
+        f"{100 * mean(f['zeros_share'] for f in figures):.2f}%",
+        f"{min(f['scale_min'] for f in figures):.2e}..{max(f['scale_max'] for f in figures):.2e}",
+    )

@@ -1,0 +1,120 @@
+"""Which tensors of a checkpoint are converted, and what makes it unfit, found from its headers and config alone.
+
+Knows nothing of rules or of how a tensor is quantized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from podquant.artifact.naming import module_of, scales_of
+from podquant.checkpoint.header import TensorInfo
+from podquant.checkpoint.index import Checkpoint
+from podquant.config.modules import kind_of
+from podquant.errors import CheckpointError, UnsupportedModelError
+
+_LAYER = re.compile(r"^((?:[a-z_]+\.)*(?:layers|h))\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors to convert.
+
+    Attributes:
+        tensors: by name, in the order of the source.
+        modules: the module of every weight matrix → its tensor, in the same order.
+        tied: lm_head shares the embedding's tensor.
+        redundant: an lm_head stored beside the embedding it is tied to, left out → that embedding.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    modules: Mapping[str, TensorInfo]
+    tied: bool
+    redundant: tuple[TensorInfo, TensorInfo] | None
+
+
+def read_contents(checkpoint: Checkpoint) -> Contents:
+    """Sort out a checkpoint's tensors; no weight is read.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is already quantized.
+        CheckpointError: tensors are missing, or contradict config.json.
+    """
+    where, config = checkpoint.store.uri, checkpoint.config
+    _refuse_quantized(where, config)
+    matrices = {
+        module: info
+        for name, info in checkpoint.tensors.items()
+        if (module := module_of(name)) is not None and len(info.shape) >= 2
+    }
+    for module in matrices:
+        if scales_of(module) in checkpoint.tensors:
+            raise UnsupportedModelError(
+                f"{where}: holds {scales_of(module)}, as a quantized checkpoint does, but config.json has no "
+                "quantization_config. Convert the original checkpoint"
+            )
+    _check_layers(where, config, matrices)
+    embedding = next((info for module, info in matrices.items() if kind_of(module) == "embedding"), None)
+    head = next((info for module, info in matrices.items() if kind_of(module) == "lm_head"), None)
+    says = config.get("tie_word_embeddings", head is None)
+    if not says and head is None and embedding is not None:
+        raise CheckpointError(
+            f"{where}: lm_head.weight is missing: config.json says tie_word_embeddings: false, so it must be there. "
+            "Copy the checkpoint again"
+        )
+    tied = bool(says) and embedding is not None
+    redundant = None
+    if tied and head is not None and embedding is not None:
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            raise CheckpointError(
+                f"{where}: config.json ties {head.name} to {embedding.name}, but they are {head.dtype.disk} "
+                f"{list(head.shape)} and {embedding.dtype.disk} {list(embedding.shape)}. "
+                "Set tie_word_embeddings to false if both are meant"
+            )
+        redundant = (head, embedding)
+        matrices = {module: info for module, info in matrices.items() if info is not head}
+    tensors = {
+        name: info for name, info in checkpoint.tensors.items() if redundant is None or name != redundant[0].name
+    }
+    return Contents(tensors, matrices, tied, redundant)
+
+
+def _refuse_quantized(where: str, config: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        section = config.get(key)
+        if section:
+            method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else repr(section)
+            raise UnsupportedModelError(
+                f"{where}: already quantized: config.json has {key} with quant_method {method}. podquant does not "
+                "convert quantized checkpoints yet: convert the original in bfloat16, float16 or float32"
+            )
+
+
+def _check_layers(where: str, config: Mapping[str, Any], matrices: Mapping[str, TensorInfo]) -> None:
+    """Every layer the config counts is there, and none lacks a matrix that makes it otherwise equal to another."""
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for info in matrices.values():
+        if match := _LAYER.match(info.name):
+            stacks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+    if not stacks:
+        return
+    stack, layers = max(stacks.items(), key=lambda item: len(item[1]))
+    count = config.get("num_hidden_layers")
+    if isinstance(count, int):
+        for number in range(count):
+            if number not in layers:
+                raise CheckpointError(
+                    f"{where}: layer {stack}.{number} is missing: config.json says num_hidden_layers: {count}, the "
+                    f"files hold {len(layers)} layers. Copy the checkpoint again"
+                )
+    fullest = max(layers, key=lambda number: len(layers[number]))
+    for number, names in layers.items():
+        if names < layers[fullest]:
+            missing = min(layers[fullest] - names)
+            raise CheckpointError(
+                f"{where}: {stack}.{number}.{missing} is missing: {stack}.{fullest} has it, and all else that "
+                f"{stack}.{number} has. Copy the checkpoint again"
+            )
