@@ -21,7 +21,7 @@ def _run(namespace: list[str], prepare: str, script: str, place: Path) -> str:
         "sh",
         sys.executable,
         script,
-        place,
+        str(place),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
