@@ -1,0 +1,191 @@
+"""Grouped-query attention over a paged key/value cache, on one shard of a mesh.
+
+The cache of all layers is one array, layer l's page p at index l * num_pages + p, so that a layer's pages are reached by an
+offset and never copied out (slicing a layer from a stacked cache costs a copy of it on TPU). Attention walks the pages in
+chunks with a running softmax (arXiv:2205.14135), as many as the longest sequence needs: one program for every context
+length, and no more memory than a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from podquant.config.scheme import Scheme
+from podquant.model.config import ModelConfig
+from podquant.model.linear import Linear, RMSNorm, project
+from podquant.model.matmul import Numerics
+from podquant.model.rope import rotate
+
+CHUNK_TOKENS = 256
+"""Positions of the context that one round of the running softmax takes."""
+
+CACHE_AXES = ("page", "kv_heads", "slot", "head_dim")
+"""Logical axes of the key and the value cache."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, each [layers * pages, K, page_size, H] in the model's dtype."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a step stand; the same for every layer.
+
+    Attributes:
+        positions: int32 [B, T], of each token in its sequence.
+        page_table: int32 [B, W], the pages of each sequence in order; W * page_size is a multiple of CHUNK_TOKENS.
+        write_pages, write_slots: int32 [B * T], where each token's key and value go; page 0 takes those of padding.
+        pages_per_layer: pages each layer has.
+        cos_sin: float32 [B, T, 1, H/2] each, the rotation at `positions`.
+    """
+
+    positions: jax.Array
+    page_table: jax.Array
+    write_pages: jax.Array
+    write_slots: jax.Array
+    pages_per_layer: int
+    cos_sin: tuple[jax.Array, jax.Array]
+
+
+class Attention(nnx.Module):
+    """q, k, v and output projections around paged attention.
+
+    Args:
+        config: the model.
+        schemes: for each projection's name, how it is quantized.
+        numerics: what the model computes in.
+        num_kv_heads: key/value heads on the devices: K, repeated to the number of shards if that is larger.
+        layers: how many are stacked.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        schemes: dict[str, Scheme | None],
+        numerics: Numerics,
+        num_kv_heads: int,
+        layers: int,
+    ) -> None:
+        self.head_dim = config.head_dim
+        width, kv_width = config.num_heads * config.head_dim, num_kv_heads * config.head_dim
+
+        def linear(name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool) -> Linear:
+            return Linear(shape, axes, scheme=schemes[name], numerics=numerics, bias=bias, layers=layers)
+
+        self.q_proj = linear("q_proj", (width, config.hidden_size), ("heads", "embed"), config.qkv_bias)
+        self.k_proj = linear("k_proj", (kv_width, config.hidden_size), ("kv_heads", "embed"), config.qkv_bias)
+        self.v_proj = linear("v_proj", (kv_width, config.hidden_size), ("kv_heads", "embed"), config.qkv_bias)
+        self.o_proj = linear("o_proj", (config.hidden_size, width), ("embed", "heads"), config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, numerics, layers, "head_dim")
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, numerics, layers, "head_dim")
+        # XLA:CPU has fast float32 dots of any shape, and none in bf16 for a single row.
+        self.score_dtype = "float32" if numerics.platform == "cpu" else numerics.dtype
+
+    def __call__(
+        self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
+    ) -> tuple[jax.Array, KVCache]:
+        """Attend.
+
+        Args:
+            x: [B * T, D].
+            cache: of all layers; this step's keys and values are written into it.
+            layer: int32 scalar, this layer's index.
+            window: int32 scalar, positions attended over.
+            at: where the tokens stand.
+
+        Returns:
+            [B * T, D] and the cache.
+        """
+        batch, length = at.positions.shape
+        q, k, v = (
+            y.reshape(batch, length, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, at.cos_sin), rotate(k, at.cos_sin)
+        base = layer * at.pages_per_layer
+        cache = KVCache(_write(cache.keys, k, base, at), _write(cache.values, v, base, at))
+        y = attend(q.astype(self.score_dtype), cache, base, window, at)
+        return self.o_proj(y.astype(x.dtype).reshape(batch * length, -1)), cache
+
+
+def _write(cache: jax.Array, new: jax.Array, base: jax.Array, at: Positions) -> jax.Array:
+    rows = new.reshape(-1, *new.shape[2:]).astype(cache.dtype)
+    return cache.at[base + at.write_pages, :, at.write_slots, :].set(rows)
+
+
+def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at: Positions) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over each token's own and earlier positions within `window`.
+
+    Args:
+        q: [B, T, N, H], rotated.
+        cache: keys and values, this step's included.
+        base: int32 scalar, index of this layer's first page.
+        window: int32 scalar.
+        at: where the tokens stand.
+
+    Returns:
+        [B, T, N, H] float32.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, page_size = cache.keys.shape[1:3]
+    group = heads // kv_heads
+    pages = max(1, min(CHUNK_TOKENS // page_size, at.page_table.shape[1]))
+    chunk = pages * page_size
+    # [B, K, G * T, H]: the query heads that share a key/value head become rows of one product.
+    rows = q.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, group * length, head_dim)
+    row_positions = jnp.tile(at.positions, (1, group))[:, None, :, None]
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def gather(array: jax.Array, index: jax.Array) -> jax.Array:
+        taken = array[base + index].astype(q.dtype)  # [B, pages, K, page_size, H]
+        return taken.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, chunk, head_dim)
+
+    def body(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        best, total, acc = carry
+        index = jax.lax.dynamic_slice_in_dim(at.page_table, step * pages, pages, axis=1)
+        scores = jnp.einsum(
+            "bkrh,bksh->bkrs",
+            rows,
+            gather(cache.keys, index),
+            precision=exact,
+            preferred_element_type=jnp.float32,
+        ) * (head_dim**-0.5)
+        positions = (step * chunk + jnp.arange(chunk, dtype=jnp.int32)).reshape(1, 1, 1, chunk)
+        seen = (positions <= row_positions) & (positions > row_positions - window)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_best)
+        shrink = jnp.exp(best - new_best)
+        values = gather(cache.values, index)
+        part = jnp.einsum(
+            "bkrs,bksh->bkrh",
+            weights.astype(q.dtype),
+            values,
+            precision=exact,
+            preferred_element_type=jnp.float32,
+        )
+        return new_best, total * shrink + weights.sum(axis=-1, keepdims=True), acc * shrink + part
+
+    shape = (batch, kv_heads, group * length)
+    # A finite start: a chunk a row sees nothing of must give exp(-inf - best) = 0 and not NaN.
+    start = (
+        jnp.full((*shape, 1), jnp.finfo(jnp.float32).min / 2, jnp.float32),
+        jnp.zeros((*shape, 1), jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+    first = jnp.maximum(at.positions[:, 0].min() - window + 1, 0) // chunk
+    last = at.positions.max() // chunk + 1
+    _, total, acc = jax.lax.fori_loop(first, last, body, start)
+    y = (acc / total).reshape(batch, kv_heads, group, length, head_dim)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

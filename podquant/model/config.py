@@ -1,0 +1,206 @@
+"""What a decoder is, read from a Hugging Face `config.json` in its old and its transformers-5 spelling.
+
+Knows nothing of arrays or devices. What a family adds to the common fields is declared in `families`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from podquant.errors import CheckpointError, UnsupportedModelError
+
+FULL_ATTENTION = 1 << 30
+"""A window no position reaches past: attention over everything before."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        kind: `default`, `linear`, `llama3` or `yarn`.
+        theta: the base wavelength.
+        parameters: the other numbers of that kind, under their names in config.json.
+    """
+
+    kind: str
+    theta: float
+    parameters: Mapping[str, float | bool]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer.
+
+    Attributes:
+        architecture: the class name in config.json.
+        vocab_size: V, rows of the embedding.
+        hidden_size: D.
+        ffn_size: F, the MLP's inner width.
+        num_layers: decoder layers.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads; N is a multiple of K.
+        head_dim: H.
+        norm_eps: added to the mean square in RMSNorm.
+        rope: rotary embedding.
+        windows: for each layer, how many positions it attends over, itself included; FULL_ATTENTION for all.
+        tied_embeddings: the embedding is the output projection too.
+        qkv_bias, o_bias, mlp_bias: which projections carry a bias.
+        qk_norm: RMSNorm on each head of q and k.
+        activation: `silu`, `gelu` or `gelu_tanh`, on the MLP's gate.
+        max_positions: the context length the model was trained for.
+        dtype: the dtype the checkpoint says it is in.
+        eos_token_ids: tokens that end a text.
+        bos_token_id: the token that begins one, if any.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int, ...]
+    tied_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    activation: str
+    max_positions: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+class ConfigReader:
+    """Typed access to config.json whose errors name the key.
+
+    Args:
+        values: the parsed file.
+        where: the file, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def _wrong(self, key: str, expected: str) -> CheckpointError:
+        got = repr(self.values[key]) if key in self.values else "nothing"
+        return CheckpointError(f"{self.where}: `{key}` must be {expected}, got {got}; is the checkpoint complete?")
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._wrong(key, "a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self._wrong(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """A token id, a list of them, or nothing."""
+        value = self.values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise self._wrong(key, "a token id or a list of token ids")
+        return tuple(ids)
+
+    def refuse_unless(self, key: str, allowed: Sequence[object]) -> None:
+        """Refuse an option podquant would have to ignore."""
+        if self.values.get(key) not in (None, *allowed):
+            raise UnsupportedModelError(
+                f"{self.where}: `{key}: {self.values[key]!r}` is not supported (supported: {list(allowed)!r} or absent)"
+            )
+
+
+_ROPE_NEEDS: Mapping[str, Sequence[str]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_ROPE_TAKES: Mapping[str, Sequence[str]] = {
+    "yarn": (
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "truncate",
+    ),
+}
+
+
+def read_rope(reader: ConfigReader) -> RopeConfig:
+    """Read the rotary embedding: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
+    new = reader.values.get("rope_parameters")
+    old = reader.values.get("rope_scaling")
+    key = "rope_parameters" if new is not None else "rope_scaling"
+    raw = new if new is not None else old
+    if raw is not None and not isinstance(raw, Mapping):
+        raise CheckpointError(f"{reader.where}: `{key}` must be a mapping, got {raw!r}")
+    values: dict[str, Any] = dict(raw or {})
+    theta = values.pop("rope_theta", None) or reader.number("rope_theta", 10000.0)
+    kind = values.pop("rope_type", values.pop("type", "default"))
+    values.pop("type", None)
+    if kind not in _ROPE_NEEDS:
+        raise UnsupportedModelError(
+            f"{reader.where}: rope type {kind!r} in `{key}` is not supported; supported are {', '.join(_ROPE_NEEDS)}"
+        )
+    if values.pop("partial_rotary_factor", 1.0) != 1.0 or reader.values.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError(f"{reader.where}: a `partial_rotary_factor` other than 1.0 is not supported")
+    missing = [name for name in _ROPE_NEEDS[kind] if values.get(name) is None]
+    if missing:
+        raise CheckpointError(f"{reader.where}: `{key}` of type {kind!r} lacks {', '.join(missing)}")
+    if kind == "yarn":
+        values.setdefault("original_max_position_embeddings", reader.count("max_position_embeddings"))
+    takes = (*_ROPE_NEEDS[kind], *_ROPE_TAKES.get(kind, ()))
+    parameters = {name: values[name] for name in takes if values.get(name) is not None}
+    for name, value in parameters.items():
+        if not isinstance(value, int | float):
+            raise CheckpointError(f"{reader.where}: `{key}.{name}` must be a number, got {value!r}")
+    return RopeConfig(kind, float(theta), parameters)
+
+
+def read_windows(reader: ConfigReader, num_layers: int, window: int | None, first_windowed: int = 0) -> tuple[int, ...]:
+    """The attention window of each layer, from `layer_types` if given, else from the family's rule.
+
+    Args:
+        reader: config.json.
+        num_layers: how many layers there are.
+        window: the sliding window, None if the model does not use one.
+        first_windowed: without `layer_types`, the first layer that slides.
+    """
+    kinds = reader.values.get("layer_types")
+    if kinds is None or window is None:
+        return tuple(window if window and i >= first_windowed else FULL_ATTENTION for i in range(num_layers))
+    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(
+            f"{reader.where}: `layer_types` must name full_attention or sliding_attention for each of the "
+            f"{num_layers} layers, got {kinds!r}"
+        )
+    return tuple(window if kind == "sliding_attention" else FULL_ATTENTION for kind in kinds)

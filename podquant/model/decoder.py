@@ -1,0 +1,190 @@
+"""A decoder-only transformer on one shard of a mesh: embedding, layers, output projection.
+
+Layers quantized alike are stacked and scanned over, so a program's size and compile time do not grow with depth; a run of
+layers that differ (a rule may keep the first in bf16) is a segment of its own. Attribute paths are the names on disk:
+`model.segments[s].self_attn.q_proj.weight[i]` is `model.layers.{start + i}.self_attn.q_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from podquant.config.scheme import Scheme
+from podquant.errors import MeshError
+from podquant.model.attention import Attention, KVCache, Positions
+from podquant.model.config import ModelConfig
+from podquant.model.embedding import Embedding
+from podquant.model.linear import Linear, RMSNorm
+from podquant.model.matmul import Numerics
+from podquant.model.mlp import MLP
+
+SchemeOf = Callable[[str], Scheme | None]
+"""From a module's name on disk to how it is quantized."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's sizes on a number of shards.
+
+    Attributes:
+        tp_size: shards.
+        num_kv_heads: key/value heads over all shards; each shard has a copy of one if there are fewer than shards.
+        vocab_size: rows of the embedding over all shards, rounded up to a multiple of them.
+    """
+
+    tp_size: int
+    num_kv_heads: int
+    vocab_size: int
+
+
+def plan_layout(config: ModelConfig, tp_size: int) -> Layout:
+    """Lay a model out over `tp_size` shards.
+
+    Raises:
+        MeshError: heads, key/value heads or FFN width do not divide; names them and the sizes that fit.
+    """
+
+    def misfit(size: int) -> list[str]:
+        found = []
+        if config.num_heads % size:
+            found.append(f"{config.num_heads} attention heads")
+        if config.num_kv_heads % size and size % config.num_kv_heads:
+            found.append(f"{config.num_kv_heads} key/value heads")
+        if config.ffn_size % size:
+            found.append(f"an FFN width of {config.ffn_size}")
+        return found
+
+    wrong = misfit(tp_size)
+    if wrong:
+        fitting = [size for size in range(1, config.num_heads + 1) if not misfit(size)]
+        raise MeshError(
+            f"{config.architecture} cannot be cut into tp_size {tp_size}: {' and '.join(wrong)} do not divide; "
+            f"tensor-parallel sizes that fit this model: {', '.join(map(str, fitting))}"
+        )
+    return Layout(tp_size, max(config.num_kv_heads, tp_size), -(-config.vocab_size // tp_size) * tp_size)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind a norm and beside a residual; `layers` of them stacked."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        schemes: Mapping[str, Scheme | None],
+        numerics: Numerics,
+        num_kv_heads: int,
+        layers: int,
+    ) -> None:
+        attention = {name: schemes[f"self_attn.{name}"] for name in _ATTENTION}
+        mlp = {name: schemes[f"mlp.{name}"] for name in _MLP}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, numerics, layers)
+        self.self_attn = Attention(config, attention, numerics, num_kv_heads, layers)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, numerics, layers)
+        self.mlp = MLP(config, mlp, numerics, layers)
+
+    def __call__(
+        self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
+    ) -> tuple[jax.Array, KVCache]:
+        """One layer on [M, D]; see `Attention`."""
+        y, cache = self.self_attn(self.input_layernorm(x), cache, layer, window, at)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Segment(nnx.Module):
+    """A run of stacked layers that are quantized alike, scanned over.
+
+    Attributes:
+        start: index of the first layer.
+        layers: the stacked layers.
+    """
+
+    def __init__(self, start: int, windows: tuple[int, ...], layers: DecoderLayer) -> None:
+        self.start = start
+        self.windows = windows
+        self.layers = layers
+
+    def __call__(self, x: jax.Array, cache: KVCache, at: Positions) -> tuple[jax.Array, KVCache]:
+        """All layers on [M, D]."""
+        graph, stacked = nnx.split(self.layers)
+        indices = np.arange(self.start, self.start + len(self.windows), dtype=np.int32)
+
+        def body(
+            carry: tuple[jax.Array, KVCache], layer: tuple[nnx.State, jax.Array, jax.Array]
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
+            state, index, window = layer
+            return nnx.merge(graph, state)(*carry, index, window, at), None
+
+        xs = (stacked, jnp.asarray(indices), jnp.asarray(self.windows, jnp.int32))
+        carry, _ = jax.lax.scan(body, (x, cache), xs)
+        return carry
+
+
+class Decoder(nnx.Module):
+    """The whole model. Build it under `nnx.eval_shape`: parameters are declared as zeros.
+
+    Args:
+        config: the model.
+        layout: its sizes on the mesh, from `plan_layout`.
+        scheme_of: how each module is quantized, by its name on disk.
+        numerics: what it computes in.
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout, scheme_of: SchemeOf, numerics: Numerics) -> None:
+        self.embed_tokens = Embedding(
+            layout.vocab_size, config.hidden_size, scheme_of("model.embed_tokens"), numerics
+        )
+        self.segments = nnx.List(
+            Segment(
+                start,
+                config.windows[start:stop],
+                DecoderLayer(config, dict(schemes), numerics, layout.num_kv_heads, stop - start),
+            )
+            for start, stop, schemes in _segments(config, scheme_of)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, numerics)
+        if not config.tied_embeddings:
+            self.lm_head = Linear(
+                (layout.vocab_size, config.hidden_size),
+                ("vocab", "embed"),
+                scheme=scheme_of("lm_head"),
+                numerics=numerics,
+            )
+
+    def hidden(self, token_ids: jax.Array, cache: KVCache, at: Positions) -> tuple[jax.Array, KVCache]:
+        """Run int32 ids [B, T] through all layers: the normalised residual stream [B * T, D], and the cache."""
+        x = self.embed_tokens(token_ids.reshape(-1))
+        for segment in self.segments:
+            x, cache = segment(x, cache, at)
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """This shard's logits [M, V / tp] float32 of rows [M, D]; columns from the true V on mean nothing."""
+        head = self.lm_head if hasattr(self, "lm_head") else self.embed_tokens.table
+        return head.product(head.prepare(hidden))
+
+
+def _segments(
+    config: ModelConfig, scheme_of: SchemeOf
+) -> list[tuple[int, int, tuple[tuple[str, Scheme | None], ...]]]:
+    names = [f"self_attn.{name}" for name in _ATTENTION] + [f"mlp.{name}" for name in _MLP]
+    per_layer = [
+        tuple((name, scheme_of(f"model.layers.{layer}.{name}")) for name in names) for layer in range(config.num_layers)
+    ]
+    segments = []
+    start = 0
+    for schemes, run in groupby(per_layer):
+        stop = start + len(list(run))
+        segments.append((start, stop, schemes))
+        start = stop
+    return segments

@@ -1,0 +1,117 @@
+"""The supported model families: each a short declaration of how it differs from a Llama.
+
+The only place where an architecture's name decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.model.config import ConfigReader, ModelConfig, read_rope, read_windows
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture differs.
+
+    Attributes:
+        qkv_bias: whether q, k and v carry a bias; None: config.json's `attention_bias` says so.
+        o_bias: the same for the output projection.
+        qk_norm: RMSNorm on each head of q and k.
+        window: from config.json to (sliding window or None, first layer that slides).
+    """
+
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    qk_norm: bool = False
+    window: Callable[[ConfigReader], tuple[int | None, int]] = lambda reader: (None, 0)
+
+
+def _mistral_window(reader: ConfigReader) -> tuple[int | None, int]:
+    # transformers' default when the key is absent is 4096; later Mistrals write null, and mean full attention.
+    return reader.values.get("sliding_window", 4096), 0
+
+
+def _qwen_window(reader: ConfigReader) -> tuple[int | None, int]:
+    if not reader.flag("use_sliding_window", False) or reader.values.get("sliding_window", 4096) is None:
+        return None, 0
+    return reader.count("sliding_window", 4096), int(reader.values.get("max_window_layers", 28))
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(qkv_bias=False, o_bias=False, window=_mistral_window),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, o_bias=False, window=_qwen_window),
+    "Qwen3ForCausalLM": Family(qk_norm=True, window=_qwen_window),
+}
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def family_of(config: Mapping[str, Any], where: str = "config.json") -> tuple[str, Family]:
+    """The architecture's name and family, or an `UnsupportedModelError` that lists what is supported."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{where}: `architectures` must be a list with the model's class name, got {names!r}")
+    if names[0] not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{where}: architecture {names[0]!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    return names[0], FAMILIES[names[0]]
+
+
+def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Read a `config.json`.
+
+    Args:
+        config: the parsed file.
+        where: its location, for messages.
+
+    Raises:
+        UnsupportedModelError: an architecture or option podquant cannot run.
+        CheckpointError: a missing or malformed value.
+    """
+    architecture, family = family_of(config, where)
+    reader = ConfigReader(config, where)
+    reader.refuse_unless("pretraining_tp", [1])
+    reader.refuse_unless("hidden_act", list(_ACTIVATIONS))
+    num_layers = reader.count("num_hidden_layers")
+    num_heads = reader.count("num_attention_heads")
+    num_kv_heads = reader.count("num_key_value_heads", num_heads)
+    hidden_size = reader.count("hidden_size")
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{where}: {num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
+    attention_bias = reader.flag("attention_bias", False)
+    window, first_windowed = family.window(reader)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=reader.count("vocab_size"),
+        hidden_size=hidden_size,
+        ffn_size=reader.count("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=reader.count("head_dim", hidden_size // num_heads),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        rope=read_rope(reader),
+        windows=read_windows(reader, num_layers, window, first_windowed),
+        tied_embeddings=reader.flag("tie_word_embeddings", False),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        o_bias=attention_bias if family.o_bias is None else family.o_bias,
+        mlp_bias=reader.flag("mlp_bias", False),
+        qk_norm=family.qk_norm,
+        activation=_ACTIVATIONS[config.get("hidden_act") or "silu"],
+        max_positions=reader.count("max_position_embeddings", 2048),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        eos_token_ids=reader.token_ids("eos_token_id"),
+        bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
+    )

@@ -1,0 +1,100 @@
+"""Linear layers on one shard of a mesh, plain or quantized."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from podquant.config.scheme import Scheme
+from podquant.model.axes import RULES, TP
+from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
+from podquant.model.parameter import declare
+
+
+class Linear(nnx.Module):
+    """`y = x W^T + b` with W [out, in], cut along `axes`.
+
+    Cut along its output axis it is column-parallel: every shard computes its own outputs. Cut along its input axis it is
+    row-parallel: the shards' partial products are added by one all-reduce.
+
+    Args:
+        shape: (out, in) on the devices, over all shards.
+        axes: logical axes of (out, in).
+        scheme: how it is quantized, None for not.
+        numerics: what the model computes in.
+        bias: whether it carries one.
+        layers: how many are stacked, see `declare`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        *,
+        scheme: Scheme | None,
+        numerics: Numerics,
+        bias: bool = False,
+        layers: int | None = None,
+    ) -> None:
+        out, width = shape
+        self.form: Form = form_of(scheme, numerics)
+        self.dtype = numerics.dtype
+        self.row_parallel = RULES[axes[1]] == TP
+        blocks = 1
+        if self.form.block is not None:
+            blocks = -(-width // self.form.block[1])
+            width = blocks * self.form.block[1]
+        self.weight = declare((out, width), self.form.weight_dtype, axes, layers)
+        if scheme is not None:
+            block_axis = "one" if blocks == 1 else {"embed": "block"}.get(axes[1], f"{axes[1]}_block")
+            self.weight_scale = declare((out, blocks), "float32", (axes[0], block_axis), layers)
+        if bias:
+            self.bias = declare((out,), numerics.dtype, (axes[0],), layers)
+
+    def prepare(self, x: jax.Array) -> Operand:
+        """Bring `x` [M, in] into the form this layer's product needs."""
+        return prepare(x, self.form)
+
+    def product(self, operand: Operand) -> jax.Array:
+        """`x W^T` of this shard's outputs, [M, out] float32, without bias; still partial if row-parallel."""
+        scale = self.weight_scale[...] if hasattr(self, "weight_scale") else None
+        return matmul(operand, self.weight[...], scale, self.form)
+
+    def __call__(self, x: jax.Array | Operand) -> jax.Array:
+        """Apply to [M, in] (or to what `prepare` made of it): [M, out] in the model's dtype."""
+        y = self.product(x if isinstance(x, Operand) else self.prepare(x))
+        y = y.astype(self.dtype)
+        if self.row_parallel:
+            y = jax.lax.psum(y, TP)
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].reshape(1, -1)
+        return y
+
+
+def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """Apply several layers to one `x` [M, in], quantizing it once for all that need the same form."""
+    operands: dict[tuple[object, ...], Operand] = {}
+    results = []
+    for linear in linears:
+        form = linear.form
+        key = (form.operand, form.operand_dtype, form.min_rows)
+        if key not in operands:
+            operands[key] = linear.prepare(x)
+        results.append(linear(operands[key]))
+    return results
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`, the mean in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, numerics: Numerics, layers: int | None = None, axis: str = "embed") -> None:
+        self.eps = eps
+        self.weight = declare((size,), numerics.dtype, (axis,), layers)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis; same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...]
+        return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)

@@ -1,0 +1,89 @@
+"""Rotary position embedding (arXiv:2104.09864) with the extensions of Llama 3 and YaRN (arXiv:2309.00071)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from podquant.model.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[NDArray[np.float32], float]:
+    """Radians per position for each pair of dimensions, and the factor on sine and cosine.
+
+    Args:
+        rope: the kind and its parameters.
+        head_dim: H, even.
+
+    Returns:
+        [H/2] float32, and the attention factor (1.0 but for YaRN).
+    """
+    base = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "linear":
+        return (base / rope.parameters["factor"]).astype(np.float32), 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, base).astype(np.float32), 1.0
+    if rope.kind == "yarn":
+        return _yarn(rope, base, head_dim).astype(np.float32), _yarn_attention_factor(rope)
+    return base.astype(np.float32), 1.0
+
+
+def _llama3(rope: RopeConfig, base: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Wavelengths beyond the original context are stretched by `factor`; between the two bounds, by interpolation."""
+    low, high = rope.parameters["low_freq_factor"], rope.parameters["high_freq_factor"]
+    original = rope.parameters["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / base
+    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * base / rope.parameters["factor"] + smooth * base
+
+
+def _yarn(rope: RopeConfig, base: NDArray[np.float64], head_dim: int) -> NDArray[np.float64]:
+    """NTK-by-parts: dimensions that turn often keep their frequency, those that turn little are interpolated."""
+    original = rope.parameters["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = dimension(rope.parameters.get("beta_fast", 32))
+    high = dimension(rope.parameters.get("beta_slow", 1))
+    if rope.parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return base / rope.parameters["factor"] * ramp + base * (1 - ramp)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    if "attention_factor" in rope.parameters:
+        return float(rope.parameters["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        factor = rope.parameters["factor"]
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    numerator, denominator = rope.parameters.get("mscale"), rope.parameters.get("mscale_all_dim")
+    if numerator and denominator:
+        return mscale(numerator) / mscale(denominator)
+    return mscale(1.0)
+
+
+def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [..., 1, H/2], for int32 positions [...]; computed once a step for all layers."""
+    frequencies, factor = inverse_frequencies(rope, head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies).reshape(
+        (1,) * (positions.ndim + 1) + (-1,)
+    )
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate heads [..., heads, H], the two halves of H as the pairs (the layout of Hugging Face checkpoints)."""
+    cos, sin = cos_sin
+    half = x.shape[-1] // 2
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

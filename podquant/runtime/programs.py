@@ -1,0 +1,297 @@
+"""The compiled steps: one program for each bucket of shapes, over a mesh.
+
+A step takes weights, cache and a few small host integers, and gives the next tokens; it never waits for the host. Weights
+come in as a tuple in the order of `Model.leaves`, the cache and the last tokens are donated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from podquant.errors import MeshError
+from podquant.model.attention import CACHE_AXES, CHUNK_TOKENS, KVCache, Positions
+from podquant.model.axes import spec_of
+from podquant.model.config import ModelConfig
+from podquant.model.decoder import Decoder, Layout, SchemeOf, plan_layout
+from podquant.model.matmul import Numerics
+from podquant.model.parameter import Weight
+from podquant.model.rope import rotation
+from podquant.runtime.sampling import Sampled, Sampling, log_probabilities, sample
+
+_REPLICATED = PartitionSpec()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of weights, as the programs take it.
+
+    Attributes:
+        path: attribute names and indices from the decoder to it.
+        shape, dtype: on the devices, over all shards.
+        axes: logical axis of each dimension.
+    """
+
+    path: tuple[str | int, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axes: tuple[str, ...]
+
+
+class Rows(NamedTuple):
+    """The rows of a step, as the host packs them.
+
+    Attributes:
+        ints: int32 [B, 6 + W]: slot, start, length, top_k, seed, wants_logprobs, then the page table.
+        floats: float32 [B, 3]: temperature, top_p, min_p.
+    """
+
+    ints: Any
+    floats: Any
+
+
+NUM_INTS = 6
+"""Columns of `Rows.ints` in front of the page table."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The paged cache: pages in each layer (page 0 takes the writes of padding), tokens in each, rows of last tokens."""
+
+    num_pages: int
+    page_size: int
+    num_slots: int
+    context_length: int
+
+    @property
+    def table_width(self) -> int:
+        """Entries of a page table: enough for the context, a whole number of attention chunks."""
+        chunk = max(CHUNK_TOKENS, self.page_size)
+        return -(-self.context_length // chunk) * (chunk // self.page_size)
+
+
+class Model:
+    """A decoder laid out over a mesh, without its weights.
+
+    Args:
+        config: the model.
+        scheme_of: how each module is quantized, by its name on disk.
+        numerics: what it computes in.
+        mesh: one axis, `tp`.
+
+    Raises:
+        MeshError: the model cannot be cut into that many shards.
+    """
+
+    def __init__(self, config: ModelConfig, scheme_of: SchemeOf, numerics: Numerics, mesh: Mesh) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.mesh = mesh
+        self.layout: Layout = plan_layout(config, mesh.size)
+        abstract = nnx.eval_shape(lambda: Decoder(config, self.layout, scheme_of, numerics))
+        self.graph, state = nnx.split(abstract)
+        self._tree = jax.tree.structure(state)
+        self.leaves = tuple(_leaf(path, weight) for path, weight in nnx.to_flat_state(state))
+        self.segments = tuple((s.start, s.start + len(s.windows)) for s in abstract.segments)
+        self._check_divides()
+
+    @cached_property
+    def shardings(self) -> tuple[NamedSharding, ...]:
+        """Where each leaf lies."""
+        return tuple(NamedSharding(self.mesh, spec_of(leaf.axes)) for leaf in self.leaves)
+
+    def _check_divides(self) -> None:
+        for leaf, sharding in zip(self.leaves, self.shardings, strict=True):
+            for size, axis, mesh_axis in zip(leaf.shape, leaf.axes, sharding.spec, strict=True):
+                if mesh_axis is not None and size % self.mesh.size:
+                    raise MeshError(
+                        f"{'.'.join(map(str, leaf.path))}: its {size} {axis} cannot be shared out among {self.mesh.size} "
+                        "shards; a scale block must not straddle two shards: use a smaller tp_size or scales per channel"
+                    )
+
+    def decoder(self, weights: Sequence[jax.Array]) -> Decoder:
+        """The module with its weights (a shard's, inside `shard_map`)."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self._tree, weights))
+
+    def cache_arrays(self, shape: CacheShape) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes, dtypes and shardings of the keys, the values and the last tokens."""
+        config = self.config
+        sharding = NamedSharding(self.mesh, spec_of(CACHE_AXES))
+        pages = (config.num_layers * shape.num_pages, self.layout.num_kv_heads, shape.page_size, config.head_dim)
+        cache = jax.ShapeDtypeStruct(pages, jnp.dtype(self.numerics.dtype), sharding=sharding)
+        last = jax.ShapeDtypeStruct((shape.num_slots + 1,), jnp.int32, sharding=NamedSharding(self.mesh, _REPLICATED))
+        return cache, cache, last
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of a prompt's tokens: of the token after each position [B, T], and the top ones [B, T, n]."""
+
+    logprobs: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape a step is compiled for.
+
+    Attributes:
+        batch: rows.
+        length: tokens of each row; 1 for decode, which takes its tokens from the device.
+        scores: also give the log-probabilities of the prompt.
+    """
+
+    batch: int
+    length: int
+    scores: bool = False
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the tokens come from the device."""
+        return self.length == 1
+
+
+def lower_step(model: Model, shape: CacheShape, bucket: Bucket, num_top: int) -> jax.stages.Lowered:
+    """Lower the step for one bucket; compile the result to run it.
+
+    The program takes (weights, cache, last tokens, rows[, token ids [B, T][, target ids [B, T]]]) and returns (cache, last
+    tokens, Sampled[, Scores]); it donates cache and last tokens.
+
+    Args:
+        model: the model.
+        shape: of the cache.
+        bucket: of the rows.
+        num_top: how many of the most likely tokens are reported.
+    """
+    step = partial(_step, model, shape, num_top, bucket)
+    weight_specs = tuple(sharding.spec for sharding in model.shardings)
+    keys, values, last = model.cache_arrays(shape)
+    cache_specs = KVCache(keys.sharding.spec, values.sharding.spec)
+    inputs = _inputs(model, shape, bucket)
+    mapped = jax.shard_map(
+        step,
+        mesh=model.mesh,
+        in_specs=(weight_specs, cache_specs, *(_REPLICATED,) * (1 + len(inputs))),
+        out_specs=(cache_specs, *(_REPLICATED,) * (3 if bucket.scores else 2)),
+        check_vma=False,
+    )
+    weights = tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf, sharding in zip(model.leaves, model.shardings, strict=True)
+    )
+    return jax.jit(mapped, donate_argnums=(1, 2)).lower(weights, KVCache(keys, values), last, *inputs)
+
+
+def _inputs(model: Model, shape: CacheShape, bucket: Bucket) -> tuple[Any, ...]:
+    replicated = NamedSharding(model.mesh, _REPLICATED)
+
+    def struct(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=replicated)
+
+    rows = Rows(struct((bucket.batch, NUM_INTS + shape.table_width), jnp.int32), struct((bucket.batch, 3), jnp.float32))
+    tokens = struct((bucket.batch, bucket.length), jnp.int32)
+    return (rows, *(tokens,) * (0 if bucket.is_decode else 2 if bucket.scores else 1))
+
+
+def _step(
+    model: Model,
+    shape: CacheShape,
+    num_top: int,
+    bucket: Bucket,
+    weights: tuple[jax.Array, ...],
+    cache: KVCache,
+    last_tokens: jax.Array,
+    rows: Rows,
+    *given: jax.Array,
+) -> tuple[Any, ...]:
+    """One step on one shard; see `lower_step`."""
+    decoder = model.decoder(weights)
+    slots, starts, lengths, top_k, seeds, wants = (rows.ints[:, i] for i in range(NUM_INTS))
+    tokens = last_tokens[slots][:, None] if bucket.is_decode else given[0]
+    at = _positions(model, shape, starts, lengths, rows.ints[:, NUM_INTS:], bucket.length)
+    hidden, cache = decoder.hidden(tokens, cache, at)
+    by_row = hidden.reshape(bucket.batch, bucket.length, -1)
+    last = jnp.take_along_axis(by_row, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    temperature, top_p, min_p = (rows.floats[:, i] for i in range(3))
+    how = Sampling(temperature, top_p, min_p, top_k, seeds, starts + lengths, wants > 0)
+    sampled = sample(decoder.logits(last), how, model.config.vocab_size, num_top)
+    last_tokens = last_tokens.at[slots].set(sampled.tokens)
+    if not bucket.scores:
+        return cache, last_tokens, sampled
+    return cache, last_tokens, sampled, _scores(decoder, hidden, given[1], model.config.vocab_size, num_top)
+
+
+def _positions(
+    model: Model, shape: CacheShape, starts: jax.Array, lengths: jax.Array, page_table: jax.Array, length: int
+) -> Positions:
+    offsets = jnp.arange(length, dtype=jnp.int32)[None, :]
+    valid = offsets < lengths[:, None]
+    positions = starts[:, None] + jnp.minimum(offsets, jnp.maximum(lengths - 1, 0)[:, None])
+    pages = jnp.take_along_axis(page_table, positions // shape.page_size, axis=1)
+    return Positions(
+        positions=positions,
+        page_table=page_table,
+        write_pages=jnp.where(valid, pages, 0).reshape(-1),
+        write_slots=jnp.where(valid, positions % shape.page_size, 0).reshape(-1),
+        pages_per_layer=shape.num_pages,
+        cos_sin=rotation(model.config.rope, model.config.head_dim, positions),
+    )
+
+
+_SCORE_ROWS = 32
+"""Positions whose logits exist at one time when a prompt is scored."""
+
+
+def _scores(decoder: Decoder, hidden: jax.Array, targets: jax.Array, vocab_size: int, num_top: int) -> Scores:
+    batch, length = targets.shape
+    tile = min(_SCORE_ROWS, batch * length)
+
+    def score(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits = decoder.logits(pair[0])
+        width = logits.shape[1]
+        ids = jax.lax.axis_index("tp") * width + jnp.arange(width, dtype=jnp.int32)
+        return log_probabilities(jnp.where(ids[None, :] < vocab_size, logits, -jnp.inf), pair[1], num_top)
+
+    tiles = (hidden.reshape(-1, tile, hidden.shape[-1]), targets.reshape(-1, tile))
+    logprobs, top_tokens, top_logprobs = jax.lax.map(score, tiles)
+    shape = (batch, length, num_top)
+    return Scores(logprobs.reshape(batch, length), top_tokens.reshape(shape), top_logprobs.reshape(shape))
+
+
+def _leaf(path: Any, weight: Any) -> Leaf:
+    assert isinstance(weight, Weight)
+    value = weight.get_value()
+    return Leaf(tuple(path), tuple(value.shape), np.dtype(value.dtype), tuple(weight.axes))
+
+
+def pack_rows(
+    entries: Sequence[tuple[int, int, int, int, int, bool, Sequence[int]]],
+    floats: Sequence[tuple[float, float, float]],
+    batch: int,
+    shape: CacheShape,
+) -> Rows:
+    """Pack host values into the arrays of a step, padding up to `batch` rows.
+
+    Args:
+        entries: for each row slot, start, length, top_k, seed, wants_logprobs and its pages.
+        floats: for each row temperature, top_p, min_p.
+        batch: rows of the bucket.
+        shape: of the cache; padding rows use its extra slot.
+    """
+    ints: NDArray[np.int32] = np.zeros((batch, NUM_INTS + shape.table_width), np.int32)
+    ints[:, 0] = shape.num_slots
+    for row, (*head, pages) in enumerate(entries):
+        ints[row, :NUM_INTS] = head
+        ints[row, NUM_INTS : NUM_INTS + len(pages)] = pages
+    packed: NDArray[np.float32] = np.zeros((batch, 3), np.float32)
+    packed[: len(floats)] = floats
+    return Rows(ints, packed)

@@ -1,0 +1,225 @@
+"""Where weights come from: an artifact, a checkpoint as it is, or a checkpoint quantized while it is read.
+
+All three look alike to the loader, and the last gives bit for bit what converting first would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from podquant.artifact.naming import MANIFEST, module_of, scales_of, weight_of
+from podquant.artifact.reader import Artifact
+from podquant.checkpoint.index import Checkpoint
+from podquant.checkpoint.reader import read_rows, read_tensor
+from podquant.config.rules import QuantizationConfig, Resolution
+from podquant.config.scheme import Scheme
+from podquant.errors import CheckpointError, ConfigError, NonFiniteWeightError, UnsupportedModelError
+from podquant.quantize.qarray import QArray
+from podquant.quantize.weights import quantize_window
+from podquant.storage.store import Store, open_store
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class WeightSource(Protocol):
+    """Weights by name, in the shapes they have on disk."""
+
+    @property
+    def store(self) -> Store:
+        """Where the bytes are; its URI is for messages."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """How a module's weight comes: quantized under a scheme, or plain."""
+
+    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
+        """A tensor's shape, None if there is no such tensor."""
+
+    def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
+        """Rows of a module's weight matrix [out, in]; bounds of a block scheme are multiples of its rows, or the end."""
+
+    def read_tensor(self, name: str) -> Array:
+        """A whole small tensor: a norm, a bias."""
+
+    def close(self) -> None:
+        """Release the files."""
+
+
+class CheckpointSource:
+    """A Hugging Face checkpoint, quantized window by window as it is read if there are rules.
+
+    Args:
+        checkpoint: the opened checkpoint, not quantized yet.
+        rules: how to quantize, None to leave everything as it is.
+
+    Attributes:
+        resolution: what the rules decided, None without rules.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rules: QuantizationConfig | None) -> None:
+        method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+        if method:
+            name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
+            raise UnsupportedModelError(
+                f"{checkpoint.store.uri}/config.json: the checkpoint is already quantized (quant_method {name}); podquant "
+                "serves plain checkpoints and its own artifacts: serve or convert the original"
+            )
+        self._checkpoint = checkpoint
+        self.resolution: Resolution | None = None
+        if rules is not None:
+            modules = [
+                module
+                for name, info in checkpoint.tensors.items()
+                if (module := module_of(name)) is not None and len(info.shape) >= 2
+            ]
+            tied = bool(checkpoint.config.get("tie_word_embeddings", "lm_head" not in modules))
+            self.resolution = rules.resolve(modules, tied_embeddings=tied)
+
+    @property
+    def store(self) -> Store:
+        return self._checkpoint.store
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._checkpoint.config
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.nbytes for info in self._checkpoint.tensors.values())
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        decision = self.resolution.decisions.get(module) if self.resolution else None
+        return decision.scheme if decision else None
+
+    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
+        info = self._checkpoint.tensors.get(tensor)
+        return info.shape if info else None
+
+    def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
+        info = self._checkpoint.tensors[weight_of(module)]
+        rows = read_rows(self._checkpoint, info, start, stop)
+        scheme = self.scheme_of(module)
+        if scheme is None:
+            return rows
+        try:
+            return quantize_window(rows, scheme, first_row=start, total_rows=info.shape[0])[0]
+        except NonFiniteWeightError as error:
+            raise NonFiniteWeightError(f"{self.store.uri}/{info.file}: {info.name}: {error}") from None
+
+    def read_tensor(self, name: str) -> Array:
+        return read_tensor(self._checkpoint, name)
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+
+class ArtifactSource:
+    """An artifact: every tensor as conversion left it."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+
+    @property
+    def store(self) -> Store:
+        return self._artifact.store
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._artifact.config
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.size for file in self._artifact.manifest.files.values())
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        tensor = self._artifact.tensors.get(weight_of(module))
+        return tensor.scheme if tensor else None
+
+    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
+        entry = self._artifact.tensors.get(tensor)
+        return entry.shape if entry else None
+
+    def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
+        codes = self._artifact.read_rows(weight_of(module), start, stop)
+        scheme = self.scheme_of(module)
+        if scheme is None:
+            return codes
+        block = scheme.weight_block_size
+        step = block[0] if block else 1
+        scales = self._artifact.read_rows(scales_of(module), start // step, -(-stop // step))
+        return QArray(codes, scales, block)
+
+    def read_tensor(self, name: str) -> Array:
+        return self._artifact.read_tensor(name)
+
+    def close(self) -> None:
+        self._artifact.close()
+
+
+def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSource:
+    """Open an artifact or a checkpoint.
+
+    Args:
+        uri: a directory; one with a manifest is an artifact.
+        rules: quantize a checkpoint by these while reading it.
+
+    Raises:
+        ConfigError: rules for an artifact, whose manifest has decided already.
+        ArtifactError, CheckpointError, StorageError: it cannot be opened.
+    """
+    store = open_store(uri)
+    try:
+        is_artifact = MANIFEST in store.list()
+    finally:
+        store.close()
+    if not is_artifact:
+        return CheckpointSource(Checkpoint.open(uri), rules)
+    artifact = Artifact.open(uri)
+    if rules is not None and (difference := _contradiction(artifact, rules)):
+        artifact.close()
+        raise ConfigError(
+            f"{uri} is an artifact, quantized already, and {rules.name} contradicts its manifest: {difference}; leave "
+            "the quantization config out to serve the artifact as it is, or convert the original checkpoint again"
+        )
+    return ArtifactSource(artifact)
+
+
+def _contradiction(artifact: Artifact, rules: QuantizationConfig) -> str | None:
+    """The first module that rules and manifest decide differently, in words."""
+    modules = artifact.manifest.modules
+    tied = bool(artifact.config.get("tie_word_embeddings", "lm_head" not in modules))
+    decisions = rules.resolve(list(modules), tied_embeddings=tied).decisions
+    for module, decided in modules.items():
+        wanted = decisions[module].scheme
+        if wanted != decided.scheme:
+            return f"{module} is {_label(decided.scheme)} there and {_label(wanted)} by the rules"
+    return None
+
+
+def _label(scheme: Scheme | None) -> str:
+    return scheme.label if scheme else "not quantized"
+
+
+def require(source: WeightSource, tensor: str, shape: tuple[int, ...]) -> None:
+    """Check that a tensor is there and has the shape config.json implies.
+
+    Raises:
+        CheckpointError: missing, or of another shape.
+    """
+    found = source.shape_of(tensor)
+    if found is None:
+        raise CheckpointError(f"{source.store.uri}: tensor {tensor} is missing, expected {list(shape)}; copy it again")
+    if found != shape:
+        raise CheckpointError(
+            f"{source.store.uri}: tensor {tensor}: expected shape {list(shape)} from config.json, got {list(found)}"
+        )
