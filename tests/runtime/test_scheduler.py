@@ -133,6 +133,9 @@ class Run:
         assert len(held) + self.pool.num_free == self.pool.num_usable
         assert len(running) == self.scheduler.num_running <= self.max_running
         assert len({sequence.slot for sequence in running}) == len(running)
+        live = [sequence for sequence in self.sequences.values() if not sequence.finished and not sequence.is_exhausted]
+        # self.sequences is in the order of arrival
+        assert [sequence.slot >= 0 for sequence in live] == sorted((s.slot >= 0 for s in live), reverse=True)
         assert all(0 <= sequence.slot < self.max_running for sequence in running)
 
 
@@ -304,12 +307,14 @@ def test_a_waiting_request_can_be_aborted() -> None:
 
 
 def test_a_newcomer_leaves_a_page_for_each_that_runs() -> None:
-    _, scheduler = make_scheduler(num_pages=4, page_size=4)
-    first = scheduler.add(make_request("a", 4, 5))
-    scheduler.add(make_request("b", 8, 1))
-    scheduler.schedule()
-    assert scheduler.schedule() == Decode((first,))
-    assert scheduler.num_waiting == 1
+    pool, scheduler = make_scheduler(num_pages=4, page_size=4)
+    first = scheduler.add(make_request("a", 2, 5))
+    second = scheduler.add(make_request("b", 8, 1))
+    assert scheduler.schedule() == Prefill(first, 0, 2, is_last=True)
+    assert [scheduler.schedule() for _ in range(2)] == [Decode((first,))] * 2
+    assert pool.num_free == pool.num_pages_for(len(second.token_ids))
+    scheduler.finish(first)
+    assert scheduler.schedule() == Prefill(second, 0, 8, is_last=True)
 
 
 def test_too_many_waiting_is_refused() -> None:
