@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from podquant.config.scheme import Scheme
-from podquant.quantize.activations import quantize_per_token, split_int8
+from podquant.quantize.activations import quantize_per_token, split_int8, token_absmax
 
 OperandKind = Literal["plain", "split_int8", "int8", "float8_e4m3fn"]
 
@@ -96,8 +96,15 @@ class Operand:
     num_rows: int
 
 
-def prepare(x: jax.Array, form: Form) -> Operand:
-    """Bring `x` [M, D] into the form its product needs."""
+def prepare(x: jax.Array, form: Form, token_axis: str | None = None) -> Operand:
+    """Bring `x` [M, D] into the form its product needs.
+
+    Args:
+        x: the activation, or this shard's part of its columns.
+        form: of the product.
+        token_axis: the mesh axis over which a token's scale is shared, at the price of a small collective; None: every shard
+            scales its own columns by their own maximum.
+    """
     num_rows = x.shape[0]
     if num_rows < form.min_rows:
         x = jnp.pad(x, ((0, form.min_rows - num_rows), (0, 0)))
@@ -106,7 +113,8 @@ def prepare(x: jax.Array, form: Form) -> Operand:
     if form.operand == "split_int8":
         high, low, scale = split_int8(x)
         return Operand(jnp.concatenate([high, low]), jnp.concatenate([scale, scale / 254.0]), 2, num_rows)
-    codes, scale = quantize_per_token(x, form.operand)
+    absmax = None if token_axis is None else jax.lax.pmax(token_absmax(x), token_axis)
+    codes, scale = quantize_per_token(x, form.operand, absmax)
     return Operand(codes.astype(form.operand_dtype), scale, 1, num_rows)
 
 

@@ -21,12 +21,13 @@ _LOW_STEPS = 254.0
 """How many steps of the low part of `split_int8` make one of the high part: half a step is then 127 low ones."""
 
 
-def quantize_per_token(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+def quantize_per_token(x: jax.Array, dtype: str, absmax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Quantize each token by its own largest magnitude: `x ≈ codes · scale`.
 
     Args:
         x: bfloat16 or float32, `[..., D]`.
         dtype: `int8` or `float8_e4m3fn`.
+        absmax: float32 `[..., 1]`, each token's largest magnitude, where x is only a part of the token; None: x's own.
 
     Returns:
         codes `[..., D]` of that type, and scale, float32 `[..., 1]`.
@@ -36,7 +37,7 @@ def quantize_per_token(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     target = BY_NAME[dtype]
     assert target.qmax is not None
     values = x.astype(jnp.float32)
-    scale = _scale(values, target.qmax)
+    scale = _scale(token_absmax(values) if absmax is None else absmax, target.qmax)
     ratio = values / scale
     if dtype == "int8":
         ratio = jnp.round(ratio)
@@ -56,13 +57,17 @@ def split_int8(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         high and low, int8 `[..., D]`, and scale, float32 `[..., 1]`.
     """
     values = x.astype(jnp.float32)
-    scale = _scale(values, 127.0)
+    scale = _scale(token_absmax(values), 127.0)
     ratio = values / scale
     high = jnp.clip(jnp.round(ratio), -127.0, 127.0)
     low = jnp.clip(jnp.round((ratio - high) * _LOW_STEPS), -127.0, 127.0)
     return high.astype(jnp.int8), low.astype(jnp.int8), scale
 
 
-def _scale(values: jax.Array, qmax: float) -> jax.Array:
-    absmax = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+def token_absmax(x: jax.Array) -> jax.Array:
+    """The largest magnitude of each token of `[..., D]`: float32 `[..., 1]`."""
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
+def _scale(absmax: jax.Array, qmax: float) -> jax.Array:
     return jnp.where(absmax == 0.0, 1.0, jnp.maximum(absmax / qmax, _SMALLEST_NORMAL))

@@ -7,8 +7,8 @@ compiled kernel serves bfloat16 and float16 and a second one float32. `weights.p
   machine, and magnitudes are compared as integers, where max is associative and the compiler may vectorise it.
 * Rounding adds and subtracts a power of two so large that its unit in the last place is the wanted step. The sum is
   rounded half to even by the hardware, and its low bits are the code.
-* Sums run in `_LANES` float32 lanes, folded in a fixed order at the end of a row: vectorised, and the same for any
-  windowing, since a lane depends only on the column.
+* A row is cut into chunks, the last one padded with zeros. Sums run in `_LANES` float32 lanes, folded in a fixed order
+  at the end of a row: vectorised, and the same for any windowing, since a lane depends only on the column.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 STATISTICS = ("signal", "noise", "max_error", "absmax", "zeros", "scale_min", "scale_max")
 """The columns of the row statistics; see `quality.QualityRows`."""
 
-_LANES = 256
-_SIGNAL, _NOISE, _ERROR, _ZEROS = range(4)  # rows of the lanes
+_LANES = 32
+_TURNS = 8
+_CHUNK = _LANES * _TURNS
+_SIGNAL, _NOISE, _ERROR, _ZEROS = range(0, 4 * _LANES, _LANES)  # where the lanes of each sum begin
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
@@ -71,45 +73,49 @@ def _absmax(bits: Any, magnitude: Any) -> Any:
 
 
 @_inline
-def _to_int8(values: Any, scale: Any, share: Any, codes: Any, lanes: Any) -> None:
-    low, high = np.float32(-127), np.float32(127)
-    for k in range(len(codes)):
-        ratio = values[k] / scale
-        clipped = min(max(ratio, low), high)
-        shifted = clipped + _ROUND_TO_INTEGER
-        codes[k] = np.uint8(np.uint32(_bits(shifted) - _ROUND_TO_INTEGER_BITS))
-        rounded = shifted - _ROUND_TO_INTEGER
-        error = (ratio - rounded) * share
-        ratio = ratio * share
-        lanes[_SIGNAL, k] += ratio * ratio
-        lanes[_NOISE, k] += error * error
-        lanes[_ERROR, k] = max(lanes[_ERROR, k], abs(error))
-        lanes[_ZEROS, k] += np.float32(rounded == 0)
+def _int8(ratio: Any) -> Any:
+    """The code of a ratio, and its value."""
+    shifted = min(max(ratio, np.float32(-127)), np.float32(127)) + _ROUND_TO_INTEGER
+    return np.uint8(np.uint32(_bits(shifted) - _ROUND_TO_INTEGER_BITS)), shifted - _ROUND_TO_INTEGER
 
 
 @_inline
-def _to_float8(values: Any, scale: Any, share: Any, codes: Any, lanes: Any) -> None:
-    high = np.float32(448)
-    for k in range(len(codes)):
-        signed = values[k] / scale
-        sign = np.uint32(_bits(signed) & ~_MAGNITUDE)
-        ratio = abs(signed)
-        clipped = min(ratio, high)
-        # The binade, not below that of the smallest normal 2**-6: beneath it e4m3 keeps that binade's step, 2**-9.
-        binade = np.uint32(max(_bits(clipped), np.uint32(0x3C800000)) & np.uint32(0x7F800000))
-        shift_bits = np.uint32(binade + np.uint32(20 << 23))  # its unit in the last place: an eighth of the binade
-        shift = _float(shift_bits)
-        shifted = clipped + shift
-        eighths = np.uint32(_bits(shifted) - shift_bits)  # 8 to 16, or 0 to 8 among the subnormals
-        code = np.uint32(np.uint32(binade >> np.uint32(20)) - np.uint32(121 << 3) + eighths)
-        codes[k] = np.uint8(code | np.uint32(sign >> np.uint32(24)))
-        rounded = shifted - shift
-        error = (ratio - rounded) * share
-        ratio = ratio * share
-        lanes[_SIGNAL, k] += ratio * ratio
-        lanes[_NOISE, k] += error * error
-        lanes[_ERROR, k] = max(lanes[_ERROR, k], abs(error))
-        lanes[_ZEROS, k] += np.float32(rounded == 0)
+def _float8(ratio: Any) -> Any:
+    """The code of a ratio, and the magnitude of its value."""
+    sign = np.uint32(_bits(ratio) & ~_MAGNITUDE)
+    clipped = min(abs(ratio), np.float32(448))
+    # The binade, not below that of the smallest normal 2**-6: beneath it e4m3 keeps that binade's step, 2**-9.
+    binade = np.uint32(max(_bits(clipped), np.uint32(0x3C800000)) & np.uint32(0x7F800000))
+    shift_bits = np.uint32(binade + np.uint32(20 << 23))  # its unit in the last place: an eighth of the binade
+    shift = _float(shift_bits)
+    shifted = clipped + shift
+    eighths = np.uint32(_bits(shifted) - shift_bits)  # 8 to 16, or 0 to 8 among the subnormals
+    code = np.uint32(np.uint32(binade >> np.uint32(20)) - np.uint32(121 << 3) + eighths)
+    return np.uint8(code | np.uint32(sign >> np.uint32(24))), shifted - shift
+
+
+@numba.njit(error_model="numpy", nogil=True, forceinline=True)  # else `turns` is no constant: ten times slower
+def _quantize_chunk(values: Any, turns: int, is_float8: bool, scale: Any, share: Any, codes: Any, lanes: Any) -> None:
+    """Quantize `turns * _LANES` values and add to the lanes; errors count in units of the row, `scale / share`."""
+    for k in range(_LANES):
+        signal, noise, largest, zeros = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for turn in range(turns):  # a constant, so unrolled: the lanes are read and written once for all turns
+            ratio = values[turn * _LANES + k] / scale
+            if is_float8:
+                code, rounded = _float8(ratio)
+                ratio = abs(ratio)
+            else:
+                code, rounded = _int8(ratio)
+            codes[turn * _LANES + k] = code
+            error = ratio - rounded
+            signal += ratio * ratio
+            noise += error * error
+            largest = max(largest, abs(error))
+            zeros += np.float32(rounded == 0)
+        lanes[_SIGNAL + k] += signal * (share * share)
+        lanes[_NOISE + k] += noise * (share * share)
+        lanes[_ERROR + k] = max(lanes[_ERROR + k], largest * share)
+        lanes[_ZEROS + k] += zeros
 
 
 @_inline
@@ -119,16 +125,6 @@ def _fold(lanes: Any) -> Any:
     while half > 0:
         for k in range(half):
             lanes[k] += lanes[k + half]
-        half //= 2
-    return lanes[0]
-
-
-@_inline
-def _fold_max(lanes: Any) -> Any:
-    half = len(lanes) // 2
-    while half > 0:
-        for k in range(half):
-            lanes[k] = max(lanes[k], lanes[k + half])
         half //= 2
     return lanes[0]
 
@@ -157,19 +153,35 @@ def _scale_blocks(bits: Any, kind: int, magnitude: Any, block: int, qmax: Any, s
 
 @_inline
 def _quantize_row(
-    bits: Any, kind: int, is_float8: bool, block: int, scales: Any, shares: Any, codes: Any, values: Any, lanes: Any
-) -> None:
+    bits: Any,
+    kind: int,
+    is_float8: bool,
+    block: int,
+    scales: Any,
+    shares: Any,
+    codes: Any,
+    lanes: Any,
+    values: Any,
+    spare: Any,
+) -> int:
+    """Quantize one row; returns how many zeros it was padded with, to whole chunks."""
+    padding = 0
     for c in range(len(scales)):
         right = min((c + 1) * block, len(codes))
-        for start in range(c * block, right, _LANES):
-            stop = min(start + _LANES, right)
-            source = bits[start:stop]
+        for start in range(c * block, right, _CHUNK):
+            source, target = bits[start : min(start + _CHUNK, right)], codes[start : min(start + _CHUNK, right)]
             for k in range(len(source)):
                 values[k] = _widen(source[k], kind)
-            if is_float8:
-                _to_float8(values, scales[c], shares[c], codes[start:stop], lanes)
+            if len(source) == _CHUNK:
+                _quantize_chunk(values, _TURNS, is_float8, scales[c], shares[c], target, lanes)
+            elif len(source) == _CHUNK // 2:  # the usual block, of 128 columns
+                _quantize_chunk(values, _TURNS // 2, is_float8, scales[c], shares[c], target, lanes)
             else:
-                _to_int8(values, scales[c], shares[c], codes[start:stop], lanes)
+                values[len(source) :] = 0
+                padding += _CHUNK - len(source)
+                _quantize_chunk(values, _TURNS, is_float8, scales[c], shares[c], spare, lanes)
+                target[:] = spare[: len(source)]
+    return padding
 
 
 def _quantize(
@@ -190,8 +202,8 @@ def _quantize(
     infinity = 0x7F800000 if kind == FLOAT32 else (0x7F80 if kind == BFLOAT16 else 0x7C00)
     magnitude = bits.dtype.type(0x7FFFFFFF if kind == FLOAT32 else 0x7FFF)
     qmax = np.float32(448) if is_float8 else np.float32(127)
-    values = np.empty(_LANES, np.float32)
-    lanes = np.empty((4, _LANES), np.float32)
+    lanes = np.empty(4 * _LANES, np.float32)
+    values, spare = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.uint8)  # a chunk; the codes of a padded one
     shares = np.empty(scales.shape[1], np.float32)
     for b in range(scales.shape[0]):
         first, last = b * block_rows, min((b + 1) * block_rows, len(bits))
@@ -203,12 +215,14 @@ def _quantize(
         scale_min, scale_max = scales[b].min(), scales[b].max()
         for r in range(first, last):
             lanes[:] = 0
-            _quantize_row(bits[r], kind, is_float8, block_columns, scales[b], shares, codes[r], values, lanes)
-            statistics[r, 0] = np.float64(unit) * np.float64(unit) * np.float64(_fold(lanes[_SIGNAL]))
-            statistics[r, 1] = np.float64(unit) * np.float64(unit) * np.float64(_fold(lanes[_NOISE]))
-            statistics[r, 2] = np.float64(unit) * np.float64(_fold_max(lanes[_ERROR]))
+            padding = _quantize_row(
+                bits[r], kind, is_float8, block_columns, scales[b], shares, codes[r], lanes, values, spare
+            )
+            statistics[r, 0] = np.float64(unit) * np.float64(unit) * np.float64(_fold(lanes[_SIGNAL:_NOISE]))
+            statistics[r, 1] = np.float64(unit) * np.float64(unit) * np.float64(_fold(lanes[_NOISE:_ERROR]))
+            statistics[r, 2] = np.float64(unit) * np.float64(lanes[_ERROR:_ZEROS].max())
             statistics[r, 3] = _widen(largest, kind)
-            statistics[r, 4] = _fold(lanes[_ZEROS])
+            statistics[r, 4] = _fold(lanes[_ZEROS:]) - padding
             statistics[r, 5] = scale_min
             statistics[r, 6] = scale_max
     return -1
