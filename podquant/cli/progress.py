@@ -45,7 +45,8 @@ def _lines(what: str, total: int) -> Iterator[Callable[[int], None]]:
         seconds = max(time.monotonic() - begin, 1e-9)
         left = f", {(total - done) * seconds / done:.0f} s left" if 0 < done < total else ""
         print(
-            f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / seconds / 1e9:.2f} GB/s{left}", file=sys.stderr
+            f"{what}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {done / seconds / 1e9:.2f} GB/s{left}",
+            file=sys.stderr,
         )
 
     yield advance

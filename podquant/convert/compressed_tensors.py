@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from podquant.artifact.manifest import ModuleRule
@@ -25,22 +26,27 @@ def quantization_config(modules: Mapping[str, ModuleRule], *, tied: bool) -> dic
         modules: every module that has a weight matrix, in the order of the checkpoint.
         tied: lm_head shares the embedding's tensor, and so its group, though it is no module of its own on disk.
     """
-    ends = [name for name in modules if kind_of(name) in ("embedding", "lm_head")]
-    linears = [name for name in modules if name not in set(ends)]
-    groups: list[dict[str, Any]] = []
-    for scheme, members in _by_scheme(linears, modules).items():
-        whole = len(_by_scheme(linears, modules)) == 1
-        groups.append(_group(scheme, ["Linear"] if whole else _targets(members, linears)))
-    tied_head = ["lm_head"] if tied else []
-    ends_by_scheme = _by_scheme(ends, modules)
-    for scheme, members in ends_by_scheme.items():
-        groups.append(_group(scheme, [*members, *(tied_head if any(map(_is_embedding, members)) else [])]))
+    linears: dict[str, Scheme | None] = {}
+    ends: dict[str, Scheme | None] = {}
+    for name, module in modules.items():
+        kind, scheme = kind_of(name), module.scheme
+        if kind == "embedding":
+            # A lookup has no activations to quantize; only the head that shares its tensor has.
+            ends[name] = None if scheme is None else replace(scheme, activation_dtype=None)
+            if tied:
+                ends["lm_head"] = scheme
+        else:
+            (ends if kind == "lm_head" else linears)[name] = scheme
+    by_scheme = _by_scheme(linears)
+    groups = [
+        _group(scheme, ["Linear"] if len(by_scheme) == 1 else _targets(members, list(linears)))
+        for scheme, members in by_scheme.items()
+    ]
+    groups += [_group(scheme, members) for scheme, members in _by_scheme(ends).items()]
     if not groups:
         return None
-    kept_ends = [name for name in ends if modules[name].scheme is None]
-    ignore = _targets([name for name in linears if modules[name].scheme is None], linears)
-    ignore += [name for name in kept_ends if not _is_embedding(name)]
-    ignore += tied_head if any(map(_is_embedding, kept_ends)) else []
+    ignore = _targets([name for name, scheme in linears.items() if scheme is None], list(linears))
+    ignore += [name for name, scheme in ends.items() if scheme is None and kind_of(name) == "lm_head"]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",
@@ -53,14 +59,9 @@ def quantization_config(modules: Mapping[str, ModuleRule], *, tied: bool) -> dic
     }
 
 
-def _is_embedding(module: str) -> bool:
-    return kind_of(module) == "embedding"
-
-
-def _by_scheme(names: Iterable[str], modules: Mapping[str, ModuleRule]) -> dict[Scheme, list[str]]:
+def _by_scheme(schemes: Mapping[str, Scheme | None]) -> dict[Scheme, list[str]]:
     groups: dict[Scheme, list[str]] = {}
-    for name in names:
-        scheme = modules[name].scheme
+    for name, scheme in schemes.items():
         if scheme is not None:
             groups.setdefault(scheme, []).append(name)
     return groups
