@@ -130,25 +130,27 @@ def _fold(lanes: Any) -> Any:
 
 
 @_inline
-def _scale_blocks(bits: Any, kind: int, magnitude: Any, block: int, qmax: Any, scales: Any, shares: Any) -> Any:
+def _scale_blocks(
+    bits: Any, kind: int, magnitude: Any, block: int, qmax: Any, scales: Any, shares: Any, tops: Any
+) -> Any:
     """Fill the scales of one row of blocks, and each one's share of the largest; returns that and the absmax (bits)."""
-    unit, largest = np.float32(0), magnitude ^ magnitude
+    tops[:] = 0
+    for r in range(bits.shape[0]):  # rows outside: memory is read in order
+        for c in range(len(tops)):
+            tops[c] = max(tops[c], _absmax(bits[r, c * block : (c + 1) * block], magnitude))
+    unit = np.float32(0)
     for c in range(len(scales)):
-        top = magnitude ^ magnitude
-        for r in range(bits.shape[0]):
-            top = max(top, _absmax(bits[r, c * block : (c + 1) * block], magnitude))
-        largest = max(largest, top)
         scales[c] = np.float32(1)
         shares[c] = np.float32(0)  # a block of zeros has no part in the statistics
-        if top != 0:
-            scales[c] = max(_widen(top, kind) / qmax, _SMALLEST_NORMAL)
+        if tops[c] != 0:
+            scales[c] = max(_widen(tops[c], kind) / qmax, _SMALLEST_NORMAL)
             shares[c] = scales[c]
             unit = max(unit, scales[c])
     if unit == 0:
         unit = np.float32(1)
     for c in range(len(scales)):
         shares[c] = shares[c] / unit
-    return unit, largest
+    return unit, tops.max()
 
 
 @_inline
@@ -204,10 +206,10 @@ def _quantize(
     qmax = np.float32(448) if is_float8 else np.float32(127)
     lanes = np.empty(4 * _LANES, np.float32)
     values, spare = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.uint8)  # a chunk; the codes of a padded one
-    shares = np.empty(scales.shape[1], np.float32)
+    shares, tops = np.empty(scales.shape[1], np.float32), np.empty(scales.shape[1], bits.dtype)
     for b in range(scales.shape[0]):
         first, last = b * block_rows, min((b + 1) * block_rows, len(bits))
-        unit, largest = _scale_blocks(bits[first:last], kind, magnitude, block_columns, qmax, scales[b], shares)
+        unit, largest = _scale_blocks(bits[first:last], kind, magnitude, block_columns, qmax, scales[b], shares, tops)
         if largest >= infinity:
             while _absmax(bits[first], magnitude) < infinity:
                 first += 1
