@@ -1,9 +1,9 @@
 """Grouped-query attention over a paged key/value cache, on one shard of a mesh.
 
-The cache of all layers is one array, layer l's page p at index l * num_pages + p, so that a layer's pages are reached by an
-offset and never copied out (slicing a layer from a stacked cache costs a copy of it on TPU). Attention walks the pages in
-chunks with a running softmax (arXiv:2205.14135), as many as the longest sequence needs: one program for every context
-length, and no more memory than a chunk.
+The cache of all layers is one array, layer l's page p at index l * num_pages + p, so that a layer's pages are reached
+by an offset and never copied out (slicing a layer from a stacked cache costs a copy of it on TPU). Attention walks the
+pages in chunks with a running softmax (arXiv:2205.14135), as many as the longest sequence needs: one program for every
+context length, and no more memory than a chunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A decoder-only transformer on one shard of a mesh: embedding, layers, output projection.
 
-Layers quantized alike are stacked and scanned over, so a program's size and compile time do not grow with depth; a run of
-layers that differ (a rule may keep the first in bf16) is a segment of its own. Attribute paths are the names on disk:
+Layers quantized alike are stacked and scanned over, so a program's size and compile time do not grow with depth; a run
+of layers that differ (a rule may keep the first in bf16) is a segment of its own. Attribute paths are the names on disk:
 `model.segments[s].self_attn.q_proj.weight[i]` is `model.layers.{start + i}.self_attn.q_proj.weight`.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ class Segment(nnx.Module):
         indices = np.arange(self.start, self.start + len(self.windows), dtype=np.int32)
 
         def body(
-            carry: tuple[jax.Array, KVCache], layer: tuple[nnx.State, jax.Array, jax.Array]
+            carry: tuple[jax.Array, KVCache], layer: tuple[nnx.State[Any, Any], jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, KVCache], None]:
             state, index, window = layer
             return nnx.merge(graph, state)(*carry, index, window, at), None
@@ -141,9 +142,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, layout: Layout, scheme_of: SchemeOf, numerics: Numerics) -> None:
-        self.embed_tokens = Embedding(
-            layout.vocab_size, config.hidden_size, scheme_of("model.embed_tokens"), numerics
-        )
+        self.embed_tokens = Embedding(layout.vocab_size, config.hidden_size, scheme_of("model.embed_tokens"), numerics)
         self.segments = nnx.List(
             Segment(
                 start,
@@ -174,9 +173,7 @@ class Decoder(nnx.Module):
         return head.product(head.prepare(hidden))
 
 
-def _segments(
-    config: ModelConfig, scheme_of: SchemeOf
-) -> list[tuple[int, int, tuple[tuple[str, Scheme | None], ...]]]:
+def _segments(config: ModelConfig, scheme_of: SchemeOf) -> list[tuple[int, int, tuple[tuple[str, Scheme | None], ...]]]:
     names = [f"self_attn.{name}" for name in _ATTENTION] + [f"mlp.{name}" for name in _MLP]
     per_layer = [
         tuple((name, scheme_of(f"model.layers.{layer}.{name}")) for name in names) for layer in range(config.num_layers)

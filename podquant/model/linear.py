@@ -93,7 +93,9 @@ def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * weight`, the mean in float32 (arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float, numerics: Numerics, layers: int | None = None, axis: str = "embed") -> None:
+    def __init__(
+        self, size: int, eps: float, numerics: Numerics, layers: int | None = None, axis: str = "embed"
+    ) -> None:
         self.eps = eps
         self.weight = declare((size,), numerics.dtype, (axis,), layers)
 

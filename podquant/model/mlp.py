@@ -29,15 +29,11 @@ class MLP(nnx.Module):
         layers: how many are stacked.
     """
 
-    def __init__(
-        self, config: ModelConfig, schemes: dict[str, Scheme | None], numerics: Numerics, layers: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, schemes: dict[str, Scheme | None], numerics: Numerics, layers: int) -> None:
         self.activation = config.activation
 
         def linear(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Linear:
-            return Linear(
-                shape, axes, scheme=schemes[name], numerics=numerics, bias=config.mlp_bias, layers=layers
-            )
+            return Linear(shape, axes, scheme=schemes[name], numerics=numerics, bias=config.mlp_bias, layers=layers)
 
         wide = (config.ffn_size, config.hidden_size)
         self.gate_proj = linear("gate_proj", wide, ("ffn", "embed"))

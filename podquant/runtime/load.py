@@ -143,9 +143,7 @@ def _windows(source: WeightSource, module: str) -> Iterator[tuple[int, Array | Q
         yield start, source.read_weight(module, start, min(start + rows, shape[0]))
 
 
-def _place(
-    model: Model, layer: int, start: int, window: Array | QArray, buffers: Mapping[str, _Buffer]
-) -> None:
+def _place(model: Model, layer: int, start: int, window: Array | QArray, buffers: Mapping[str, _Buffer]) -> None:
     weight = buffers["weight"]
     stacked = weight.leaf.axes[0] == "layers"
     values = window.codes if isinstance(window, QArray) else window
@@ -206,4 +204,3 @@ def _disk_shape(config: ModelConfig, leaf: Leaf) -> tuple[int, ...]:
         "head_dim": config.head_dim,
     }
     return tuple(sizes[axis] for axis in leaf.axes if axis != "layers")
-

@@ -256,10 +256,7 @@ def _scores(decoder: Decoder, hidden: jax.Array, targets: jax.Array, vocab_size:
     tile = min(_SCORE_ROWS, batch * length)
 
     def score(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = decoder.logits(pair[0])
-        width = logits.shape[1]
-        ids = jax.lax.axis_index("tp") * width + jnp.arange(width, dtype=jnp.int32)
-        return log_probabilities(jnp.where(ids[None, :] < vocab_size, logits, -jnp.inf), pair[1], num_top)
+        return log_probabilities(decoder.logits(pair[0]), pair[1], vocab_size, num_top)
 
     tiles = (hidden.reshape(-1, tile, hidden.shape[-1]), targets.reshape(-1, tile))
     logprobs, top_tokens, top_logprobs = jax.lax.map(score, tiles)

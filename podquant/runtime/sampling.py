@@ -1,7 +1,8 @@
 """Choosing the next token on the devices, from logits whose vocabulary is shared out among the shards.
 
-No shard ever holds all logits: what crosses shards is one candidate a shard, and a few sums. top-k and top-p are exact: their
-thresholds are found by bisection over the bits of the logits, without a sort.
+Two collectives in all, whatever the rows ask for: one turns the shards' columns of all rows into all columns of a few
+rows each, one gives every shard the tokens chosen. Between them a shard works on its own rows alone. top-k and top-p are
+exact: their thresholds are found by bisection over the bits of the logits, without a sort.
 """
 
 from __future__ import annotations
@@ -56,63 +57,75 @@ def sample(logits: jax.Array, how: Sampling, vocab_size: int, num_top: int) -> S
     Returns:
         The same on every shard.
     """
-    token_ids = _token_ids(logits)
-    logits = jnp.where(token_ids[None, :] < vocab_size, logits, -jnp.inf)
-    random = how.temperature > 0.0
-    scores = jax.lax.cond(jnp.any(random), lambda: _perturbed(logits, how), lambda: logits)
-    tokens = _argmax(jnp.where(random[:, None], scores, logits), token_ids)
-    batch = logits.shape[0]
+    rows = _spread(logits)[:, :vocab_size]
+    mine = jax.tree.map(_own, how)
+    random = mine.temperature > 0.0
+    scores = jax.lax.cond(jnp.any(random), lambda: _perturbed(rows, mine), lambda: rows)
+    tokens = jnp.argmax(jnp.where(random[:, None], scores, rows), axis=-1).astype(jnp.int32)
+    count = rows.shape[0]
     logprobs, top_tokens, top_logprobs = jax.lax.cond(
-        jnp.any(how.wants_logprobs),
-        lambda: log_probabilities(logits, tokens, num_top),
+        jnp.any(mine.wants_logprobs),
+        lambda: _log_probabilities(rows, tokens, num_top),
         lambda: (
-            jnp.zeros((batch,), jnp.float32),
-            jnp.zeros((batch, num_top), jnp.int32),
-            jnp.zeros((batch, num_top), jnp.float32),
+            jnp.zeros((count,), jnp.float32),
+            jnp.zeros((count, num_top), jnp.int32),
+            jnp.zeros((count, num_top), jnp.float32),
         ),
     )
-    return Sampled(tokens, logprobs, top_tokens, top_logprobs)
+    return Sampled(*_collect(logits.shape[0], tokens, logprobs, top_tokens, top_logprobs))
 
 
-def log_probabilities(logits: jax.Array, tokens: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def log_probabilities(
+    logits: jax.Array, tokens: jax.Array, vocab_size: int, num_top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities under softmax(logits), natural logarithm.
 
     Args:
-        logits: this shard's [B, V / tp] float32, padding at -inf.
+        logits: this shard's [B, V / tp] float32.
         tokens: int32 [B].
+        vocab_size: the true V; columns from there on are padding.
         num_top: n.
 
     Returns:
-        Of `tokens` [B]; ids [B, n] and log-probabilities [B, n] of the most likely, best first.
+        Of `tokens` [B]; ids [B, n] and log-probabilities [B, n] of the most likely, best first. The same on every shard.
     """
-    token_ids = _token_ids(logits)
-    best = logits.max(axis=-1)
-    own = jnp.where(token_ids[None, :] == tokens[:, None], logits, -jnp.inf).max(axis=-1)
-    count = min(num_top, logits.shape[1])
-    top, index = jax.lax.top_k(logits, count)
-    total = jnp.exp(logits - best[:, None]).sum(axis=-1)
-    best, total, own, top, index = jax.lax.all_gather((best, total, own, top, token_ids[index]), TP)
-    peak = best.max(axis=0)
-    normalizer = peak + jnp.log((total * jnp.exp(best - peak[None, :])).sum(axis=0))
-    merged = top.transpose(1, 0, 2).reshape(top.shape[1], -1)
-    merged_ids = index.transpose(1, 0, 2).reshape(top.shape[1], -1)
-    top, order = jax.lax.top_k(merged, min(num_top, merged.shape[1]))
-    ids = jnp.take_along_axis(merged_ids, order, axis=1)
+    found = _log_probabilities(_spread(logits)[:, :vocab_size], _own(tokens), num_top)
+    logprobs, top_tokens, top_logprobs = _collect(logits.shape[0], *found)
+    return logprobs, top_tokens, top_logprobs
+
+
+def _log_probabilities(rows: jax.Array, tokens: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    normalizer = jax.nn.logsumexp(rows, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(rows, tokens[:, None], axis=1)
+    top, ids = jax.lax.top_k(rows, min(num_top, rows.shape[1]))
     pad = ((0, 0), (0, num_top - top.shape[1]))
-    top_logprobs = jnp.pad(top - normalizer[:, None], pad, constant_values=-jnp.inf)
-    return own.max(axis=0) - normalizer, jnp.pad(ids, pad), top_logprobs
+    top_logprobs = jnp.pad(top - normalizer, pad, constant_values=-jnp.inf)
+    return (own - normalizer)[:, 0], jnp.pad(ids, pad), top_logprobs
 
 
-def _token_ids(logits: jax.Array) -> jax.Array:
-    width = logits.shape[1]
-    return jax.lax.axis_index(TP) * width + jnp.arange(width, dtype=jnp.int32)
+def _spread(logits: jax.Array) -> jax.Array:
+    """From all rows of this shard's columns [B, V / tp] to all columns of this shard's rows [ceil(B / tp), V]."""
+    padding = -logits.shape[0] % jax.lax.axis_size(TP)
+    return jax.lax.all_to_all(jnp.pad(logits, ((0, padding), (0, 0))), TP, split_axis=0, concat_axis=1, tiled=True)
 
 
-def _argmax(scores: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """The best-scored token of each row over all shards; the lowest id among equals."""
-    local = jnp.argmax(scores, axis=-1)
-    best, ids = jax.lax.all_gather((scores.max(axis=-1), token_ids[local]), TP)  # [tp, B]
-    return jnp.take_along_axis(ids, jnp.argmax(best, axis=0)[None, :], axis=0)[0]
+def _own(values: jax.Array) -> jax.Array:
+    """This shard's rows [ceil(B / tp)] of values [B] that every shard has; rows from B on are zero."""
+    shards = jax.lax.axis_size(TP)
+    values = jnp.pad(values, (0, -values.shape[0] % shards)).reshape(shards, -1)
+    return values[jax.lax.axis_index(TP)]
+
+
+def _collect(batch: int, *parts: jax.Array) -> list[jax.Array]:
+    """From this shard's rows of each part to all `batch` rows, on every shard; parts are of 32 bits an element."""
+    columns = [jax.lax.bitcast_convert_type(part.reshape(part.shape[0], -1), jnp.int32) for part in parts]
+    words = jax.lax.all_gather(jnp.concatenate(columns, axis=1), TP, tiled=True)[:batch]
+    collected, start = [], 0
+    for part, column in zip(parts, columns, strict=True):
+        values = jax.lax.bitcast_convert_type(words[:, start : start + column.shape[1]], part.dtype)
+        collected.append(values.reshape(batch, *part.shape[1:]))
+        start += column.shape[1]
+    return collected
 
 
 def _perturbed(logits: jax.Array, how: Sampling) -> jax.Array:
@@ -121,14 +134,9 @@ def _perturbed(logits: jax.Array, how: Sampling) -> jax.Array:
     filtered = (how.top_k > 0) | (how.top_p < 1.0) | (how.min_p > 0.0)
     scaled = jax.lax.cond(jnp.any(filtered), lambda: _filter(scaled, how), lambda: scaled)
     width = logits.shape[1]
-    total = width * jax.lax.axis_size(TP)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), position)
-        # One stream over the whole vocabulary, of which each shard takes its part: the same draw at any tp_size.
-        return jax.lax.dynamic_slice_in_dim(
-            jax.random.gumbel(key, (total,), jnp.float32), jax.lax.axis_index(TP) * width, width
-        )
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (width,), jnp.float32)
 
     return scaled + jax.vmap(noise)(how.seeds, how.positions)
 
@@ -136,11 +144,11 @@ def _perturbed(logits: jax.Array, how: Sampling) -> jax.Array:
 def _filter(logits: jax.Array, how: Sampling) -> jax.Array:
     """Set what top_k, then top_p, then min_p leave out to -inf."""
     order = _ordered_bits(logits)
-    best = jax.lax.pmax(logits.max(axis=-1, keepdims=True), TP)
+    best = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - best)
     keep = order >= _threshold(order, jnp.ones_like(weights), how.top_k.astype(jnp.float32), how.top_k > 0)[:, None]
     weights = jnp.where(keep, weights, 0.0)
-    mass = how.top_p * jax.lax.psum(weights.sum(axis=-1), TP)
+    mass = how.top_p * weights.sum(axis=-1)
     keep &= order >= _threshold(order, weights, mass, how.top_p < 1.0)[:, None]
     keep &= weights >= how.min_p[:, None]
     return jnp.where(keep, logits, -jnp.inf)
@@ -158,7 +166,7 @@ def _threshold(order: jax.Array, weights: jax.Array, target: jax.Array, active: 
     def body(step: jax.Array, found: jax.Array) -> jax.Array:
         candidate = found | (jnp.uint32(1) << (31 - step).astype(jnp.uint32))
         mass = jnp.where(order >= candidate[:, None], weights, 0.0).sum(axis=-1)
-        return jnp.where(jax.lax.psum(mass, TP) >= target, candidate, found)
+        return jnp.where(mass >= target, candidate, found)
 
     found = jax.lax.fori_loop(0, 32, body, jnp.zeros(order.shape[0], jnp.uint32))
     return jnp.where(active, found, jnp.uint32(0))

@@ -1,0 +1,50 @@
+"""What an engine is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to load a model and run it.
+
+    Attributes:
+        model_path: a directory with an artifact or a Hugging Face checkpoint, or a Hugging Face id.
+        quantization_config_path: quantize a checkpoint by these rules while loading it.
+        tp_size: devices to cut the model over.
+        device: the JAX platform.
+        dtype: of activations and unquantized weights; `auto` takes the checkpoint's (float16 becomes bfloat16).
+        max_running_requests: sequences that are computed at a time.
+        max_waiting_requests: requests that may wait for their turn; one more is refused.
+        max_total_tokens: tokens the KV cache holds; None: what `mem_fraction_static` leaves, or 32,768 on a CPU.
+        context_length: tokens of prompt and output together; None: what the model was trained for.
+        chunked_prefill_size: prompt tokens of one prefill step; a power of two.
+        page_size: tokens of a KV-cache page; a power of two up to 256.
+        mem_fraction_static: share of a device's memory for weights and KV cache.
+        random_seed: from which requests without a seed draw theirs.
+        skip_tokenizer_init: serve token ids only.
+        skip_server_warmup: compile each shape at its first use instead of before the first request.
+        max_logprobs: the most log-probabilities of top tokens a request may ask for at a position.
+        revision, download_dir: of a Hugging Face id, as in `huggingface_hub`.
+    """
+
+    model_path: str
+    quantization_config_path: str | None = None
+    tp_size: int = 1
+    device: Literal["tpu", "cpu", "cuda"] = "tpu"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_running_requests: int = 8
+    max_waiting_requests: int = 1024
+    max_total_tokens: int | None = None
+    context_length: int | None = None
+    chunked_prefill_size: int = 256
+    page_size: int = 64
+    mem_fraction_static: float = 0.85
+    random_seed: int = 0
+    skip_tokenizer_init: bool = False
+    skip_server_warmup: bool = False
+    max_logprobs: int = 20
+    revision: str | None = None
+    download_dir: str | None = None
