@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from podquant.model.config import ModelConfig
 from podquant.model.linear import Linear, project
 from podquant.model.matmul import Numerics
 
-_ACTIVATIONS = {
+_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),

@@ -38,7 +38,7 @@ def _llama3(rope: RopeConfig, base: NDArray[np.float64]) -> NDArray[np.float64]:
     original = rope.parameters["original_max_position_embeddings"]
     wavelength = 2 * math.pi / base
     smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    return (1 - smooth) * base / rope.parameters["factor"] + smooth * base
+    return np.asarray((1 - smooth) * base / rope.parameters["factor"] + smooth * base)
 
 
 def _yarn(rope: RopeConfig, base: NDArray[np.float64], head_dim: int) -> NDArray[np.float64]:
@@ -54,7 +54,7 @@ def _yarn(rope: RopeConfig, base: NDArray[np.float64], head_dim: int) -> NDArray
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
-    return base / rope.parameters["factor"] * ramp + base * (1 - ramp)
+    return np.asarray(base / rope.parameters["factor"] * ramp + base * (1 - ramp))
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:

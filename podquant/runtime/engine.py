@@ -53,7 +53,6 @@ class _Client:
     processor: OutputProcessor
     on_output: OnOutput
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    told_prompt: bool = False
 
 
 class Engine:
@@ -194,8 +193,8 @@ class Engine:
             raise self._stopped()
         if request.id in self._clients:
             raise RequestError(f"A request with id {request.id!r} is running already.", "id")
-        sequence = self._scheduler.add(request)
-        self._clients[request.id] = _Client(sequence, OutputProcessor(request, self.tokenizer, self._eos), on_output)
+        processor = OutputProcessor(request, self.tokenizer, self._eos)
+        self._clients[request.id] = _Client(self._scheduler.add(request), processor, on_output)
         self._num_prompt_tokens += len(request.prompt_ids)
 
     def _abort(self, request_id: str) -> None:
@@ -261,16 +260,23 @@ class Engine:
         if client is None:
             return
         if step.start == 0:
-            client.prompt_logprobs = [None]  # again, if the sequence was preempted half-way
+            client.prompt_logprobs = [None]  # anew, if the sequence was preempted half-way
         client.prompt_logprobs += result.prompt_logprobs
-        if step.is_last and request.params.max_tokens == 0:
-            del self._clients[request.id]
-            self._emit(client, Output(request.id, finish_reason=FinishReason.LENGTH))
+        if not step.is_last:
+            return
+        if request.params.prompt_logprobs is not None and step.sequence.num_generated == 0:
+            client.processor.add_prompt_logprobs(tuple(client.prompt_logprobs))
+        if request.params.max_tokens == 0:
+            self._end(client, FinishReason.LENGTH)
+
+    def _end(self, client: _Client, reason: FinishReason, error: str | None = None) -> None:
+        del self._clients[client.sequence.request.id]
+        self._scheduler.finish(client.sequence)
+        output = client.processor.finish(reason, error)
+        if output is not None:
+            self._emit(client, output)
 
     def _emit(self, client: _Client, output: Output) -> None:
-        if client.sequence.request.params.prompt_logprobs is not None and not client.told_prompt:
-            output = replace(output, prompt_logprobs=tuple(client.prompt_logprobs))
-            client.told_prompt = True
         try:
             client.on_output(output)
         except Exception:
@@ -280,10 +286,8 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, why: str) -> None:
         self._accepting = False
-        for request_id, client in list(self._clients.items()):
-            self._clients.pop(request_id)
-            self._scheduler.finish(client.sequence)
-            self._emit(client, Output(request_id, finish_reason=reason, error=why))
+        for client in list(self._clients.values()):
+            self._end(client, reason, why)
 
 
 def _sequences(dispatched: Dispatched) -> tuple[Sequence, ...]:

@@ -1,7 +1,7 @@
 """Weights from a source onto the devices of a mesh, in row windows.
 
-Each byte is read once. The host holds one window at a time; the devices hold the arrays the programs take and a window, and
-never a weight in its original dtype beside its quantized one.
+Each byte is read once. The host holds one window at a time; the devices hold the arrays the programs take and a window,
+and never a weight in its original dtype beside its quantized one.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
     if values.dtype == dtype:
         return values
     if values.dtype == ml_dtypes.float8_e4m3fn:
-        return _FP8_VALUES.astype(dtype)[values.view(np.uint8)]
+        return np.asarray(_FP8_VALUES.astype(dtype)[values.view(np.uint8)])
     return values.astype(dtype)
 
 

@@ -24,13 +24,15 @@ class SamplingParams:
         min_tokens: no stop token, end token or stop string ends the output before this many tokens.
         temperature: 0 is greedy.
         top_p, top_k, min_p: 1.0, 0 (or -1) and 0.0 leave the distribution whole; applied in the order k, p, min_p.
-        frequency_penalty, presence_penalty, repetition_penalty: over generated tokens (the last: over prompt tokens too).
+        frequency_penalty, presence_penalty: over generated tokens.
+        repetition_penalty: over prompt tokens too.
         logit_bias: token id → value added to its logit.
         seed: None draws one; the same seed repeats the output.
         stop: strings that end the output, themselves left out.
         stop_token_ids: tokens that end the output, beside the model's own end tokens.
         ignore_eos: the model's end tokens do not end the output.
-        logprobs: number of most likely tokens to report at each generated position, 0 for only the chosen; None for nothing.
+        logprobs: number of most likely tokens to report at each generated position, 0 for only the chosen; None for
+            nothing.
         prompt_logprobs: the same for each prompt position but the first.
     """
 

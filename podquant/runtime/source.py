@@ -46,7 +46,7 @@ class WeightSource(Protocol):
         """A tensor's shape, None if there is no such tensor."""
 
     def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
-        """Rows of a module's weight matrix [out, in]; bounds of a block scheme are multiples of its rows, or the end."""
+        """Rows of a module's weight [out, in]; under a block scheme from a multiple of its rows to one, or the end."""
 
     def read_tensor(self, name: str) -> Array:
         """A whole small tensor: a norm, a bias."""
@@ -71,8 +71,8 @@ class CheckpointSource:
         if method:
             name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
             raise UnsupportedModelError(
-                f"{checkpoint.store.uri}/config.json: the checkpoint is already quantized (quant_method {name}); podquant "
-                "serves plain checkpoints and its own artifacts: serve or convert the original"
+                f"{checkpoint.store.uri}/config.json: the checkpoint is already quantized (quant_method {name}); "
+                "podquant serves plain checkpoints and its own artifacts: serve or convert the original"
             )
         self._checkpoint = checkpoint
         self.resolution: Resolution | None = None

@@ -41,8 +41,8 @@ def start_engine(options: EngineOptions, on_load: Callable[[int, int], None] = l
         on_load: called with the bytes read so far and in all.
 
     Raises:
-        ConfigError, CheckpointError, ArtifactError, MeshError, CapacityError, StorageError: before weights are read where
-            that is possible.
+        ConfigError, CheckpointError, ArtifactError, MeshError, CapacityError, StorageError: before weights are read
+            where that is possible.
     """
     _check(options)
     rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
@@ -96,7 +96,7 @@ def _start(options: EngineOptions, path: str, source: WeightSource, on_load: Cal
         vocab_size=config.vocab_size,
         context_length=context_length,
         max_logprobs=min(options.max_logprobs, config.vocab_size),
-        eos_token_ids=frozenset(tokenizer.eos_token_ids if tokenizer else config.eos_token_ids),
+        eos_token_ids=frozenset(tokenizer.eos_ids if tokenizer else config.eos_token_ids),
         random_seed=options.random_seed,
     )
 
@@ -133,8 +133,8 @@ def _cache_shape(options: EngineOptions, model: Model, mesh: Mesh, context_lengt
     num_pages = tokens // options.page_size
     if num_pages < 1:
         raise CapacityError(
-            f"the KV cache would hold {max(tokens, 0)} tokens, less than one page of {options.page_size}: the weights leave "
-            "no room; raise --mem-fraction-static, use more devices, or quantize the weights"
+            f"the KV cache would hold {max(tokens, 0)} tokens, less than one page of {options.page_size}: the weights "
+            "leave no room; raise --mem-fraction-static, use more devices, or quantize the weights"
         )
     return CacheShape(num_pages + 1, options.page_size, options.max_running_requests, context_length)
 
