@@ -6,9 +6,14 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from podquant.errors import ConfigError
+
 if TYPE_CHECKING:
     from podquant.checkpoint.index import Checkpoint
     from podquant.convert.plan import Plan
+
+
+_MOST_WORKERS = 8  # by default: each takes some GB/s, more than most storage gives
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +32,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         metavar="N",
         type=positive,
-        default=os.cpu_count() or 1,
+        default=min(len(os.sched_getaffinity(0)), _MOST_WORKERS),
         help="threads that read and quantize (%(default)s)",
     )
 
@@ -54,6 +59,11 @@ def open_source(arguments: argparse.Namespace) -> tuple[Checkpoint, Plan]:
 def locate(arguments: argparse.Namespace) -> tuple[str, str]:
     """The local directory of MODEL, and a name for it that is the same on every machine."""
     if os.path.exists(arguments.model) or "://" in arguments.model or arguments.model.startswith((".", "/", "~")):
+        if arguments.revision is not None or arguments.download_dir is not None:
+            raise ConfigError(
+                f"--revision and --download-dir are for Hugging Face ids, but {arguments.model} is a local directory: "
+                "leave them out"
+            )
         return arguments.model, os.path.basename(os.path.abspath(os.path.expanduser(arguments.model)))
     from podquant.storage.hub import download_model
 

@@ -59,7 +59,8 @@ def convert(
         NonFiniteWeightError: names the tensor, the row and the file.
     """
     replaces = check_target(target, overwrite=overwrite)
-    with Publication(f"{target.rstrip('/')}.new" if replaces else target) as publication:
+    place = Publication(target).uri
+    with Publication(f"{place}.new" if replaces else place) as publication:
         _check_space(publication.uri, plan)
         with Workbench(plan, workers=workers, window_bytes=window_bytes) as bench:
             if plan.redundant is not None:
@@ -68,7 +69,7 @@ def convert(
         copied = {name: _copy(checkpoint, name, size, publication) for name, size in plan.copied.items()}
         manifest = commit(plan, receipts, copied, publication)
     if replaces:
-        replace_directory(publication.uri, target)
+        replace_directory(publication.uri, place)
     return Result(manifest, _quality(receipts))
 
 

@@ -99,21 +99,21 @@ def _check_layers(where: str, config: Mapping[str, Any], matrices: Mapping[str, 
     for info in matrices.values():
         if match := _LAYER.match(info.name):
             stacks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
-    if not stacks:
+    count = config.get("num_hidden_layers")
+    if not stacks or not isinstance(count, int):
         return
     stack, layers = max(stacks.items(), key=lambda item: len(item[1]))
-    count = config.get("num_hidden_layers")
-    if isinstance(count, int):
-        for number in range(count):
-            if number not in layers:
-                raise CheckpointError(
-                    f"{where}: layer {stack}.{number} is missing: config.json says num_hidden_layers: {count}, the "
-                    f"files hold {len(layers)} layers. Copy the checkpoint again"
-                )
-    fullest = max(layers, key=lambda number: len(layers[number]))
-    for number, names in layers.items():
-        if names < layers[fullest]:
-            missing = min(layers[fullest] - names)
+    for number in range(count):
+        if number not in layers:
+            raise CheckpointError(
+                f"{where}: layer {stack}.{number} is missing: config.json says num_hidden_layers: {count}, the "
+                f"files hold {len(layers)} layers. Copy the checkpoint again"
+            )
+    # Layers beyond the count are of another kind (they predict further tokens) and hold more.
+    fullest = max(range(count), key=lambda number: len(layers[number]), default=0)
+    for number in range(count):
+        if layers[number] < layers[fullest]:
+            missing = min(layers[fullest] - layers[number])
             raise CheckpointError(
                 f"{where}: {stack}.{number}.{missing} is missing: {stack}.{fullest} has it, and all else that "
                 f"{stack}.{number} has. Copy the checkpoint again"

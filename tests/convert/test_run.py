@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
@@ -334,3 +335,20 @@ def test_an_interrupt_leaves_nothing(source: Any, tmp_path: Path) -> None:
         convert(checkpoint, plan, str(tmp_path / "out"), workers=3, window_bytes=512, on_progress=interrupt)
     assert_nothing_left(tmp_path)
     assert threading.active_count() == before
+
+
+def test_codes_that_are_nan_are_found_by_verify(source: Any, tmp_path: Path) -> None:
+    """Spoilt with its checksum put right: only the value tells."""
+    checkpoint, plan = source.plan("fp8.yaml")
+    convert(checkpoint, plan, str(tmp_path / "out"), workers=1)
+    file = tmp_path / "out" / plan.units[0].file
+    data = bytearray(file.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little") + 5 * 32] = 0xFF  # row 5 of the first tensor
+    file.write_bytes(data)
+    manifest = tmp_path / "out/podquant.json"
+    document = json.loads(manifest.read_text())
+    document["files"][file.name]["crc32c"] = f"{google_crc32c.value(bytes(data)):08x}"
+    manifest.write_text(json.dumps(document))
+    assert verify_artifact(str(tmp_path / "out")) == [
+        f"{tmp_path}/out: model.embed_tokens.weight: row 5 holds NaN, which no code may be"
+    ]

@@ -61,6 +61,15 @@ def test_layers_that_differ_on_purpose_are_no_loss(make_source: Callable[..., An
     assert "model.layers.1.mlp.experts.0.up_proj" in read_contents(Checkpoint.open(str(source.path))).modules
 
 
+def test_a_layer_beyond_the_count_may_hold_more(make_source: Callable[..., Any]) -> None:
+    """DeepSeek stores the layer that predicts a second token as one more, with projections of its own."""
+    extra = dict.fromkeys(("eh_proj", "mlp.up_proj"), MATRIX)
+    source = make_source(
+        {f"model.layers.1.{name}.weight": matrix for name, matrix in extra.items()}, num_hidden_layers=1
+    )
+    assert "model.layers.1.eh_proj" in read_contents(Checkpoint.open(str(source.path))).modules
+
+
 @pytest.mark.parametrize(
     ("says", "tied"), [({"tie_word_embeddings": True}, True), ({"tie_word_embeddings": None}, False)]
 )

@@ -1,0 +1,50 @@
+"""Plans and figures as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from podquant.convert.report import plan_lines, quality_lines, size_text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (3_080_000_000, "3.08 GB"), (10**16, "10000.00 TB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size_text(count) == text
+
+
+def test_a_plan_tells_modules_units_and_memory(source: Any) -> None:
+    _, plan = source.plan("int8_keep_embedding.yaml")
+    text = "\n".join(plan_lines(plan, workers=2))
+    assert "source   source: 2 files" in text
+    assert "model.layers.*.mlp.up_proj       2      int8 weight-only" in text
+    assert "lm_head                          1      kept" in text
+    assert f"writes {size_text(plan.bytes_out)}" in text
+    assert "warning" not in text
+
+
+def test_a_plan_warns(make_source: Callable[..., Any]) -> None:
+    rules = "quantization:\n  dense:\n    rules:\n      - {module_path: 'model.layer.*q_prj', weight_dtype: int8}\n"
+    source = make_source(tie_word_embeddings=True)
+    text = "\n".join(plan_lines(source.plan(rules)[1], workers=1))
+    assert "warning: rules.yaml:4" in text
+    assert "note: lm_head.weight is left out: config.json ties it to model.embed_tokens.weight" in text
+    assert "warning: nothing is quantized" in text
+
+
+def test_quality_is_summed_up_by_kind_of_weight() -> None:
+    def figures(sqnr: float | None) -> dict[str, Any]:
+        return {"sqnr_db": sqnr, "max_error_ratio": 0.004, "zeros_share": 0.01, "scale_min": 1e-3, "scale_max": 2e-3}
+
+    lines = quality_lines({"l.0.w": figures(40), "l.1.w": figures(42), "head": figures(None)})
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["l.*.w", "2", "41.00", "40.00"],
+        ["head", "1", "exact", "exact"],
+        ["all", "3", "41.00", "40.00"],
+    ]
+    assert quality_lines({}) == []
