@@ -1,0 +1,115 @@
+"""A checkpoint's chat template, rendered as transformers renders it. Knows Jinja; knows nothing about tokens' ids.
+
+Templates come with the weights, from strangers, so they run in Jinja's immutable sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from podquant.errors import CheckpointError, RequestError
+
+
+class ChatTemplate:
+    """One template, or several by name: `tool_use` serves requests with tools, `default` all others.
+
+    Args:
+        source: Jinja source, or name → source.
+        variables: what every rendering sees, such as `bos_token`.
+        where: the file it comes from, for messages.
+
+    Raises CheckpointError if a source is not a template, or none would serve as the default.
+    """
+
+    def __init__(self, source: str | Mapping[str, str], variables: Mapping[str, str], where: str) -> None:
+        sources = {"default": source} if isinstance(source, str) else source
+        if "default" not in sources:
+            raise CheckpointError(
+                f"{where}: expected a chat template named 'default', found {sorted(sources)}. Name one of them so."
+            )
+        environment = _environment()
+        self._variables = dict(variables)
+        self._where = where
+        try:
+            self._templates = {name: environment.from_string(text) for name, text in sources.items()}
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"{where}: the chat template is not valid Jinja, line {error.lineno}: {error.message}. "
+                "Fix or remove it; without one the model serves completions only."
+            ) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for `messages`; its special tokens are in it, so encode it without adding any.
+
+        `extra` holds further variables the template may know, such as `enable_thinking`. Raises RequestError with the
+        template's own words if it refuses the messages.
+        """
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        variables = self._variables | dict(extra or {})
+        try:
+            return self._templates[name].render(
+                **{**variables, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+            )
+        # whatever a stranger's template does with a stranger's messages is the request's error, not the server's
+        except Exception as error:
+            raise RequestError(
+                f"The model's chat template ({self._where}) cannot render these messages: {error}. "
+                "Check roles, their order and the type of each content.",
+                "messages",
+            ) from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what the assistant said, for training; here its body is just rendered."""
+
+    tags = {"generation"}  # noqa: RUF012  # Jinja declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=lineno)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML and sorts keys
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
