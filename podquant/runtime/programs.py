@@ -1,7 +1,7 @@
 """The compiled steps: one program for each bucket of shapes, over a mesh.
 
-A step takes weights, cache and a few small host integers, and gives the next tokens; it never waits for the host. Weights
-come in as a tuple in the order of `Model.leaves`, the cache and the last tokens are donated.
+A step takes weights, cache and a few small host integers, and gives the next tokens; it never waits for the host.
+Weights come in as a tuple in the order of `Model.leaves`, the cache and the last tokens are donated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from podquant.model.decoder import Decoder, Layout, SchemeOf, plan_layout
 from podquant.model.matmul import Numerics
 from podquant.model.parameter import Weight
 from podquant.model.rope import rotation
-from podquant.runtime.sampling import Sampled, Sampling, log_probabilities, sample
+from podquant.runtime.sampling import Sampling, log_probabilities, sample
 
 _REPLICATED = PartitionSpec()
 
@@ -65,7 +65,14 @@ NUM_INTS = 6
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The paged cache: pages in each layer (page 0 takes the writes of padding), tokens in each, rows of last tokens."""
+    """The paged cache.
+
+    Attributes:
+        num_pages: in each layer; page 0 takes the writes of padding.
+        page_size: tokens in a page.
+        num_slots: rows of last tokens, one for each sequence that runs.
+        context_length: tokens of the longest sequence.
+    """
 
     num_pages: int
     page_size: int
@@ -114,8 +121,9 @@ class Model:
             for size, axis, mesh_axis in zip(leaf.shape, leaf.axes, sharding.spec, strict=True):
                 if mesh_axis is not None and size % self.mesh.size:
                     raise MeshError(
-                        f"{'.'.join(map(str, leaf.path))}: its {size} {axis} cannot be shared out among {self.mesh.size} "
-                        "shards; a scale block must not straddle two shards: use a smaller tp_size or scales per channel"
+                        f"{'.'.join(map(str, leaf.path))}: its {size} {axis} cannot be shared out among "
+                        f"{self.mesh.size} shards; a scale block must not straddle two shards: use a smaller tp_size "
+                        "or scales per channel"
                     )
 
     def decoder(self, weights: Sequence[jax.Array]) -> Decoder:
@@ -163,8 +171,8 @@ class Bucket:
 def lower_step(model: Model, shape: CacheShape, bucket: Bucket, num_top: int) -> jax.stages.Lowered:
     """Lower the step for one bucket; compile the result to run it.
 
-    The program takes (weights, cache, last tokens, rows[, token ids [B, T][, target ids [B, T]]]) and returns (cache, last
-    tokens, Sampled[, Scores]); it donates cache and last tokens.
+    The program takes (weights, cache, last tokens, rows[, token ids [B, T][, target ids [B, T]]]) and returns (cache,
+    last tokens, Sampled[, Scores]); it donates cache and last tokens.
 
     Args:
         model: the model.
@@ -188,7 +196,8 @@ def lower_step(model: Model, shape: CacheShape, bucket: Bucket, num_top: int) ->
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         for leaf, sharding in zip(model.leaves, model.shardings, strict=True)
     )
-    return jax.jit(mapped, donate_argnums=(1, 2)).lower(weights, KVCache(keys, values), last, *inputs)
+    cache: Any = (keys, values)
+    return jax.jit(mapped, donate_argnums=(1, 2)).lower(weights, KVCache(*cache), last, *inputs)
 
 
 def _inputs(model: Model, shape: CacheShape, bucket: Bucket) -> tuple[Any, ...]:
@@ -217,7 +226,7 @@ def _step(
     decoder = model.decoder(weights)
     slots, starts, lengths, top_k, seeds, wants = (rows.ints[:, i] for i in range(NUM_INTS))
     tokens = last_tokens[slots][:, None] if bucket.is_decode else given[0]
-    at = _positions(model, shape, starts, lengths, rows.ints[:, NUM_INTS:], bucket.length)
+    at = step_positions(model, shape, starts, lengths, rows.ints[:, NUM_INTS:], bucket.length)
     hidden, cache = decoder.hidden(tokens, cache, at)
     by_row = hidden.reshape(bucket.batch, bucket.length, -1)
     last = jnp.take_along_axis(by_row, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -230,7 +239,7 @@ def _step(
     return cache, last_tokens, sampled, _scores(decoder, hidden, given[1], model.config.vocab_size, num_top)
 
 
-def _positions(
+def step_positions(
     model: Model, shape: CacheShape, starts: jax.Array, lengths: jax.Array, page_table: jax.Array, length: int
 ) -> Positions:
     offsets = jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -290,5 +299,6 @@ def pack_rows(
         ints[row, :NUM_INTS] = head
         ints[row, NUM_INTS : NUM_INTS + len(pages)] = pages
     packed: NDArray[np.float32] = np.zeros((batch, 3), np.float32)
-    packed[: len(floats)] = floats
+    if floats:
+        packed[: len(floats)] = floats
     return Rows(ints, packed)
