@@ -170,8 +170,12 @@ def plan_conversion(
             f"{rules.name}: is_static_checkpoint says that the checkpoint is already quantized, but "
             f"{checkpoint.store.uri} is not. Use a file without it"
         )
-    resolution = rules.resolve(list(contents.modules), tied_embeddings=contents.tied)
-    modules = {name: ModuleRule(each.scheme, each.rule) for name, each in resolution.decisions.items()}
+    resolution = rules.resolve([*contents.modules, *contents.fused], tied_embeddings=contents.tied)
+    decisions = {name: ModuleRule(each.scheme, each.rule) for name, each in resolution.decisions.items()}
+    for name, info in contents.fused.items():
+        if decisions[name].scheme is not None:
+            _check_quantizable(checkpoint, info, decisions[name])
+    modules = {name: decisions[name] for name in contents.modules}
     tensors = _plan_tensors(checkpoint, contents, modules)
     runs = list(_runs(tensors, unit_bytes))
     config = dict(checkpoint.config)

@@ -26,12 +26,14 @@ class Contents:
     Attributes:
         tensors: by name, in the order of the source.
         modules: the module of every weight matrix → its tensor, in the same order.
+        fused: the routed experts of a layer stored as one tensor, `…mlp.experts.down_proj`, by name.
         tied: lm_head shares the embedding's tensor.
         redundant: an lm_head stored beside the embedding it is tied to, left out → that embedding.
     """
 
     tensors: Mapping[str, TensorInfo]
     modules: Mapping[str, TensorInfo]
+    fused: Mapping[str, TensorInfo]
     tied: bool
     redundant: tuple[TensorInfo, TensorInfo] | None
 
@@ -79,7 +81,12 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     tensors = {
         name: info for name, info in checkpoint.tensors.items() if redundant is None or name != redundant[0].name
     }
-    return Contents(tensors, matrices, tied, redundant)
+    fused = {
+        name: info
+        for name, info in tensors.items()
+        if module_of(name) is None and len(info.shape) >= 3 and kind_of(name) == "expert"
+    }
+    return Contents(tensors, matrices, fused, tied, redundant)
 
 
 def _refuse_quantized(where: str, config: Mapping[str, Any]) -> None:

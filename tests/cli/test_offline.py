@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +105,57 @@ def test_an_error_is_one_line_and_status_1(
 ) -> None:
     filled = [argument.format(model=model, out=tmp_path / "out") for argument in arguments]
     assert main(["convert", *filled]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change the header of model.safetensors, and nothing after it."""
+
+    def spoil(model: Path) -> None:
+        data = (model / "model.safetensors").read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return spoil
+
+
+def cut(model: Path) -> None:
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-9])
+
+
+def index(model: Path) -> None:
+    """An index that names a tensor more than the file holds."""
+    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head", "model.norm")
+    weight_map = {f"{name}.weight": "model.safetensors" for name in names}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, "It is truncated: copy it again"),
+        (
+            rewrite(lambda header: header["model.embed_tokens.weight"].update(data_offsets=[128, 384])),
+            "overlaps tensor",
+        ),
+        (rewrite(lambda header: header["lm_head.weight"].update(shape=[16, 9])), "takes 288 bytes, but data_offsets"),
+        (rewrite(lambda header: header["lm_head.weight"].update(dtype="F4")), "unknown dtype 'F4'"),
+        (rewrite(lambda header: header.pop("lm_head.weight")), "leaves a hole of 256 bytes"),
+        (index, "does not hold the tensor the index places there: model.norm.weight"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], message: str
+) -> None:
+    spoil(model)
+    assert main(["convert", str(model), str(tmp_path / "out"), RULES, "int8.yaml"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err

@@ -112,6 +112,10 @@ def test_rules_that_decide_nothing(source: Any) -> None:
     [
         ({"lm_head.weight": np.ones((4, 32), np.float64)}, "lm_head.weight: is float64; only bfloat16, .* int8.yaml:"),
         ({"extra.weight": np.ones((2, 4, 8), np.float32)}, r"extra.weight: has the shape \[2, 4, 8\]; only matrices"),
+        (
+            {"a.mlp.experts.up_proj": np.ones((2, 4, 8), np.float32)},
+            r"experts.up_proj: has the shape \[2, 4, 8\]; only",
+        ),
         ({"extra.weight": np.ones((0, 8), np.float32)}, r"extra.weight: has the shape \[0, 8\]; only matrices"),
     ],
 )
@@ -120,6 +124,13 @@ def test_what_cannot_be_quantized_is_named_with_its_rule(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         make_source(changes).plan("int8.yaml")
+
+
+def test_fused_experts_may_be_kept(make_source: Callable[..., Any]) -> None:
+    source = make_source({"a.mlp.experts.up_proj": np.ones((2, 4, 8), np.float32)})
+    _, plan = source.plan(BLOCKS)
+    assert "a.mlp.experts.up_proj" in {entry[0] for unit in plan.units for entry in unit.entries}
+    assert "a.mlp.experts.up_proj" not in plan.modules
 
 
 def test_rules_for_a_quantized_checkpoint_do_not_fit(source: Any) -> None:
