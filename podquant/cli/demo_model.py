@@ -216,5 +216,6 @@ def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
         "chat_template": fields["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
         "model_max_length": fields["llama.context_length"],
-        "tokenizer_class": "GPT2Tokenizer",
+        # transformers 5 would give a GPT2Tokenizer its own pre-tokenizer, without the split at digits
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
