@@ -17,6 +17,7 @@ from podquant.errors import PodquantError
 
 COMMANDS = {
     "convert": "quantize a checkpoint into an artifact",
+    "serve": "serve an artifact or a checkpoint over HTTP",
     "plan": "show what convert would do, without doing it",
     "inspect": "show what an artifact holds and how good it is",
     "verify": "check an artifact to the last byte",

@@ -1,0 +1,175 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from podquant.runtime.engine import Engine
+from podquant.runtime.request import Output, Request, TokenLogprobs
+from podquant.server.gather import gather, usage
+from podquant.server.generation import ClientGoneError
+from podquant.server.schemas import CompletionBody
+from podquant.server.service import encode, require_tokenizer, service_of
+from podquant.server.stream import EventStream, Template, event
+from podquant.server.token_text import TokenText
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    ids: tuple[int, ...]
+    text: str
+
+
+@router.post("/v1/completions", response_model=None)
+async def complete(body: CompletionBody, http: HttpRequest) -> Response:
+    """Continue one or several prompts."""
+    service = service_of(http)
+    engine = service.require(body.model)
+    prompts = [await _read(engine, prompt) for prompt in body.prompt]
+    writer = _Writer(str(service.model_name), service.tokens, engine, body, prompts)
+    requests = [
+        Request(f"{writer.id}-{p * body.n + choice}", prompt.ids, body.params(choice))
+        for p, prompt in enumerate(prompts)
+        for choice in range(body.n)
+    ]
+    generation = service.generation(engine, http, requests)
+    if body.stream:
+        return EventStream(generation, writer)
+    try:
+        outputs = await gather(generation, len(requests))
+    except ClientGoneError:
+        return Response(status_code=499)
+    return JSONResponse(writer.whole(outputs))
+
+
+async def _read(engine: Engine, prompt: str | list[int]) -> _Prompt:
+    if isinstance(prompt, str):
+        tokenizer = require_tokenizer(engine, "prompt")
+        return _Prompt(tuple(await encode(tokenizer, prompt, add_special_tokens=True)), prompt)
+    return _Prompt(tuple(prompt), "")
+
+
+@dataclass
+class _Progress:
+    """How far a choice has come."""
+
+    has_begun: bool = False
+    offset: int = 0
+    num_tokens: int = 0
+
+
+@dataclass
+class _Logprobs:
+    """OpenAI's parallel lists."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+
+class _Writer:
+    """Writes what the choices of one HTTP request give, whole or in chunks."""
+
+    def __init__(
+        self, model: str, tokens: TokenText, engine: Engine, body: CompletionBody, prompts: Sequence[_Prompt]
+    ) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._tokenizer = engine.tokenizer
+        self._tokens = tokens
+        self._body = body
+        self._prompts = prompts
+        self._progress = [_Progress() for _ in range(len(prompts) * body.n)]
+        self._null_usage = {"usage": None} if body.stream_options.include_usage else {}
+        self._templates = [
+            Template(self._chunk(self._choice(index, Template.HOLE, None, None)))
+            for index in range(len(self._progress))
+        ]
+
+    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
+        choices = [self._render(index, output) for index, output in enumerate(outputs)]
+        return self._head | {"choices": choices, "usage": self._usage()}
+
+    def chunk(self, index: int, output: Output) -> bytes:
+        """See `Chunks`."""
+        body, progress = self._body, self._progress[index]
+        is_plain = progress.has_begun or not (body.echo or body.return_token_ids)
+        if is_plain and output.finish_reason is None and not output.logprobs and not body.return_token_ids:
+            progress.num_tokens += len(output.token_ids)
+            return self._templates[index].fill(output.text) if output.text else b""
+        return event(self._chunk(self._render(index, output)))
+
+    def end(self) -> bytes:
+        """See `Chunks`."""
+        if not self._body.stream_options.include_usage:
+            return b""
+        return event(self._head | {"choices": [], "usage": self._usage()})
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return self._head | {"choices": [choice]} | self._null_usage
+
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _render(self, index: int, output: Output) -> dict[str, Any]:
+        """A choice, or what is new of it."""
+        body, progress = self._body, self._progress[index]
+        prompt = self._prompts[index // body.n]
+        echoes = body.echo and not progress.has_begun
+        prompt_text = self._text_of(prompt) if echoes else ""
+        logprobs = self._logprobs(progress, prompt if echoes else None, len(prompt_text), output)
+        choice = self._choice(index, prompt_text + output.text, logprobs, output.finish_reason)
+        if output.finish_reason is not None:
+            choice["stop_reason"] = output.stop_reason
+        if body.return_token_ids or self._tokenizer is None:
+            choice["token_ids"] = list(output.token_ids)
+        if body.return_token_ids and not progress.has_begun:
+            choice["prompt_token_ids"] = list(prompt.ids)
+        progress.has_begun = True
+        progress.num_tokens += len(output.token_ids)
+        return choice
+
+    def _text_of(self, prompt: _Prompt) -> str:
+        return prompt.text or (self._tokenizer.decode(prompt.ids) if self._tokenizer else "")
+
+    def _logprobs(
+        self, progress: _Progress, echoed: _Prompt | None, prompt_length: int, output: Output
+    ) -> dict[str, Any] | None:
+        if self._body.logprobs is None:
+            return None
+        lists = _Logprobs()
+        if echoed is not None:
+            known = output.prompt_logprobs or (None,) * len(echoed.ids)
+            for token_id, entry in zip(echoed.ids, known, strict=True):
+                self._add(lists, progress, token_id, entry)
+            progress.offset = prompt_length  # whatever the tokens make of it when seen singly
+        for entry in output.logprobs:
+            self._add(lists, progress, entry.token_id, entry)
+        return vars(lists)
+
+    def _add(self, lists: _Logprobs, progress: _Progress, token_id: int, entry: TokenLogprobs | None) -> None:
+        lists.tokens.append(self._tokens.text(token_id))
+        lists.token_logprobs.append(entry.logprob if entry else None)
+        lists.text_offset.append(progress.offset)
+        progress.offset += self._tokens.length(token_id)
+        top: dict[str, float] | None = None
+        if entry:
+            top = {}
+            for other, logprob in (*entry.top, (token_id, entry.logprob)):
+                top.setdefault(self._tokens.text(other), logprob)  # of two tokens written alike, the likelier
+        lists.top_logprobs.append(top)
+
+    def _usage(self) -> dict[str, int]:
+        return usage(sum(len(prompt.ids) for prompt in self._prompts), sum(one.num_tokens for one in self._progress))

@@ -1,0 +1,124 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`, and never a traceback."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+
+from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
+
+_log = logging.getLogger(__name__)
+
+_RETRY = {"Retry-After": "1"}
+
+UNSUPPORTED = "unsupported_parameter"
+"""pydantic error type, and code in the body, of a parameter that is refused by name."""
+
+
+class ApiError(Exception):
+    """An error HTTP itself gives rise to, with its status and its body."""
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+
+
+def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body for one error."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+        status, "invalid_request_error" if status < 500 else "server_error"
+    )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """The response for one error."""
+    return JSONResponse(error_body(status, message, param=param, code=code), status, headers=headers)
+
+
+def response_for(error: RequestError | ApiError) -> JSONResponse:
+    """The response for a request that was refused."""
+    match error:
+        case ApiError(status=status, code=code, param=param):
+            headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+            return error_response(status, str(error), param=param, code=code, headers=headers)
+        case RequestTooLongError():
+            return error_response(413, str(error), param=error.param, code="context_length_exceeded")
+        case QueueFullError():
+            return error_response(429, str(error), code="queue_full", headers=_RETRY)
+        case EngineStoppedError():
+            return error_response(503, str(error), code="unavailable", headers=_RETRY)
+    return error_response(400, str(error), param=error.param, code="invalid_value")
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of an app take this form."""
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError | ApiError)
+    return response_for(error)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    message, param, code = describe(error.errors())
+    return error_response(400, message, param=param, code=code)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    message = {
+        404: f"There is no route {what}; GET /openapi.json lists them.",
+        405: f"{what}: the route exists, the method does not. Allowed: {(error.headers or {}).get('allow', '?')}.",
+    }.get(error.status_code, str(error.detail))
+    return error_response(error.status_code, message, headers=error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    # Starlette raises it again for the log once this is sent
+    return error_response(500, "The server failed on this request; its log says how.", code="internal_error")
+
+
+def describe(errors: Sequence[ErrorDetails | dict[str, Any]]) -> tuple[str, str | None, str]:
+    """Message, param and code for the first of pydantic's complaints about a body."""
+    error = errors[0]
+    path = [str(part) for part in error["loc"] if part != "body"]
+    param = ".".join(path) or None
+    match error["type"]:
+        case "json_invalid":
+            return f"The body is not valid JSON: {error['ctx']['error']} (byte {param}).", None, "invalid_json"
+        case "extra_forbidden":
+            return f"Unknown parameter: {param!r}. Remove it, or check its spelling.", param, "unknown_parameter"
+        case "missing" if param is None:
+            return "The body is empty: expected a JSON object.", None, "invalid_json"
+        case "missing":
+            return f"Missing parameter: {param!r} is required.", param, "missing_parameter"
+        case "unsupported_parameter" | "invalid_parameter":
+            return str(error["msg"]), error["ctx"]["param"], str(error["type"])
+    if param is None:
+        return f"The body must be a JSON object sent as application/json: {error['msg']}.", None, "invalid_value"
+    got = repr(error["input"])
+    return f"{param}: {error['msg']}; got {got if len(got) < 80 else got[:76] + ' ...'}.", param, "invalid_value"

@@ -1,0 +1,40 @@
+"""Responses that are not streamed: wait for all of a generation, then count it."""
+
+from __future__ import annotations
+
+from podquant.runtime.request import Output
+from podquant.server.generation import Generation
+
+
+async def gather(generation: Generation, num_sequences: int) -> list[Output]:
+    """Run a generation; each sequence's news as one. Raises what `Generation` does."""
+    pieces: list[list[Output]] = [[] for _ in range(num_sequences)]
+    async with generation:
+        async for batch in generation.news():
+            for index, output in batch:
+                pieces[index].append(output)
+    return [merge(outputs) for outputs in pieces]
+
+
+def merge(outputs: list[Output]) -> Output:
+    """All news of a sequence as if it had come at once."""
+    last = outputs[-1]
+    return Output(
+        last.request_id,
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        prompt_logprobs=tuple(entry for output in outputs for entry in output.prompt_logprobs),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        error=last.error,
+    )
+
+
+def usage(num_prompt: int, num_generated: int) -> dict[str, int]:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+    }

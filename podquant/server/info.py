@@ -1,0 +1,131 @@
+"""The routes that run no request: what is served, how it is doing, and text to tokens and back."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from podquant.errors import RequestError
+from podquant.server.chat import encode_chat
+from podquant.server.errors import error_response
+from podquant.server.metrics import CONTENT_TYPE
+from podquant.server.schemas import DetokenizeBody, TokenizeBody
+from podquant.server.service import encode, require_tokenizer, service_of
+
+router = APIRouter()
+metrics_router = APIRouter()
+
+_STARTED = int(time.time())
+_PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+_PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+
+
+@router.get("/health")
+async def health(http: HttpRequest) -> JSONResponse:
+    """200 while the server can serve or is loading; 503 with the reason once its engine has failed."""
+    engine = service_of(http).engine
+    if engine is not None and engine.failure is not None:
+        return error_response(503, f"The engine has failed: {engine.failure}.", code="engine_failed")
+    return JSONResponse({"status": "loading" if engine is None else "ok"})
+
+
+@router.get("/ready")
+async def ready(http: HttpRequest) -> JSONResponse:
+    """200 when requests are taken: weights loaded, shapes compiled."""
+    engine = service_of(http).engine
+    if engine is not None and engine.is_ready:
+        return JSONResponse({"status": "ready"})
+    reason = "the model is loading" if engine is None else engine.failure or "the server is shutting down"
+    return error_response(503, f"Not ready: {reason}.", code="not_ready", headers={"Retry-After": "1"})
+
+
+@metrics_router.get("/metrics")
+async def metrics(http: HttpRequest) -> Response:
+    """Prometheus' text format."""
+    return Response(service_of(http).metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@router.get("/v1/models")
+async def models(http: HttpRequest) -> JSONResponse:
+    """The one model there is."""
+    service = service_of(http)
+    engine = service.require()
+    model = {
+        "id": service.model_name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "podquant",
+        "root": engine.model_name,
+        "max_model_len": engine.context_length,
+    }
+    return JSONResponse({"object": "list", "data": [model]})
+
+
+@router.get("/get_model_info")
+async def model_info(http: HttpRequest) -> JSONResponse:
+    """The model and its limits."""
+    service = service_of(http)
+    engine = service.require()
+    return JSONResponse(
+        {
+            "model_path": engine.model_name,
+            "served_model_name": service.model_name,
+            "is_generation": True,
+            "context_length": engine.context_length,
+            "vocab_size": engine.vocab_size,
+            "max_logprobs": engine.max_logprobs,
+            "has_tokenizer": engine.tokenizer is not None,
+            "has_chat_template": engine.tokenizer is not None and engine.tokenizer.has_chat_template,
+        }
+    )
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, http: HttpRequest) -> JSONResponse:
+    """Token ids of a text or a chat."""
+    engine = service_of(http).require(body.model)
+    if body.messages is not None:
+        ids = await encode_chat(require_tokenizer(engine, "messages"), body.messages)
+    else:
+        tokenizer = require_tokenizer(engine, "prompt")
+        ids = await encode(tokenizer, body.prompt or "", add_special_tokens=body.add_special_tokens)
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.context_length})
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, http: HttpRequest) -> JSONResponse:
+    """The text of token ids."""
+    engine = service_of(http).require(body.model)
+    tokenizer = require_tokenizer(engine, "tokens")
+    wrong = next((token for token in body.tokens if token >= engine.vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"tokens holds {wrong}; this model's ids are 0 to {engine.vocab_size - 1}.", "tokens")
+    return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)})
+
+
+@router.get("/status")
+async def status(http: HttpRequest) -> JSONResponse:
+    """The live load the page shows."""
+    service = service_of(http)
+    engine = service.require()
+    stats: dict[str, Any] = vars(engine.stats())
+    return JSONResponse(stats)
+
+
+@router.get("/")
+async def page(http: HttpRequest) -> HTMLResponse:
+    """A page to chat on."""
+    name = service_of(http).model_name or "loading"
+    filled = _PAGE.replace("{{model}}", html.escape(name)).replace("{{model_json}}", _script_string(name))
+    return HTMLResponse(filled, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+
+def _script_string(text: str) -> str:
+    return json.dumps(text).replace("<", "\\u003c")  # no name may end the script

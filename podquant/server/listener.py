@@ -1,0 +1,69 @@
+"""A socket and a uvicorn in a thread of its own, so that the main thread can load a model and wait for signals."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from podquant.errors import ConfigError
+
+_BACKLOG = 2048
+
+
+class Listener:
+    """Serves an app until it is told to stop.
+
+    Args:
+        app: what to serve.
+        host, port: where; port 0 takes a free one.
+        access_log: log a line for each request.
+
+    Raises ConfigError if the address cannot be had.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, port: int, *, access_log: bool = False) -> None:
+        self._socket = _bind(host, port)
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(app, log_config=None, access_log=access_log, lifespan="on", server_header=False)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more connections; requests on the way go on. Returns at once."""
+        self._server.should_exit = True
+
+    def join(self, timeout: float) -> None:
+        """After `close`: wait for the last response, and cut off what is not read by then."""
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._server.force_exit = True
+            self._thread.join()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(_BACKLOG)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot listen there: {error.strerror}; choose an address of this machine "
+            "and a port that is free"
+        ) from error
+    return listening

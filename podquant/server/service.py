@@ -1,0 +1,112 @@
+"""What every route works with: the engine once there is one, what it is called, and the way its outputs come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from fastapi import Request as HttpRequest
+
+from podquant.errors import EngineStoppedError, RequestError
+from podquant.runtime.engine import Engine, EngineStats
+from podquant.runtime.request import Request
+from podquant.runtime.tokenizer import Tokenizer
+from podquant.server.errors import ApiError
+from podquant.server.generation import Generation, Mailbox
+from podquant.server.metrics import Metrics
+from podquant.server.token_text import TokenText
+
+_NUM_SUBMITTERS = 32
+_LONG_TEXT = 4096
+"""Characters from which tokenizing leaves the event loop."""
+
+
+class Service:
+    """The state behind one app.
+
+    Args:
+        engine: None while the model loads; `attach` brings it later.
+        served_model_name: what callers call the model; None for the engine's own name.
+
+    Attributes:
+        tokens: single tokens as text; meaningless without an engine.
+    """
+
+    def __init__(self, engine: Engine | None, served_model_name: str | None) -> None:
+        self.engine: Engine | None = None
+        self.tokens = TokenText(None)
+        if engine is not None:
+            self.attach(engine)
+        self.metrics = Metrics(self._stats)
+        self._served_model_name = served_model_name
+        self._submitters = ThreadPoolExecutor(_NUM_SUBMITTERS, thread_name_prefix="submit")
+        self._mailbox: Mailbox | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Serve with this engine from now on; may be called from any thread."""
+        self.tokens = TokenText(engine.tokenizer)
+        self.engine = engine
+
+    def open(self) -> None:
+        """Called on the event loop before the first request."""
+        self._mailbox = Mailbox(asyncio.get_running_loop())
+
+    def close(self) -> None:
+        """End the service's threads; the engine is its owner's to stop."""
+        self._submitters.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def model_name(self) -> str | None:
+        """What callers call the model; None if only the engine knows and is not there yet."""
+        return self._served_model_name or (self.engine.model_name if self.engine else None)
+
+    def require(self, model: str | None = None) -> Engine:
+        """The engine, for a request that names `model`.
+
+        Raises:
+            EngineStoppedError: it is still loading.
+            ApiError: the request names another model (404).
+        """
+        if self.engine is None:
+            raise EngineStoppedError("The model is still loading; GET /ready says when it serves.")
+        if model is not None and model != self.model_name:
+            raise ApiError(
+                404,
+                f"There is no model {model!r} here; this server has {self.model_name!r}.",
+                code="model_not_found",
+                param="model",
+            )
+        return self.engine
+
+    def generation(self, engine: Engine, http: HttpRequest, requests: Sequence[Request]) -> Generation:
+        """The sequences of one HTTP request, still to be entered."""
+        assert self._mailbox is not None
+        return Generation(engine, self._mailbox, self._submitters, self.metrics, requests, http.receive)
+
+    def _stats(self) -> EngineStats | None:
+        return self.engine.stats() if self.engine else None
+
+
+def service_of(http: HttpRequest) -> Service:
+    """The service behind the app a request came to."""
+    service: Service = http.app.state.service
+    return service
+
+
+def require_tokenizer(engine: Engine, param: str) -> Tokenizer:
+    """The tokenizer. Raises RequestError, which blames `param`, if the server has none."""
+    if engine.tokenizer is None:
+        raise RequestError(
+            "This server has no tokenizer (--skip-tokenizer-init): it takes and gives token ids. "
+            "Send token ids as the prompt of /v1/completions.",
+            param,
+        )
+    return engine.tokenizer
+
+
+async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text, without holding up the event loop if it is long."""
+    if len(text) < _LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
