@@ -69,7 +69,7 @@ class ChatTemplate:
         # whatever a stranger's template does with a stranger's messages is the request's error, not the server's
         except Exception as error:
             raise RequestError(
-                f"The model's chat template ({self._where}) cannot render these messages: {error}. "
+                f"The model's chat template ({self._where}) cannot render these messages: {str(error).rstrip('.')}. "
                 "Check roles, their order and the type of each content.",
                 "messages",
             ) from error
