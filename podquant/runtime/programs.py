@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.model.attention import CACHE_AXES, CHUNK_TOKENS, KVCache, Positions
 from podquant.model.axes import spec_of
@@ -95,6 +96,9 @@ class Model:
         numerics: what it computes in.
         mesh: one axis, `tp`.
 
+    Attributes:
+        schemes: those its modules are quantized by.
+
     Raises:
         MeshError: the model cannot be cut into that many shards.
     """
@@ -102,9 +106,17 @@ class Model:
     def __init__(self, config: ModelConfig, scheme_of: SchemeOf, numerics: Numerics, mesh: Mesh) -> None:
         self.config = config
         self.numerics = numerics
+        self.schemes: set[Scheme] = set()
         self.mesh = mesh
         self.layout: Layout = plan_layout(config, mesh.size)
-        abstract = nnx.eval_shape(lambda: Decoder(config, self.layout, scheme_of, numerics))
+
+        def scheme_seen(module: str) -> Scheme | None:
+            scheme = scheme_of(module)
+            if scheme is not None:
+                self.schemes.add(scheme)
+            return scheme
+
+        abstract = nnx.eval_shape(lambda: Decoder(config, self.layout, scheme_seen, numerics))
         self.graph, state = nnx.split(abstract)
         self._tree = jax.tree.structure(state)
         self.leaves = tuple(_leaf(path, weight) for path, weight in nnx.to_flat_state(state))

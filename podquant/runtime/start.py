@@ -18,7 +18,7 @@ from podquant.model.matmul import Numerics
 from podquant.runtime.engine import Engine
 from podquant.runtime.executor import Executor
 from podquant.runtime.load import load_weights
-from podquant.runtime.mesh import make_mesh
+from podquant.runtime.mesh import advise, make_mesh
 from podquant.runtime.options import EngineOptions
 from podquant.runtime.pages import PagePool
 from podquant.runtime.programs import CacheShape, Model
@@ -62,6 +62,8 @@ def _start(options: EngineOptions, path: str, source: WeightSource, on_load: Cal
     mesh = make_mesh(options.device, options.tp_size)
     numerics = Numerics(_dtype(options, config), mesh.devices.flat[0].platform)
     model = Model(config, source.scheme_of, numerics, mesh)
+    for line in advise(mesh.devices.flat[0].device_kind, model.schemes):
+        _log.warning("%s", line)
     context_length = options.context_length or config.max_positions
     began = time.monotonic()
     read = 0
