@@ -97,6 +97,11 @@ def test_no_stop_string_counts_before_min_tokens(
     assert (text_of(outputs), outputs[-1].stop_reason) == (shown, reason)
 
 
+def test_a_stop_string_let_pass_is_shown_at_once(byte_level_tokenizer: Tokenizer) -> None:
+    outputs = run(byte_level_tokenizer, characters(byte_level_tokenizer, "abx"), stop=("ab", "zzzz"), min_tokens=3)
+    assert [output.text for output in outputs] == ["", "ab", "x"]
+
+
 def test_no_token_ends_the_output_before_min_tokens(byte_level_tokenizer: Tokenizer) -> None:
     (a,) = characters(byte_level_tokenizer, "a")
     outputs = run(byte_level_tokenizer, [a, EOS, a, EOS, a], min_tokens=3)
