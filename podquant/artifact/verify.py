@@ -19,7 +19,7 @@ from podquant.checkpoint.header import read_header
 from podquant.errors import PodquantError
 from podquant.storage.store import Store, open_store
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 2 << 20  # stays in the cache between read and check
 
 
 def verify_artifact(uri: str, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:

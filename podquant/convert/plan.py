@@ -27,8 +27,11 @@ from podquant.quantize.qarray import scales_shape
 UNIT_BYTES = 1 << 30
 """Source bytes a unit holds at most, save for a tensor that is larger by itself."""
 
-WINDOW_BYTES = 16 << 20
-"""Source bytes a window of rows holds at most, save for a row (or a row of blocks) that is larger by itself."""
+WINDOW_BYTES = 2 << 20
+"""Source bytes a window of rows holds at most, save for a row (or a row of blocks) that is larger by itself.
+
+Small enough that a window stays in the processor's cache from its read to its write: on two cores of an AMD EPYC with
+32 MiB of L3, 3.08 GB of bfloat16 take 0.70 s in windows of 2 MiB, 0.77 s of 1 MiB, 1.1 s of 4 MiB, 1.5 s of 16 MiB."""
 
 Entry = tuple[str, DType, tuple[int, ...]]
 

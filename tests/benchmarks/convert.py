@@ -93,8 +93,8 @@ def make_checkpoint(directory: Path) -> int:
     return total
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Wall time in seconds and peak resident bytes of a command that must succeed."""
+def run(command: list[str]) -> tuple[float, float, int]:
+    """Wall and processor time in seconds and peak resident bytes of a command that must succeed."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -103,7 +103,7 @@ def run(command: list[str]) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{command}: {text.decode()}")
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024
+    return time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     try:
         total = sum(f.stat().st_size for f in source.iterdir()) if source.exists() else make_checkpoint(source)
-        _, baseline = run([sys.executable, "-c", "import jax, jax.numpy"])
+        *_, baseline = run([sys.executable, "-c", "import jax, jax.numpy"])
         podquant = [sys.executable, "-m", "podquant.cli.main", "convert", str(source), str(artifact)]
         podquant += ["--quantization-config-path", arguments.quantization_config_path]
         print(f"source {total / 1e9:.2f} GB; an interpreter with JAX {baseline / 1e6:.0f} MB resident")
@@ -129,16 +129,17 @@ def main() -> None:
         best_copy, best_convert = float("inf"), float("inf")
         for _ in range(arguments.repeat):
             os.sync()
-            copied, _ = run(["cp", "-r", str(source), str(copy)])
+            copied, copy_cpu, _ = run(["cp", "-r", str(source), str(copy)])
             shutil.rmtree(copy)
             os.sync()
-            converted, peak = run(podquant)
+            converted, convert_cpu, peak = run(podquant)
             shutil.rmtree(artifact)
             best_copy, best_convert = min(best_copy, copied), min(best_convert, converted)
             print(
-                f"cp {copied:.2f} s, {total / copied / 1e9:.2f} GB/s; convert {converted:.2f} s, "
-                f"{total / converted / 1e9:.2f} GB/s; ratio {converted / copied:.2f}; "
-                f"peak {(peak - baseline) / 1e6:+.0f} MB over the interpreter with JAX ({peak / 1e6:.0f} MB)"
+                f"cp {copied:.2f} s ({copy_cpu:.2f} s of CPU), {total / copied / 1e9:.2f} GB/s; "
+                f"convert {converted:.2f} s ({convert_cpu:.2f} s of CPU), {total / converted / 1e9:.2f} GB/s; "
+                f"ratio {converted / copied:.2f}; peak {(peak - baseline) / 1e6:+.0f} MB over the interpreter "
+                f"with JAX ({peak / 1e6:.0f} MB)"
             )
         print(f"best: cp {best_copy:.2f} s, convert {best_convert:.2f} s, ratio {best_convert / best_copy:.2f}")
     finally:
