@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ class _Buffer:
     def __init__(self, leaf: Leaf, sharding: NamedSharding) -> None:
         self.leaf = leaf
         self.sharding = sharding
-        zeros = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
+        zeros = _zeros(leaf.shape, leaf.dtype, sharding)()
         self.pieces: dict[jax.Device, tuple[tuple[slice, ...], jax.Array]] = {}
         for shard in zeros.addressable_shards:
             bounds = tuple(slice(*s.indices(n)) for s, n in zip(shard.index, leaf.shape, strict=True))
@@ -70,6 +70,12 @@ class _Buffer:
         """The whole array."""
         arrays = [piece for _, piece in self.pieces.values()]
         return jax.make_array_from_single_device_arrays(self.leaf.shape, self.sharding, arrays)
+
+
+@cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding) -> Callable[[], jax.Array]:
+    """The program that makes an array of zeros where it belongs, compiled once for all arrays alike."""
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
 @partial(jax.jit, donate_argnums=0)
