@@ -58,7 +58,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"podquant {version('podquant')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
-        subparser = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        subparser = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+        )
         if name == command:
             module = import_module(f"podquant.cli.{name}")
             module.add_arguments(subparser)
