@@ -64,10 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     command = ["serve", str(artifact), "--device", arguments.device, "--port", str(port)]
     with _server(command, port) as client:
         answer, tokens_per_second = _ask(client, arguments.question)
-        print(f"\n{tokens_per_second:.0f} tokens/s\n{arguments.question}\n{answer}", flush=True)
+        summary = f"\n{tokens_per_second:.0f} tokens/s\n{arguments.question}\n{answer}"
         if not arguments.once:
-            print(f"\nServing on {client.base_url}; try\n\n{_curl(client, arguments.question)}\n\nCtrl-C stops it.")
+            print(f"{summary}\n\nServing on {client.base_url}; try\n\n{_curl(client, arguments.question)}\n")
+            print("Ctrl-C stops it.", flush=True)
             _wait_for_interrupt()
+    if arguments.once:
+        print(summary)
     return 0
 
 
@@ -118,6 +121,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client) ->
 
 def _ask(client: httpx.Client, question: str) -> tuple[str, float]:
     """The answer, and its tokens per second once the prompt has been read."""
+    import json
+
     body = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": 64,
@@ -125,8 +130,6 @@ def _ask(client: httpx.Client, question: str) -> tuple[str, float]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    import json
-
     text, first, num_tokens = "", 0.0, 0
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
