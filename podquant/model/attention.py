@@ -24,6 +24,9 @@ from podquant.model.rope import rotate
 CHUNK_TOKENS = 256
 """Positions of the context that one round of the running softmax takes."""
 
+_FLOOR = -1e38
+"""The running maximum before any score: finite, so that a chunk a row sees nothing of gives exp(-inf) = 0, not NaN."""
+
 CACHE_AXES = ("page", "kv_heads", "slot", "head_dim")
 """Logical axes of the key and the value cache."""
 
@@ -178,9 +181,8 @@ def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at:
         return new_best, total * shrink + weights.sum(axis=-1, keepdims=True), acc * shrink + part
 
     shape = (batch, kv_heads, group * length)
-    # A finite start: a chunk a row sees nothing of must give exp(-inf - best) = 0 and not NaN.
     start = (
-        jnp.full((*shape, 1), jnp.finfo(jnp.float32).min / 2, jnp.float32),
+        jnp.full((*shape, 1), _FLOOR, jnp.float32),
         jnp.zeros((*shape, 1), jnp.float32),
         jnp.zeros((*shape, head_dim), jnp.float32),
     )
@@ -188,4 +190,5 @@ def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at:
     last = at.positions.max() // chunk + 1
     _, total, acc = jax.lax.fori_loop(first, last, body, start)
     y = (acc / total).reshape(batch, kv_heads, group, length, head_dim)
-    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    return result

@@ -1,8 +1,8 @@
 """A decoder-only transformer on one shard of a mesh: embedding, layers, output projection.
 
 Layers quantized alike are stacked and scanned over, so a program's size and compile time do not grow with depth; a run
-of layers that differ (a rule may keep the first in bf16) is a segment of its own. Attribute paths are the names on disk:
-`model.segments[s].self_attn.q_proj.weight[i]` is `model.layers.{start + i}.self_attn.q_proj.weight`.
+of layers that differ (a rule may keep the first in bf16) is a segment of its own. Attribute paths follow the names on
+disk: `model.segments[s].self_attn.q_proj.weight[i]` is `model.layers.{start + i}.self_attn.q_proj.weight`.
 """
 
 from __future__ import annotations

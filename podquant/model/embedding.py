@@ -38,7 +38,8 @@ class Embedding(nnx.Module):
         if hasattr(self.table, "weight_scale"):
             x = x * self._row_scales(rows)
         x = jnp.where(mine[..., None], x, 0.0).astype(self.table.dtype)
-        return jax.lax.psum(x, TP)
+        total: jax.Array = jax.lax.psum(x, TP)
+        return total
 
     def _row_scales(self, rows: jax.Array) -> jax.Array:
         scale = self.table.weight_scale[...][rows]

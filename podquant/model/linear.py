@@ -15,8 +15,8 @@ from podquant.model.parameter import declare
 class Linear(nnx.Module):
     """`y = x W^T + b` with W [out, in], cut along `axes`.
 
-    Cut along its output axis it is column-parallel: every shard computes its own outputs. Cut along its input axis it is
-    row-parallel: the shards' partial products are added by one all-reduce.
+    Cut along its output axis it is column-parallel: every shard computes its own outputs. Cut along its input axis it
+    is row-parallel: the shards' partial products are added by one all-reduce.
 
     Args:
         shape: (out, in) on the devices, over all shards.
@@ -55,8 +55,8 @@ class Linear(nnx.Module):
     def prepare(self, x: jax.Array) -> Operand:
         """Bring `x` [M, in] into the form this layer's product needs.
 
-        A token whose columns are cut among shards gets a scale from each in bfloat16: finer, and without a collective in
-        front of the product. In float32, where parity is the point, it gets one, as on a single device.
+        A token whose columns are cut among shards gets a scale from each in bfloat16: finer, and without a collective
+        in front of the product. In float32, where parity is the point, it gets one, as on a single device.
         """
         shared = self.row_parallel and self.dtype == "float32"
         return prepare(x, self.form, TP if shared else None)

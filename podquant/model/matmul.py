@@ -1,8 +1,8 @@
 """How a product with a weight is computed: plain, weight-only or with quantized activations, by scheme and platform.
 
-Everything is `y = sum_k (rows_k . W^T) * row_scale_k * scale`: the weight is read from memory as it is stored, the scales
-multiply the product. A dequantized weight is never made, save where XLA:CPU has no dot for the type: fp8 codes are
-then held as bfloat16 (or float32), which represents each of them exactly.
+Everything is `y = sum_k (rows_k . W^T) * row_scale_k * scale`: the weight is read from memory as it is stored, the
+scales multiply the product. A dequantized weight is never made, save where XLA:CPU has no dot for the type: fp8 codes
+are then held as bfloat16 (or float32), which represents each of them exactly.
 
 Measured on XLA:CPU (jax 0.12): bf16 and int8 dots reach the fast library only from two rows up, so one row is padded to
 two; an int8 weight-only product is fastest with the activation split into two int8 parts, at 1.6e-5 of the token's
@@ -102,8 +102,8 @@ def prepare(x: jax.Array, form: Form, token_axis: str | None = None) -> Operand:
     Args:
         x: the activation, or this shard's part of its columns.
         form: of the product.
-        token_axis: the mesh axis over which a token's scale is shared, at the price of a small collective; None: every shard
-            scales its own columns by their own maximum.
+        token_axis: the mesh axis over which a token's scale is shared, at the price of a small collective; None: every
+            shard scales its own columns by their own maximum.
     """
     num_rows = x.shape[0]
     if num_rows < form.min_rows:

@@ -40,11 +40,11 @@ def make_mesh(platform: str, tp_size: int) -> Mesh:
 
 
 _MULTIPLIES = {"TPU v5 lite": "int8", "TPU v5": "int8", "TPU v6 lite": "int8", "TPU7x": "float8_e4m3fn"}
-"""Device kind → the 8-bit type its matrix unit multiplies at twice the bf16 rate (libtpu 0.0.50's compiled programs)."""
+"""Device kind → the 8-bit type its matrix unit multiplies at twice the bf16 rate, read off libtpu 0.0.50's programs."""
 
 
 def advise(device_kind: str, schemes: Iterable[Scheme]) -> list[str]:
-    """What to know about these schemes on this chip: a sentence for each type its matrix unit lacks; empty if all is well.
+    """What to know about these schemes on this chip: a sentence for each type its matrix unit lacks.
 
     Args:
         device_kind: `jax.Device.device_kind`; an unknown one gets no advice.

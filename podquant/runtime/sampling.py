@@ -1,8 +1,8 @@
 """Choosing the next token on the devices, from logits whose vocabulary is shared out among the shards.
 
 Two collectives in all, whatever the rows ask for: one turns the shards' columns of all rows into all columns of a few
-rows each, one gives every shard the tokens chosen. Between them a shard works on its own rows alone. top-k and top-p are
-exact: their thresholds are found by bisection over the bits of the logits, without a sort.
+rows each, one gives every shard the tokens chosen. Between them a shard works on its own rows alone. top-k and top-p
+are exact: their thresholds are found by bisection over the bits of the logits, without a sort.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def log_probabilities(
         num_top: n.
 
     Returns:
-        Of `tokens` [B]; ids [B, n] and log-probabilities [B, n] of the most likely, best first. The same on every shard.
+        Of `tokens` [B]; ids [B, n] and log-probabilities [B, n] of the most likely, best first; the same on every
+        shard.
     """
     found = _log_probabilities(_spread(logits)[:, :vocab_size], _own(tokens), num_top)
     logprobs, top_tokens, top_logprobs = _collect(logits.shape[0], *found)
@@ -106,7 +107,9 @@ def _log_probabilities(rows: jax.Array, tokens: jax.Array, num_top: int) -> tupl
 def _spread(logits: jax.Array) -> jax.Array:
     """From all rows of this shard's columns [B, V / tp] to all columns of this shard's rows [ceil(B / tp), V]."""
     padding = -logits.shape[0] % jax.lax.axis_size(TP)
-    return jax.lax.all_to_all(jnp.pad(logits, ((0, padding), (0, 0))), TP, split_axis=0, concat_axis=1, tiled=True)
+    padded = jnp.pad(logits, ((0, padding), (0, 0)))
+    rows: jax.Array = jax.lax.all_to_all(padded, TP, split_axis=0, concat_axis=1, tiled=True)
+    return rows
 
 
 def _own(values: jax.Array) -> jax.Array:
@@ -138,7 +141,8 @@ def _perturbed(logits: jax.Array, how: Sampling) -> jax.Array:
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (width,), jnp.float32)
 
-    return scaled + jax.vmap(noise)(how.seeds, how.positions)
+    perturbed: jax.Array = scaled + jax.vmap(noise)(how.seeds, how.positions)
+    return perturbed
 
 
 def _filter(logits: jax.Array, how: Sampling) -> jax.Array:
