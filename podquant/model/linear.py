@@ -44,7 +44,7 @@ class Linear(nnx.Module):
         blocks = 1
         if self.form.block is not None:
             blocks = -(-width // self.form.block[1])
-            width = blocks * self.form.block[1]
+            width = width if blocks == 1 else blocks * self.form.block[1]
         self.weight = declare((out, width), self.form.weight_dtype, axes, layers)
         if scheme is not None:
             block_axis = "one" if blocks == 1 else {"embed": "block"}.get(axes[1], f"{axes[1]}_block")

@@ -129,13 +129,15 @@ class Model:
         return tuple(NamedSharding(self.mesh, spec_of(leaf.axes)) for leaf in self.leaves)
 
     def _check_divides(self) -> None:
+        """Refuse scale blocks that would straddle shards, or be padded on the way to the last one."""
+        unpadded = {"heads": self.config.num_heads * self.config.head_dim, "ffn": self.config.ffn_size}
         for leaf, sharding in zip(self.leaves, self.shardings, strict=True):
             for size, axis, mesh_axis in zip(leaf.shape, leaf.axes, sharding.spec, strict=True):
-                if mesh_axis is not None and size % self.mesh.size:
+                true = unpadded.get(axis, size)
+                if mesh_axis is not None and self.mesh.size > 1 and (size % self.mesh.size or size != true):
                     raise MeshError(
-                        f"{'.'.join(map(str, leaf.path))}: its {size} {axis} cannot be shared out among "
-                        f"{self.mesh.size} shards; a scale block must not straddle two shards: use a smaller tp_size "
-                        "or scales per channel"
+                        f"{'.'.join(map(str, leaf.path))}: its {true} {axis} cannot be shared out among "
+                        f"{self.mesh.size} shards in whole scale blocks: use a smaller tp_size or scales per channel"
                     )
 
     def decoder(self, weights: Sequence[jax.Array]) -> Decoder:

@@ -30,8 +30,13 @@ FP8 = "float8_e4m3fn"
 BATCHES = (1, 2, 5)
 WEIGHT_ONLY = [Scheme("int8"), Scheme(FP8)]
 WITH_ACTIVATIONS = [Scheme("int8", "int8"), Scheme(FP8, FP8), Scheme("int8", FP8), Scheme(FP8, "int8")]
-PARALLEL = {"column": (("heads", "embed"), (320, 200)), "row": (("embed", "ffn"), (200, 512))}
-"""Axes and shape. Blocks of 128 are partial along both axes of the first, and along the uncut one of the second."""
+PARALLEL = {
+    "column": (("heads", "embed"), (320, 200)),
+    "row": (("embed", "ffn"), (200, 512)),
+    "narrow row": (("embed", "ffn"), (200, 100)),
+}
+"""Axes and shape. Blocks of 128 are partial along both axes of the first, along the uncut one of the second, and in the
+third a single partial block is cut."""
 
 
 def blocked(scheme: Scheme) -> Scheme:
@@ -106,9 +111,9 @@ def layer(
         values["weight"] = weight.astype(narrow)
         return linear, values, values["weight"].astype(np.float64), offsets.astype(np.float64)
     quantized = quantize_weight(weight, scheme)
-    padding = -shape[1] % scheme.weight_block_size[1] if scheme.weight_block_size else 0
+    padding = linear.weight.get_value().shape[1] - shape[1]
     values["weight"] = np.pad(quantized.codes.astype(linear.form.weight_dtype), ((0, 0), (0, padding)))
-    rows = scheme.weight_block_size[0] if scheme.weight_block_size else 1
+    rows = (scheme.weight_block_size or (1, 1))[0]
     values["weight_scale"] = quantized.scales.repeat(rows, axis=0)[: shape[0]]
     return linear, values, dequantized(quantized), offsets.astype(np.float64)
 
@@ -125,7 +130,7 @@ def dequantized(quantized: QArray) -> Array:
 def check(
     parallel: str, scheme: Scheme | None, dtype: str, tp: int, *, of_terms: float, of_largest: float = 0.0
 ) -> None:
-    """The error is at most `of_terms` of the sum of the terms' magnitudes, and `of_largest` of what that would be if all
+    """The error is at most `of_terms` of the sum of the terms' magnitudes, `of_largest` of what that would be if all
     activations were as large as the token's largest, and what bfloat16 rounds off results and shards' parts."""
     linear, values, weight, bias = layer(parallel, scheme, dtype)
     own_scale = tp if linear.row_parallel and dtype != "float32" else 1
@@ -138,7 +143,7 @@ def check(
         largest = np.abs(seen).max(axis=1, keepdims=True) * np.abs(weight).sum(axis=1)
         allowed = of_terms * terms + of_largest * largest
         if dtype == "bfloat16":
-            allowed += 2.0**-8 * (2 * np.abs(parts).sum(axis=0) + 2 * np.abs(bias))
+            allowed += 2.0**-8 * (3 * np.abs(parts).sum(axis=0) + np.abs(bias))
         assert np.all(np.abs(got - expected) <= allowed)
         if of_largest and dtype == "float32":
             assert np.linalg.norm(got - expected) <= 3e-5 * np.linalg.norm(expected)
