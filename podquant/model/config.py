@@ -96,12 +96,12 @@ class ConfigReader:
         got = repr(self.values[key]) if key in self.values else "nothing"
         return CheckpointError(f"{self.where}: `{key}` must be {expected}, got {got}; is the checkpoint complete?")
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An integer from `least` on."""
         value = self.values.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self._wrong(key, "a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self._wrong(key, f"an integer from {least} on")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -164,26 +164,27 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     if raw is not None and not isinstance(raw, Mapping):
         raise CheckpointError(f"{reader.where}: `{key}` must be a mapping, got {raw!r}")
     values: dict[str, Any] = dict(raw or {})
-    theta = values.pop("rope_theta", None) or reader.number("rope_theta", 10000.0)
-    kind = values.pop("rope_type", values.pop("type", "default"))
-    values.pop("type", None)
-    if kind not in _ROPE_NEEDS:
+    inner = ConfigReader(values, f"{reader.where}: {key}")
+    theta = inner.number("rope_theta", reader.number("rope_theta", 10000.0))
+    kind = values.get("rope_type", values.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
         raise UnsupportedModelError(
             f"{reader.where}: rope type {kind!r} in `{key}` is not supported; supported are {', '.join(_ROPE_NEEDS)}"
         )
-    if values.pop("partial_rotary_factor", 1.0) != 1.0 or reader.values.get("partial_rotary_factor", 1.0) != 1.0:
+    if values.get("partial_rotary_factor", 1.0) != 1.0 or reader.values.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(f"{reader.where}: a `partial_rotary_factor` other than 1.0 is not supported")
     missing = [name for name in _ROPE_NEEDS[kind] if values.get(name) is None]
     if missing:
         raise CheckpointError(f"{reader.where}: `{key}` of type {kind!r} lacks {', '.join(missing)}")
     if kind == "yarn":
         values.setdefault("original_max_position_embeddings", reader.count("max_position_embeddings"))
-    takes = (*_ROPE_NEEDS[kind], *_ROPE_TAKES.get(kind, ()))
-    parameters = {name: values[name] for name in takes if values.get(name) is not None}
-    for name, value in parameters.items():
-        if not isinstance(value, int | float):
-            raise CheckpointError(f"{reader.where}: `{key}.{name}` must be a number, got {value!r}")
-    return RopeConfig(kind, float(theta), parameters)
+    parameters: dict[str, float | bool] = {}
+    for name in (*_ROPE_NEEDS[kind], *_ROPE_TAKES.get(kind, ())):
+        value = values.get(name)
+        if value is None or (value == 0 and name.startswith("mscale")):  # some write 0 for a scale they do not use
+            continue
+        parameters[name] = inner.flag(name, True) if name == "truncate" else inner.number(name)
+    return RopeConfig(kind, theta, parameters)
 
 
 def read_windows(reader: ConfigReader, num_layers: int, window: int | None, first_windowed: int = 0) -> tuple[int, ...]:
@@ -198,7 +199,8 @@ def read_windows(reader: ConfigReader, num_layers: int, window: int | None, firs
     kinds = reader.values.get("layer_types")
     if kinds is None or window is None:
         return tuple(window if window and i >= first_windowed else FULL_ATTENTION for i in range(num_layers))
-    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    legal = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in legal for kind in kinds):
         raise UnsupportedModelError(
             f"{reader.where}: `layer_types` must name full_attention or sliding_attention for each of the "
             f"{num_layers} layers, got {kinds!r}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from podquant.dtypes import SOURCE_DTYPES
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.model.config import ConfigReader, ModelConfig, read_rope, read_windows
 
@@ -32,13 +33,15 @@ class Family:
 
 def _mistral_window(reader: ConfigReader) -> tuple[int | None, int]:
     # transformers' default when the key is absent is 4096; later Mistrals write null, and mean full attention.
-    return reader.values.get("sliding_window", 4096), 0
+    if reader.values.get("sliding_window", 4096) is None:
+        return None, 0
+    return reader.count("sliding_window", 4096), 0
 
 
 def _qwen_window(reader: ConfigReader) -> tuple[int | None, int]:
     if not reader.flag("use_sliding_window", False) or reader.values.get("sliding_window", 4096) is None:
         return None, 0
-    return reader.count("sliding_window", 4096), int(reader.values.get("max_window_layers", 28))
+    return reader.count("sliding_window", 4096), reader.count("max_window_layers", 28, least=0)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -88,6 +91,16 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
     num_heads = reader.count("num_attention_heads")
     num_kv_heads = reader.count("num_key_value_heads", num_heads)
     hidden_size = reader.count("hidden_size")
+    head_dim = reader.count("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise CheckpointError(
+            f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected an even number"
+        )
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if dtype not in SOURCE_DTYPES:
+        raise UnsupportedModelError(
+            f"{where}: dtype {dtype!r} is not supported; supported are {', '.join(SOURCE_DTYPES)}"
+        )
     if num_heads % num_kv_heads:
         raise CheckpointError(f"{where}: {num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
     attention_bias = reader.flag("attention_bias", False)
@@ -100,7 +113,7 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=reader.count("head_dim", hidden_size // num_heads),
+        head_dim=head_dim,
         norm_eps=reader.number("rms_norm_eps", 1e-6),
         rope=read_rope(reader),
         windows=read_windows(reader, num_layers, window, first_windowed),
@@ -111,7 +124,7 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
         qk_norm=family.qk_norm,
         activation=_ACTIVATIONS[config.get("hidden_act") or "silu"],
         max_positions=reader.count("max_position_embeddings", 2048),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        dtype=dtype,
         eos_token_ids=reader.token_ids("eos_token_id"),
         bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
     )

@@ -93,7 +93,7 @@ def test_rows_are_padded_to_the_bucket() -> None:
     assert rows.ints.shape == (2, NUM_INTS + 16)
     assert rows.ints[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 4, 6, 0]
     assert rows.ints[1].tolist() == [2] + [0] * 21  # the slot behind the last, and page 0
-    np.testing.assert_allclose(rows.floats, [[0.5, 0.9, 0.1], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(rows.floats, np.asarray([[0.5, 0.9, 0.1], [0.0, 0.0, 0.0]]), rtol=1e-6)
 
 
 def test_a_bucket_of_one_token_is_a_decode_step() -> None:
