@@ -18,7 +18,7 @@ from podquant.convert.plan import WINDOW_BYTES, Plan
 from podquant.convert.work import Receipt, Workbench, check_equal, convert_unit
 from podquant.errors import ArtifactExistsError, StorageError
 from podquant.quantize.quality import Quality
-from podquant.storage.publication import Publication
+from podquant.storage.publication import Publication, open_publication
 from podquant.storage.store import open_store
 from podquant.storage.target import bytes_free, replace_directory
 
@@ -59,8 +59,8 @@ def convert(
         NonFiniteWeightError: names the tensor, the row and the file.
     """
     replaces = check_target(target, overwrite=overwrite)
-    place = Publication(target).uri
-    with Publication(f"{place}.new" if replaces else place) as publication:
+    place = open_publication(target).uri
+    with open_publication(f"{place}.new" if replaces else place) as publication:
         _check_space(publication.uri, plan)
         with Workbench(plan, workers=workers, window_bytes=window_bytes) as bench:
             if plan.redundant is not None:
@@ -75,7 +75,7 @@ def convert(
 
 def check_target(target: str, *, overwrite: bool) -> bool:
     """Whether something at `target` is to be replaced; refuses one that is taken. `convert` does this itself."""
-    publication = Publication(target)
+    publication = open_publication(target)
     if not publication.exists():
         return False
     if not overwrite:

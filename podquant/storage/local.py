@@ -12,6 +12,7 @@ from pathlib import Path
 
 from podquant.errors import StorageError
 from podquant.storage.failures import storage_error
+from podquant.storage.names import checked_name
 
 
 class LocalStore:
@@ -100,23 +101,12 @@ class LocalStore:
 def local_path(uri: str) -> Path:
     """The local path that `uri` names (a path, `~/…`, or `file://…`); `StorageError` for any other kind of place."""
     scheme, separator, rest = uri.partition("://")
-    if separator and scheme == "gs":
-        raise StorageError(f"{uri}: gs:// is not supported yet. Copy the files to a local directory and name that.")
     if separator and scheme != "file":
-        raise StorageError(f"{uri}: unknown kind of storage {scheme!r}. Expected a local directory.")
+        raise StorageError(f"{uri}: unknown kind of storage {scheme!r}. Expected a local directory, or gs://….")
     path = rest if separator else uri
     if not path or "\0" in path:
         raise StorageError(f"{uri!r} names no place. Expected a local directory.")
     return Path(path).expanduser()
-
-
-def checked_name(name: str, root: Path) -> str:
-    """`name` itself; `StorageError` unless it is a plain relative name that cannot lead out of `root`."""
-    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise StorageError(
-            f"{root}: {name!r} is not a name inside this directory: expected a relative path without '..'."
-        )
-    return name
 
 
 def _raise(error: OSError) -> None:

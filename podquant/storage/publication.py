@@ -1,206 +1,57 @@
-"""Writes a directory that others see whole or not at all. Knows nothing of what the files hold.
+"""A directory that others see whole or not at all: the interface, and the function that picks an implementation.
 
-Files go to `<target>.partial`, beside the target and so on its file system; publishing is one rename. A lock
-(`<target>.partial.lock`) keeps a second run out; what a killed run left behind, the next one removes.
+Knows nothing of what the files hold.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Buffer
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-import google_crc32c
-import numpy as np
-
-from podquant.errors import StorageError
-from podquant.storage.failures import storage_error
-from podquant.storage.local import checked_name, local_path
-from podquant.storage.lock import Lock
-from podquant.storage.store import Writer
-
-_CHUNK = 4 << 20  # bytes written, then checksummed, at a time: few enough to be still in the CPU's cache
+from podquant.storage.local_publication import LocalPublication
+from podquant.storage.store import SCHEME_GCS, Writer
 
 
-class Publication:
-    """A directory in the making: `with Publication(uri) as publication: …; publication.publish()`.
+class Publication(Protocol):
+    """A directory in the making: `with open_publication(uri) as publication: …; publication.publish()`.
 
     Leaving the block without `publish()` (an error, or a change of mind) removes everything that was written. Files may
-    be written by several threads at once, each file by one.
+    be written by several threads at once, each file by one. Every method raises `StorageError` naming the file.
     """
-
-    def __init__(self, target_uri: str) -> None:
-        self._target = Path(os.path.realpath(local_path(target_uri)))
-        self._partial = Path(f"{self._target}.partial")
-        self._lock = Lock(Path(f"{self._target}.partial.lock"))
-        self._writers: list[LocalWriter] = []
 
     @property
     def uri(self) -> str:
         """The target, in full."""
-        return str(self._target)
 
     def exists(self) -> bool:
-        """Whether the target is taken. An empty directory is not: publishing replaces it."""
-        try:
-            return any(self._target.iterdir())
-        except FileNotFoundError:
-            return False
-        except NotADirectoryError:
-            return True
-        except OSError as error:
-            raise storage_error("list", self._target, error) from error
+        """Whether the target is taken. An empty directory, or what a failed run left, is not."""
 
     def __enter__(self) -> Self:
-        """Take the lock, clear away what a killed run left, and make room; `StorageError` if the target is taken."""
-        if os.path.ismount(self._target):
-            raise StorageError(f"{self._target}: cannot replace a mount point. Name a directory inside it.")
-        try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error("create the directory", self._target.parent, error) from error
-        self._lock.acquire(self._target)
-        try:
-            self._make_partial()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
+        """Keep others out, clear away what a failed run left, and make room; an error if the target is taken."""
 
     def writer(self, name: str) -> Writer:
         """Start a new file; close it before publishing. `name` may hold directories (`shared/a.safetensors`)."""
-        path = self._partial / checked_name(name, self._partial)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer = LocalWriter(path, name)
-        except OSError as error:
-            raise storage_error("create", path, error) from error
-        self._writers.append(writer)
-        return writer
 
     def write_small(self, name: str, data: bytes) -> Writer:
-        """Write a whole file and wait until the disk has it; the closed writer tells its size and checksum."""
-        writer = self.writer(name)
-        writer.write(data)
-        writer.close()
-        _sync(self._partial / name)
-        return writer
+        """Write a whole small file; what is returned tells its size and checksum.
+
+        The last one written before `publish()` appears last where files appear one by one (`gs://`): its presence must
+        tell readers that the rest is whole.
+        """
 
     def publish(self) -> None:
-        """Rename the whole directory into place.
-
-        The small files and the directories are on disk by then; large files may still be on their way there, and only
-        a power cut can tell: their sizes and checksums belong in a small file.
-        """
-        unfinished = [writer.name for writer in self._writers if not writer.is_closed]
-        if unfinished:
-            raise StorageError(
-                f"{self._partial}: still being written: {', '.join(unfinished)}. Close before publishing."
-            )
-        for folder, _, _ in os.walk(self._partial):
-            _sync(Path(folder))
-        try:
-            os.rename(self._partial, self._target)
-        except OSError as error:
-            raise storage_error(f"rename {self._partial.name} to it", self._target, error) from error
-        _sync(self._target.parent)
+        """Make the directory appear at the target."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for writer in self._writers:
-            writer.abandon()
-        # After publish() there is nothing here. What cannot be removed now, the next run removes or complains about.
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._lock.release()
-
-    def _make_partial(self) -> None:
-        try:
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
-        except OSError as error:
-            raise storage_error("remove what an earlier run left", self._partial, error) from error
-        if self.exists():
-            raise StorageError(f"{self._target}: already exists. Remove it, or choose another place.")
-        try:
-            self._partial.mkdir()
-        except OSError as error:
-            raise storage_error("create", self._partial, error) from error
+        """Let others in again, and unless it was published remove what was written."""
 
 
-class LocalWriter:
-    """A `Writer` of one local file, unbuffered: each `write` reaches the operating system before it returns."""
+def open_publication(uri: str) -> Publication:
+    """A publication to `uri`: a local directory (a path or `file://`), or `gs://bucket/path`."""
+    if uri.startswith(SCHEME_GCS):
+        from podquant.storage.gcs_publication import GcsPublication  # noqa: PLC0415  gcsfs takes a second to import
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Create the file; `FileExistsError` if it is there."""
-        self._path = path
-        self._name = name
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self._nbytes = 0
-        self._crc32c = 0
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    @property
-    def crc32c(self) -> int:
-        return self._crc32c
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the file has been ended."""
-        return self._descriptor < 0
-
-    def write(self, buffer: Buffer) -> None:
-        if self.is_closed:
-            raise StorageError(f"{self._path}: written to after it was closed.")
-        data = np.frombuffer(buffer, np.uint8)  # google_crc32c takes arrays, but no memoryview
-        done = 0
-        try:
-            while done < len(data):
-                chunk = data[done : done + _CHUNK]
-                chunk = chunk[: os.write(self._descriptor, chunk)]
-                self._crc32c = google_crc32c.extend(self._crc32c, chunk)
-                done += len(chunk)
-        except OSError as error:
-            action = f"write, at offset {self._nbytes + done:,},"
-            raise storage_error(action, self._path, error, wanted=len(data) - done) from error
-        finally:
-            self._nbytes += done
-
-    def close(self) -> None:
-        if self.is_closed:
-            return
-        descriptor, self._descriptor = self._descriptor, -1
-        try:
-            os.close(descriptor)  # network file systems tell of a full disk only here
-        except OSError as error:
-            raise storage_error("finish writing", self._path, error, wanted=self._nbytes) from error
-
-    def abandon(self) -> None:
-        """Let go of a file that will be removed; closed or not, and whatever the disk says to it."""
-        if not self.is_closed:
-            descriptor, self._descriptor = self._descriptor, -1
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a directory."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise storage_error("sync", path, error) from error
+        return GcsPublication(uri)
+    return LocalPublication(uri)

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from podquant.storage.local import LocalStore
 
+SCHEME_GCS = "gs://"
+
 
 class Store(Protocol):
     """A tree of files to read. Names are relative, with `/` between the parts. Every method may be called from threads.
@@ -61,5 +63,9 @@ class Writer(Protocol):
 
 
 def open_store(uri: str) -> Store:
-    """The files at `uri`: a local directory, as a path or `file://`."""
+    """The files at `uri`: a local directory (a path or `file://`), or `gs://bucket/path`."""
+    if uri.startswith(SCHEME_GCS):
+        from podquant.storage.gcs import GcsStore  # noqa: PLC0415  gcsfs takes a second to import
+
+        return GcsStore(uri)
     return LocalStore(uri)

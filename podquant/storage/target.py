@@ -11,10 +11,13 @@ from pathlib import Path
 
 from podquant.storage.failures import storage_error
 from podquant.storage.local import local_path
+from podquant.storage.store import SCHEME_GCS
 
 
 def bytes_free(uri: str) -> int | None:
     """Bytes an ordinary user may still write at `uri`, which need not exist yet; None where there is no limit."""
+    if uri.startswith(SCHEME_GCS):
+        return None
     path = Path(os.path.realpath(local_path(uri)))
     while not path.is_dir() and path != path.parent:
         path = path.parent
@@ -29,7 +32,12 @@ def replace_directory(new_uri: str, old_uri: str) -> None:
     """Put the directory `new_uri` in the place of `old_uri` and remove what was there.
 
     Two renames: killed between them, the old directory is left as `<old>.replaced`, the new one under its own name.
+    In a bucket copies, inside the store: killed meanwhile, the new one is whole under its own name.
     """
+    if old_uri.startswith(SCHEME_GCS):
+        from podquant.storage.gcs_target import replace_objects  # noqa: PLC0415  gcsfs takes a second to import
+
+        return replace_objects(new_uri, old_uri)
     new, old = (Path(os.path.realpath(local_path(uri))) for uri in (new_uri, old_uri))
     aside = Path(f"{old}.replaced")
     try:

@@ -11,7 +11,7 @@ import pytest
 from podquant.convert.commit import commit
 from podquant.convert.work import Receipt
 from podquant.errors import ArtifactError
-from podquant.storage.publication import Publication
+from podquant.storage.publication import open_publication
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,6 @@ def test_receipts_are_checked_against_the_plan(
 ) -> None:
     _, plan = source.plan("int8.yaml")
     unit = plan.units[0]
-    with Publication(str(tmp_path / "out")) as publication, pytest.raises(ArtifactError, match=message):
+    with open_publication(str(tmp_path / "out")) as publication, pytest.raises(ArtifactError, match=message):
         commit(plan, receipts(unit.file, unit.bytes_out), {}, publication)
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,18 @@
-"""Real failures of a file system, provoked in a child process that has its own view of the mounts."""
+"""Real failures of a file system, provoked in a child process that has its own view of the mounts; and a store of
+objects that fails when told to."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from podquant.storage.gcs_client import GcsClient
+from podquant.storage.retry import Patience
+from tests.storage.gcs_emulator import GcsEmulator
 
 RunPython = Callable[[str, Path], str]
 
@@ -50,3 +55,19 @@ def run_unprivileged() -> RunPython:
     """Runs a Python script to which permission bits apply, even where the tests run as root."""
     _require("unshare", "-U", "true")
     return lambda script, place: _run(["unshare", "-U"], "", script, place)
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsEmulator]:
+    """Cloud Storage on this machine, with an empty bucket `b`; clients made from now on use it."""
+    with GcsEmulator("b") as emulator:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
+        yield emulator
+
+
+@pytest.fixture
+def client(emulator: GcsEmulator) -> Iterator[GcsClient]:
+    """A client of the emulator that gives up in seconds."""
+    client = GcsClient(Patience(connect=1.0, silence=0.3, deadline=3.0, first_wait=0.01, longest_wait=0.1))
+    yield client
+    client.close()

@@ -26,8 +26,11 @@ def test_opens_a_directory_below_home(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("uri", "text"),
     [
-        ("gs://bucket/model", "gs://bucket/model: gs:// is not supported yet. Copy the files"),
-        ("s3://bucket/model", "s3://bucket/model: unknown kind of storage 's3'. Expected a local directory."),
+        (
+            "s3://bucket/model",
+            "s3://bucket/model: unknown kind of storage 's3'. Expected a local directory, or gs://….",
+        ),
+        ("gs://", "'gs://' names no bucket. Expected gs://bucket/path."),
         ("", "'' names no place"),
         ("file://", "'file://' names no place"),
         ("a\0b", "names no place"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from podquant.errors import StorageError
-from podquant.storage.publication import Publication
+from podquant.storage.local_publication import LocalPublication
 
 RunPython = Callable[[str, Path], str]
 
@@ -22,10 +22,10 @@ RunPython = Callable[[str, Path], str]
 FILL = """
 import os, sys
 from podquant.errors import StorageError
-from podquant.storage.publication import Publication
+from podquant.storage.local_publication import LocalPublication
 place = sys.argv[1] + "/deep/out"
 try:
-    with Publication(place) as publication:
+    with LocalPublication(place) as publication:
         writer = publication.writer("big")
         for _ in range(8):
             writer.write(bytes(100_000))
@@ -37,7 +37,7 @@ print(os.listdir(os.path.dirname(place)) if os.path.isdir(os.path.dirname(place)
 
 def test_the_target_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    with Publication(str(target)) as publication:
+    with LocalPublication(str(target)) as publication:
         writer = publication.writer("tp-00-of-02/weights")
         writer.write(b"abc")
         writer.write(b"")
@@ -58,7 +58,7 @@ def test_the_target_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None
 
 def test_the_checksum_of_a_large_write_is_that_of_all_its_bytes(tmp_path: Path) -> None:
     data = np.random.default_rng(1).integers(0, 256, 9_000_001, np.uint8)
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         writer = publication.writer("a")
         writer.write(data)
         writer.close()
@@ -67,14 +67,14 @@ def test_the_checksum_of_a_large_write_is_that_of_all_its_bytes(tmp_path: Path) 
 
 
 def test_the_checksum_is_castagnoli(tmp_path: Path) -> None:
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         assert publication.write_small("a", b"123456789").crc32c == 0xE3069283  # the check value of RFC 3720's CRC32C
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_removes_everything(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:
-        with Publication(f"{tmp_path}/out") as publication:
+        with LocalPublication(f"{tmp_path}/out") as publication:
             publication.writer("a/b").write(b"123")
             raise error("stop")
 
@@ -84,14 +84,14 @@ def test_an_error_removes_everything(tmp_path: Path, error: type[BaseException])
 
 
 def test_leaving_without_publishing_removes_everything(tmp_path: Path) -> None:
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         publication.write_small("a", b"123")
     assert os.listdir(tmp_path) == []
 
 
 def test_descriptors_are_given_back_after_an_error(tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         publication.writer("a")
         publication.writer("b").close()
     assert set(os.listdir("/proc/self/fd")) <= before
@@ -105,7 +105,7 @@ def test_a_taken_target_is_refused_and_left_alone(tmp_path: Path, kind: str) -> 
     else:
         target.mkdir()
         (target / "mine").touch()
-    publication = Publication(str(target))
+    publication = LocalPublication(str(target))
     assert publication.exists()
     with pytest.raises(StorageError, match=re.escape(f"{target}: already exists. Remove it")), publication:
         raise AssertionError("entered")
@@ -115,7 +115,7 @@ def test_a_taken_target_is_refused_and_left_alone(tmp_path: Path, kind: str) -> 
 def test_an_empty_directory_is_no_obstacle_even_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    publication = Publication(f"{tmp_path}/link")
+    publication = LocalPublication(f"{tmp_path}/link")
     assert publication.uri == f"{tmp_path}/real"
     assert not publication.exists()
     with publication:
@@ -126,12 +126,12 @@ def test_an_empty_directory_is_no_obstacle_even_behind_a_link(tmp_path: Path) ->
 
 
 def test_a_mount_point_is_refused() -> None:
-    with pytest.raises(StorageError, match="/proc: cannot replace a mount point"), Publication("/proc"):
+    with pytest.raises(StorageError, match="/proc: cannot replace a mount point"), LocalPublication("/proc"):
         raise AssertionError("entered")
 
 
 def test_a_target_that_appears_meanwhile_is_never_overwritten(tmp_path: Path) -> None:
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         publication.write_small("a", b"1")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
@@ -142,7 +142,7 @@ def test_a_target_that_appears_meanwhile_is_never_overwritten(tmp_path: Path) ->
 
 
 def test_an_open_file_cannot_be_published(tmp_path: Path) -> None:
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         publication.writer("a").write(b"1")
         with pytest.raises(StorageError, match=r"still being written: a\. Close before publishing"):
             publication.publish()
@@ -150,7 +150,7 @@ def test_an_open_file_cannot_be_published(tmp_path: Path) -> None:
 
 
 def test_a_name_is_written_once_and_stays_inside(tmp_path: Path) -> None:
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         publication.writer("a").close()
         with pytest.raises(StorageError, match=r"out\.partial/a: cannot create: File exists"):
             publication.writer("a")
@@ -159,7 +159,7 @@ def test_a_name_is_written_once_and_stays_inside(tmp_path: Path) -> None:
 
 
 def test_a_closed_file_takes_nothing_more(tmp_path: Path) -> None:
-    with Publication(f"{tmp_path}/out") as publication:
+    with LocalPublication(f"{tmp_path}/out") as publication:
         writer = publication.write_small("a", b"1")
         with pytest.raises(StorageError, match=r"out\.partial/a: written to after it was closed"):
             writer.write(b"2")
@@ -168,8 +168,8 @@ def test_a_closed_file_takes_nothing_more(tmp_path: Path) -> None:
 def test_another_run_is_refused_until_killed_and_its_leftovers_are_removed(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
-        "from podquant.storage.publication import Publication\n"
-        "with Publication(sys.argv[1]) as publication:\n"
+        "from podquant.storage.local_publication import LocalPublication\n"
+        "with LocalPublication(sys.argv[1]) as publication:\n"
         "    publication.writer('half').write(bytes(1000))\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"
@@ -179,11 +179,11 @@ def test_another_run_is_refused_until_killed_and_its_leftovers_are_removed(tmp_p
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         with pytest.raises(StorageError, match=rf"out: process {child.pid} on host \S+ \(since .* is writing there"):
-            Publication(target).__enter__()
+            LocalPublication(target).__enter__()
         assert (tmp_path / "out.partial" / "half").stat().st_size == 1000
         child.send_signal(signal.SIGKILL)
     assert sorted(os.listdir(tmp_path)) == ["out.partial", "out.partial.lock"]
-    with Publication(target) as publication:
+    with LocalPublication(target) as publication:
         assert os.listdir(tmp_path / "out.partial") == []
         publication.write_small("a", b"1")
         publication.publish()

@@ -1,0 +1,254 @@
+"""HTTP to Google Cloud Storage: one event loop in a thread, one session, retries, and errors to act on.
+
+gcsfs finds the endpoint and the credentials, so `STORAGE_EMULATOR_HOST`, `FSSPEC_GCS_ENDPOINT_URL`, `FSSPEC_GCS_TOKEN`,
+`GOOGLE_APPLICATION_CREDENTIALS` and a TPU VM's own account mean what its users expect. The requests are our own: gcsfs
+(2026.10) reads no `Retry-After`, never checks a CRC32C, copies what it reads, and takes a lost answer for a refusal.
+Knows nothing of what objects hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import email.utils
+import json
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import fsspec.config
+from aiohttp.abc import AbstractStreamWriter
+from yarl import URL
+
+from podquant.errors import StorageError
+from podquant.storage.retry import RETRIED_STATUSES, GaveUpError, Patience, TransientError, retried
+
+# Before gcsfs is imported: its other file system asks for a bucket's type over gRPC, for a minute where none answers.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+from gcsfs.core import GCSFileSystem
+
+_IN_FLIGHT = 16
+_SEND_BYTES = 256 << 10
+_READ_BUFFER = 1 << 20  # bytes; fewer wake-ups of the event loop than aiohttp's 64 KiB
+_ADVICE = {
+    400: "This is a fault in podquant or in the endpoint: check STORAGE_EMULATOR_HOST and FSSPEC_GCS_ENDPOINT_URL.",
+    401: "No valid credentials: run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or "
+    "give the machine a service account.",
+    403: "Give this account the role Storage Object User (to read only: Storage Object Viewer) on the bucket.",
+    404: "Check the bucket and the path; a file may have been removed or changed since it was listed.",
+    412: "It is there already, or was changed by another.",
+}
+
+Consume = Callable[[aiohttp.ClientResponse], Awaitable[Any]]
+type Try = Callable[[], Awaitable[Any]]
+
+
+class GcsError(StorageError):
+    """The store refused. `status` is its HTTP status, None if it gave none."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class GcsClient:
+    """Asks the store and answers callers in any thread. One serves a whole process; `close()` ends its thread."""
+
+    def __init__(self, patience: Patience | None = None) -> None:
+        self.patience = patience or Patience()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gcs", daemon=True)
+        self._thread.start()
+        self._files = GCSFileSystem(asynchronous=True, loop=self._loop, skip_instance_cache=True, **_token())
+        self.base = self._files.base.rstrip("/")  # …/storage/v1
+        self.upload_base = self.base.replace("/storage/v1", "/upload/storage/v1")
+        self._session: aiohttp.ClientSession | None = None
+        self._slots = asyncio.Semaphore(_IN_FLIGHT)
+
+    def run[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, done by the client's thread."""
+        future = self.start(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def start[T](self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin `work` in the client's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """End the connections and the thread."""
+        if self._thread.is_alive():
+            self.run(self._end())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def retry(self, action: str, place: str, attempt: Try, patience: Patience | None = None) -> Any:
+        """What `attempt` returns, tried as long as the patience allows; `GcsError` says `action` and `place`."""
+        try:
+            return await retried(attempt, patience or self.patience)
+        except _RefusedError as error:
+            advice = _ADVICE.get(error.status, "Look up this answer in the documentation of Cloud Storage.")
+            raise GcsError(
+                f"{place}: cannot {action}: {error} (HTTP {error.status}). {advice}", error.status
+            ) from error
+        except GaveUpError as error:
+            advice = "Check the connection to the store and its quota, then run again."
+            raise GcsError(f"{place}: cannot {action}: {error}. {advice}") from error
+
+    async def once(
+        self,
+        method: str,
+        url: str,
+        consume: Consume,
+        *,
+        query: Mapping[str, str | int] | None = None,
+        headers: Mapping[str, str] | None = None,
+        data: bytes | memoryview | None = None,
+        accept: frozenset[int] = frozenset({200}),
+    ) -> Any:
+        """One try: what `consume` makes of an accepted answer. To be called by an `attempt` given to `retry`."""
+        full = URL(f"{url}?{urlencode(query)}" if query else url, encoded=True)
+        async with self._slots:
+            try:
+                sent = await self._with_credentials(headers or {})
+                session = await self._connected()
+                body = None if data is None else _Body(memoryview(data))
+                async with session.request(method, full, headers=sent, data=body, allow_redirects=False) as answer:
+                    if answer.status in accept:
+                        return await consume(answer)
+                    raise await _refusal(answer)
+            except aiohttp.ClientSSLError as error:
+                raise _RefusedError(0, f"no secure connection: {error}") from error
+            except (aiohttp.ClientError, ConnectionError) as error:
+                raise TransientError(
+                    f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                ) from error
+
+    async def _with_credentials(self, headers: Mapping[str, str]) -> dict[str, str]:
+        sent = {"Accept-Encoding": "identity", **headers}
+        if self._files.credentials.credentials is not None:
+            # A token near its end is renewed by a blocking request.
+            await asyncio.to_thread(self._files.credentials.apply, sent)
+        return sent
+
+    async def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            patience = self.patience
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=patience.connect, sock_read=patience.silence),
+                connector=aiohttp.TCPConnector(limit=_IN_FLIGHT),
+                read_bufsize=_READ_BUFFER,
+                trust_env=True,
+            )
+        return self._session
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+
+class _Body(aiohttp.Payload):
+    """Bytes to send, a piece at a time: as many as the connection takes, and others' turns in between."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__(data, content_type="application/octet-stream")
+        self._size = data.nbytes
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return str(self._value, encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        for start in range(0, len(self._value), _SEND_BYTES):
+            await writer.write(self._value[start : start + _SEND_BYTES])
+
+
+class _Shared:
+    """The client of this process; a forked child gets its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._client: tuple[int, GcsClient] | None = None
+
+    def get(self) -> GcsClient:
+        with self._lock:
+            if self._client is None or self._client[0] != os.getpid():
+                client = GcsClient()
+                atexit.register(client.close)
+                self._client = (os.getpid(), client)
+            return self._client[1]
+
+
+shared_client = _Shared().get
+"""The one client of this process, made when first asked for; it reads the environment then."""
+
+
+def object_url(base: str, bucket: str, name: str) -> str:
+    """The address of an object under `base`."""
+    return f"{bucket_url(base, bucket)}/o/{quote(name, safe='')}"
+
+
+def bucket_url(base: str, bucket: str) -> str:
+    """The address of a bucket under `base`."""
+    return f"{base}/b/{quote(bucket, safe='')}"
+
+
+async def read_json(answer: aiohttp.ClientResponse) -> Any:
+    """An answer's JSON; one cut short is worth another try."""
+    body = await answer.read()
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise TransientError(f"an answer that is no JSON: {body[:80]!r}") from error
+
+
+def _token() -> dict[str, str]:
+    """No credentials go over plain HTTP, and none are looked for: emulators want none. Set ones are respected."""
+    settings = {**fsspec.config.conf.get("gs", {}), **fsspec.config.conf.get("gcs", {})}
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    endpoint = settings.get("endpoint_url") or emulator
+    is_plain = bool(endpoint) and not str(endpoint).startswith("https://") and endpoint != "default"
+    return {"token": "anon"} if is_plain and "token" not in settings else {}
+
+
+async def _refusal(answer: aiohttp.ClientResponse) -> Exception:
+    body = await answer.read()
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = body[:200].decode(errors="replace").strip()
+    message = (message or answer.reason or "no reason given").rstrip(".")
+    if answer.status in RETRIED_STATUSES:
+        return TransientError(f"{message} (HTTP {answer.status})", _retry_after(answer.headers.get("Retry-After")))
+    return _RefusedError(answer.status, message)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds from now; the header holds seconds or a date."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,413 @@
+"""Cloud Storage's JSON API over real HTTP, in memory, with faults on demand and an account of every request.
+
+`with GcsEmulator() as emulator:` serves from a thread; `python gcs_emulator.py --port 0` from a process of its own,
+which prints its address; `/_control` then takes faults and tells the log. Follows the documentation in what podquant
+and gcsfs ask for: preconditions (412), resumable uploads with status queries, generations, CRC32C, paging, rewrites.
+Knows no permissions, versions or multipart XML uploads; a refusal is a fault put there by the test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import itertools
+import json
+import re
+import threading
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qsl, unquote
+
+import google_crc32c
+from aiohttp import web
+
+_OBJECT = re.compile(r"(?:/download|/upload)?/storage/v1/b/([^/]+)(?:/o(?:/(.+?))?)?(?:/rewriteTo/b/([^/]+)/o/(.+))?$")
+_PIECE = 256 << 10
+
+
+@dataclass
+class Fault:
+    """What to do to the next requests whose "METHOD /path?query" matches `request`.
+
+    kind: `status` (refuse with `status`), `reset` (drop the connection before answering; a body is read up to
+        `after` bytes, and an upload keeps those), `stall` (stop sending after `after` bytes, for `seconds`),
+        `truncate` (end the body after `after` bytes), `lost` (do it, and drop the connection), `wrong_crc` (report a
+        wrong CRC32C), `corrupt` (flip a bit of what is sent or stored), `short` (an upload keeps only `after` bytes of
+        a chunk, and says so).
+    """
+
+    kind: str
+    request: str = "."
+    times: int = 1
+    skip: int = 0
+    status: int = 503
+    after: int = 0
+    seconds: float = 3600.0
+    message: str = "injected"
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """One request: what was asked, what was answered, and the bytes of the bodies."""
+
+    request: str
+    status: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass
+class Blob:
+    """An object. `data` never changes; another write makes another object."""
+
+    bucket: str
+    name: str
+    data: bytes
+    generation: int
+    updated: datetime
+    metadata: dict[str, str]
+    wrong_crc: bool = False
+    metageneration: int = 1
+
+    def resource(self) -> dict[str, Any]:
+        """As the API describes it. All integers but the metageneration's kin are text there."""
+        crc = google_crc32c.value(self.data) ^ (1 if self.wrong_crc else 0)
+        return {
+            "kind": "storage#object",
+            "bucket": self.bucket,
+            "name": self.name,
+            "size": str(len(self.data)),
+            "generation": str(self.generation),
+            "metageneration": str(self.metageneration),
+            "crc32c": base64.b64encode(crc.to_bytes(4, "big")).decode(),
+            "updated": self.updated.isoformat().replace("+00:00", "Z"),
+            "timeCreated": self.updated.isoformat().replace("+00:00", "Z"),
+            "contentType": "application/octet-stream",
+            **({"metadata": self.metadata} if self.metadata else {}),
+        }
+
+
+@dataclass
+class _Upload:
+    bucket: str
+    name: str
+    metadata: dict[str, str]
+    query: dict[str, str]
+    data: bytearray = field(default_factory=bytearray)
+    done: Blob | None = None
+
+
+class _Refusal(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Dropped(Exception):
+    """The connection is to be dropped without an answer."""
+
+
+class GcsEmulator:
+    """The service. `buckets`, `log` and `faults` may be looked at and changed between requests."""
+
+    def __init__(self, *buckets: str, port: int = 0) -> None:
+        self.buckets: dict[str, dict[str, Blob]] = {name: {} for name in buckets}
+        self.log: list[Record] = []
+        self.faults: list[Fault] = []
+        self.page_size = 1000
+        self._port = port
+        self._generations = itertools.count(1_700_000_000_000_001)
+        self._uploads: dict[str, _Upload] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # What tests do and ask.
+
+    def put(self, bucket: str, name: str, data: bytes, *, age: float = 0.0, **metadata: str) -> Blob:
+        """Place an object, without HTTP, `age` seconds ago."""
+        updated = datetime.now(UTC) - timedelta(seconds=age)
+        blob = Blob(bucket, name, data, next(self._generations), updated, metadata)
+        self.buckets.setdefault(bucket, {})[name] = blob
+        return blob
+
+    def data(self, bucket: str) -> dict[str, bytes]:
+        """Every object's bytes."""
+        return {name: blob.data for name, blob in sorted(self.buckets[bucket].items())}
+
+    def fail(self, kind: str, request: str = ".", **options: Any) -> Fault:
+        """Add a fault."""
+        self.faults.append(Fault(kind, request, **options))
+        return self.faults[-1]
+
+    def count(self, request: str) -> int:
+        """Requests so far that match."""
+        return len(self.requests(request))
+
+    def requests(self, request: str) -> list[Record]:
+        """The log of those that match."""
+        return [record for record in self.log if re.search(request, record.request)]
+
+    # HTTP.
+
+    async def _serve(self) -> None:
+        app = web.Application(client_max_size=1 << 40)
+        app.router.add_route("*", "/{tail:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        await site.start()
+        host, port = self._runner.addresses[0][:2]
+        self.url = f"http://{host}:{port}"
+
+    async def _stop(self) -> None:
+        await self._runner.cleanup()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        path, _, query = request.raw_path.partition("?")
+        if path == "/_control":
+            return await self._control(request)
+        record = Record(f"{request.method} {unquote(path)}{'?' if query else ''}{unquote(query)}")
+        self.log.append(record)
+        fault = self._next_fault(record.request)
+        try:
+            if fault is not None and fault.kind == "status":
+                record.bytes_in = len(await request.read())
+                return _error(record, fault.status, fault.message, fault.headers)
+            answer = await self._answer(request, path, dict(parse_qsl(query)), record, fault)
+            if fault is not None and fault.kind == "lost":
+                raise _Dropped
+            record.status = answer.status
+            return answer
+        except _Refusal as error:
+            return _error(record, error.status, str(error), {})
+        except (_Dropped, ConnectionResetError):
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response()
+
+    def _next_fault(self, request: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.request, request):
+                if fault.skip > 0:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                return fault
+        return None
+
+    async def _control(self, request: web.Request) -> web.Response:
+        if request.method == "GET":
+            return web.json_response([asdict(record) for record in self.log])
+        for fault in await request.json():
+            self.fail(**fault)
+        return web.Response()
+
+    async def _answer(
+        self, request: web.Request, path: str, query: dict[str, str], record: Record, fault: Fault | None
+    ) -> web.StreamResponse:
+        body = await _body(request, record, fault)
+        if "upload_id" in query:
+            return self._chunk(request, query["upload_id"], body, fault)
+        found = _OBJECT.match(path)
+        if found is None:
+            raise _Refusal(400, f"no such address: {path}")
+        bucket, name, _, target = (None if part is None else unquote(part) for part in found.groups())
+        assert bucket is not None
+        if bucket not in self.buckets:
+            raise _Refusal(404, "The specified bucket does not exist.")
+        if path.startswith("/upload"):
+            return self._begin(request, bucket, query, body, fault)
+        if name is None:
+            return self._list(bucket, query) if path.endswith("/o") else web.json_response({"name": bucket})
+        blob = self._find(bucket, name, query.get("generation") or query.get("sourceGeneration"))
+        if target is not None:
+            copy = self._store(bucket, target, blob.data, json.loads(body or b"{}").get("metadata", {}), query, fault)
+            return web.json_response({"done": True, "resource": copy.resource()})
+        self._require(bucket, name, query)
+        if request.method == "DELETE":
+            del self.buckets[bucket][name]
+            return web.Response(status=204)
+        if query.get("alt") == "media" or path.startswith("/download"):
+            return await self._media(request, blob, record, fault)
+        return web.json_response(blob.resource())
+
+    def _find(self, bucket: str, name: str, generation: str | None) -> Blob:
+        blob = self.buckets[bucket].get(name)
+        if blob is None or (generation is not None and str(blob.generation) != generation):
+            raise _Refusal(404, f"No such object: {bucket}/{name}")
+        return blob
+
+    def _require(self, bucket: str, name: str, query: dict[str, str]) -> None:
+        blob = self.buckets[bucket].get(name)
+        wanted = query.get("ifGenerationMatch")
+        if wanted is not None and wanted != (str(blob.generation) if blob else "0"):
+            raise _Refusal(412, "At least one of the pre-conditions you specified did not hold.")
+
+    def _list(self, bucket: str, query: dict[str, str]) -> web.Response:
+        start = query.get("pageToken", "")
+        names = sorted(n for n in self.buckets[bucket] if n.startswith(query.get("prefix", "")) and n > start)
+        page = names[: min(self.page_size, int(query.get("maxResults", self.page_size)))]
+        answer: dict[str, Any] = {"kind": "storage#objects"}
+        if page:
+            answer["items"] = [self.buckets[bucket][name].resource() for name in page]
+        if len(page) < len(names):
+            answer["nextPageToken"] = page[-1]
+        return web.json_response(answer)
+
+    async def _media(self, request: web.Request, blob: Blob, record: Record, fault: Fault | None) -> web.StreamResponse:
+        start, stop, status = 0, len(blob.data), 200
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        if asked:
+            start, stop, status = int(asked[1]), min(stop, int(asked[2] or stop) + 1), 206
+            if start >= len(blob.data):
+                raise _Refusal(416, "The requested range cannot be satisfied.")
+        data = memoryview(blob.data)[start:stop]
+        headers = {
+            "Content-Length": str(len(data)),
+            "x-goog-generation": str(blob.generation),
+            "x-goog-hash": f"crc32c={blob.resource()['crc32c']}",
+        }
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(blob.data)}"
+        if fault is not None and fault.kind == "corrupt":
+            data = memoryview(bytes([data[0] ^ 1]) + data[1:])
+        response = web.StreamResponse(status=status, headers=headers)
+        limit = fault.after if fault is not None and fault.kind in ("reset", "stall", "truncate") else len(data)
+        await response.prepare(request)
+        for offset in range(0, limit, _PIECE):
+            piece = data[offset : min(limit, offset + _PIECE)]
+            await response.write(piece)
+            record.bytes_out += len(piece)
+        if fault is not None and fault.kind == "stall":
+            await asyncio.sleep(fault.seconds)
+        if fault is not None and fault.kind == "truncate" and request.transport is not None:
+            request.transport.close()  # after what was written is sent
+        if fault is not None and fault.kind == "reset":
+            raise _Dropped
+        return response
+
+    def _begin(
+        self, request: web.Request, bucket: str, query: dict[str, str], body: bytes, fault: Fault | None
+    ) -> web.Response:
+        if query["uploadType"] == "multipart":
+            described, data = _multipart(request.headers["Content-Type"], body)
+            expected = described.get("crc32c")
+            if fault is not None and fault.kind == "corrupt":
+                data = bytes([data[0] ^ 1]) + data[1:]
+            if expected not in (None, base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()):
+                raise _Refusal(400, f"Provided CRC32C {expected!r} doesn't match calculated CRC32C.")
+            blob = self._store(bucket, described["name"], data, described.get("metadata", {}), query, fault)
+            return web.json_response(blob.resource())
+        if query["uploadType"] == "media":
+            return web.json_response(self._store(bucket, query["name"], body, {}, query, fault).resource())
+        described = json.loads(body)
+        name = described.get("name") or query["name"]
+        self._require(bucket, name, query)
+        key = f"upload-{next(self._generations)}"
+        self._uploads[key] = _Upload(bucket, name, described.get("metadata", {}), query)
+        return web.Response(headers={"Location": f"{self.url}/upload/storage/v1/b/{bucket}/o?upload_id={key}"})
+
+    def _chunk(self, request: web.Request, key: str, body: bytes, fault: Fault | None) -> web.Response:
+        upload = self._uploads.get(key)
+        if upload is None:
+            raise _Refusal(404, "No such upload.")
+        if request.method == "DELETE":
+            del self._uploads[key]
+            return web.Response(status=499)
+        if upload.done is not None:
+            return web.json_response(upload.done.resource())
+        asked = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", request.headers["Content-Range"])
+        assert asked is not None
+        if asked[1] is not None:
+            if int(asked[1]) > len(upload.data):
+                raise _Refusal(503, f"the upload has {len(upload.data)} bytes, got some from {asked[1]} on")
+            kept = body[: fault.after] if fault is not None and fault.kind in ("short", "reset") else body
+            if fault is not None and fault.kind == "corrupt":
+                kept = bytes([kept[0] ^ 1]) + kept[1:]
+            upload.data += kept[len(upload.data) - int(asked[1]) :]  # bytes that are there already are ignored
+            if fault is not None and fault.kind == "reset":
+                raise _Dropped
+        if asked[3] == "*" or len(upload.data) < int(asked[3]):
+            headers = {"Range": f"bytes=0-{len(upload.data) - 1}"} if upload.data else {}
+            return web.Response(status=308, headers=headers)
+        upload.done = self._store(upload.bucket, upload.name, bytes(upload.data), upload.metadata, upload.query, fault)
+        upload.data.clear()
+        return web.json_response(upload.done.resource())
+
+    def _store(
+        self, bucket: str, name: str, data: bytes, metadata: dict[str, str], query: dict[str, str], fault: Fault | None
+    ) -> Blob:
+        self._require(bucket, name, query)
+        blob = self.put(bucket, name, data, **metadata)
+        blob.wrong_crc = fault is not None and fault.kind == "wrong_crc"
+        return blob
+
+
+async def _body(request: web.Request, record: Record, fault: Fault | None) -> bytes:
+    """The request's body; a reset cuts it short, and a request without one is dropped before it is done."""
+    limit = fault.after if fault is not None and fault.kind == "reset" and request.method in ("PUT", "POST") else None
+    body = bytearray()
+    while limit is None or len(body) < limit:
+        piece = await request.content.readany()
+        if not piece:
+            break
+        body += piece
+        record.bytes_in = len(body)
+    is_media = request.method == "GET" and "alt=media" in record.request
+    if fault is not None and fault.kind == "reset" and request.method != "PUT" and not is_media:
+        raise _Dropped
+    if fault is not None and fault.kind == "stall" and not is_media:
+        await asyncio.sleep(fault.seconds)
+    return bytes(body)
+
+
+def _multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    boundary = re.search(r'boundary="?([^";]+)"?', content_type)
+    assert boundary is not None
+    mark = b"--" + boundary[1].encode()
+    assert body.startswith(mark)
+    end = body.rindex(b"\r\n" + mark + b"--")
+    first, second = body[len(mark) : end].split(b"\r\n" + mark, 1)
+    return json.loads(first.split(b"\r\n\r\n", 1)[1]), second.split(b"\r\n\r\n", 1)[1]
+
+
+def _error(record: Record, status: int, message: str, headers: dict[str, str]) -> web.Response:
+    record.status = status
+    return web.json_response({"error": {"code": status, "message": message}}, status=status, headers=headers)
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--bucket", action="append", default=[])
+    options = parser.parse_args()
+    with GcsEmulator(*options.bucket, port=options.port) as emulator:
+        print(emulator.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
