@@ -183,23 +183,24 @@ class _Body(aiohttp.Payload):
 
 
 class _Shared:
-    """The client of this process; a forked child gets its own."""
+    """The clients of this process: one for each endpoint. A forked child gets its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._client: tuple[int, GcsClient] | None = None
+        self._clients: dict[tuple[int, str], GcsClient] = {}
 
     def get(self) -> GcsClient:
         with self._lock:
-            if self._client is None or self._client[0] != os.getpid():
+            key = os.getpid(), _endpoint()
+            if key not in self._clients:
                 client = GcsClient()
                 atexit.register(client.close)
-                self._client = (os.getpid(), client)
-            return self._client[1]
+                self._clients[key] = client
+            return self._clients[key]
 
 
 shared_client = _Shared().get
-"""The one client of this process, made when first asked for; it reads the environment then."""
+"""The client of this process for the endpoint that the environment names now."""
 
 
 def object_url(base: str, bucket: str, name: str) -> str:
@@ -221,13 +222,21 @@ async def read_json(answer: aiohttp.ClientResponse) -> Any:
         raise TransientError(f"an answer that is no JSON: {body[:80]!r}") from error
 
 
+def _settings() -> dict[str, str]:
+    """What fsspec is configured to give gcsfs, by its files or by FSSPEC_GS_… and FSSPEC_GCS_…."""
+    return {**fsspec.config.conf.get("gs", {}), **fsspec.config.conf.get("gcs", {})}
+
+
+def _endpoint() -> str:
+    """The endpoint set by the user; empty for Google's own."""
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    return str(_settings().get("endpoint_url") or ("" if emulator == "default" else emulator))
+
+
 def _token() -> dict[str, str]:
     """No credentials go over plain HTTP, and none are looked for: emulators want none. Set ones are respected."""
-    settings = {**fsspec.config.conf.get("gs", {}), **fsspec.config.conf.get("gcs", {})}
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    endpoint = settings.get("endpoint_url") or emulator
-    is_plain = bool(endpoint) and not str(endpoint).startswith("https://") and endpoint != "default"
-    return {"token": "anon"} if is_plain and "token" not in settings else {}
+    is_plain = _endpoint() != "" and not _endpoint().startswith("https://")
+    return {"token": "anon"} if is_plain and "token" not in _settings() else {}
 
 
 async def _refusal(answer: aiohttp.ClientResponse) -> Exception:

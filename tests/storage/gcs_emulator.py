@@ -70,24 +70,19 @@ class Blob:
     generation: int
     updated: datetime
     metadata: dict[str, str]
-    wrong_crc: bool = False
-    metageneration: int = 1
+    crc32c: int
 
     def resource(self) -> dict[str, Any]:
-        """As the API describes it. All integers but the metageneration's kin are text there."""
-        crc = google_crc32c.value(self.data) ^ (1 if self.wrong_crc else 0)
+        """As the API describes it; its integers are text."""
         return {
-            "kind": "storage#object",
             "bucket": self.bucket,
             "name": self.name,
             "size": str(len(self.data)),
             "generation": str(self.generation),
-            "metageneration": str(self.metageneration),
-            "crc32c": base64.b64encode(crc.to_bytes(4, "big")).decode(),
+            "crc32c": encode_crc32c(self.crc32c),
             "updated": self.updated.isoformat().replace("+00:00", "Z"),
-            "timeCreated": self.updated.isoformat().replace("+00:00", "Z"),
             "contentType": "application/octet-stream",
-            **({"metadata": self.metadata} if self.metadata else {}),
+            "metadata": self.metadata,
         }
 
 
@@ -97,7 +92,8 @@ class _Upload:
     name: str
     metadata: dict[str, str]
     query: dict[str, str]
-    data: bytearray = field(default_factory=bytearray)
+    chunks: list[bytes | bytearray] = field(default_factory=list)
+    size: int = 0
     done: Blob | None = None
 
 
@@ -139,12 +135,12 @@ class GcsEmulator:
         self._thread.join()
         self._loop.close()
 
-    # What tests do and ask.
-
-    def put(self, bucket: str, name: str, data: bytes, *, age: float = 0.0, **metadata: str) -> Blob:
+    def put(
+        self, bucket: str, name: str, data: bytes, metadata: dict[str, str] | None = None, *, age: float = 0.0
+    ) -> Blob:
         """Place an object, without HTTP, `age` seconds ago."""
         updated = datetime.now(UTC) - timedelta(seconds=age)
-        blob = Blob(bucket, name, data, next(self._generations), updated, metadata)
+        blob = Blob(bucket, name, data, next(self._generations), updated, metadata or {}, google_crc32c.value(data))
         self.buckets.setdefault(bucket, {})[name] = blob
         return blob
 
@@ -157,32 +153,20 @@ class GcsEmulator:
         self.faults.append(Fault(kind, request, **options))
         return self.faults[-1]
 
-    def count(self, request: str) -> int:
-        """Requests so far that match."""
-        return len(self.requests(request))
-
     def requests(self, request: str) -> list[Record]:
-        """The log of those that match."""
+        """The requests so far that match."""
         return [record for record in self.log if re.search(request, record.request)]
-
-    # HTTP.
 
     async def _serve(self) -> None:
         app = web.Application(client_max_size=1 << 40)
         app.router.add_route("*", "/{tail:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, read_bufsize=1 << 20)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
-        await site.start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}"
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        self.url = "http://{}:{}".format(*self._runner.addresses[0][:2])
 
     async def _stop(self) -> None:
         await self._runner.cleanup()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path, _, query = request.raw_path.partition("?")
@@ -210,11 +194,10 @@ class GcsEmulator:
     def _next_fault(self, request: str) -> Fault | None:
         for fault in self.faults:
             if fault.times > 0 and re.search(fault.request, request):
-                if fault.skip > 0:
-                    fault.skip -= 1
-                    continue
-                fault.times -= 1
-                return fault
+                fault.skip -= 1
+                if fault.skip < 0:
+                    fault.times -= 1
+                    return fault
         return None
 
     async def _control(self, request: web.Request) -> web.Response:
@@ -269,9 +252,7 @@ class GcsEmulator:
         start = query.get("pageToken", "")
         names = sorted(n for n in self.buckets[bucket] if n.startswith(query.get("prefix", "")) and n > start)
         page = names[: min(self.page_size, int(query.get("maxResults", self.page_size)))]
-        answer: dict[str, Any] = {"kind": "storage#objects"}
-        if page:
-            answer["items"] = [self.buckets[bucket][name].resource() for name in page]
+        answer: dict[str, Any] = {"items": [self.buckets[bucket][name].resource() for name in page]}
         if len(page) < len(names):
             answer["nextPageToken"] = page[-1]
         return web.json_response(answer)
@@ -287,7 +268,7 @@ class GcsEmulator:
         headers = {
             "Content-Length": str(len(data)),
             "x-goog-generation": str(blob.generation),
-            "x-goog-hash": f"crc32c={blob.resource()['crc32c']}",
+            "x-goog-hash": f"crc32c={encode_crc32c(blob.crc32c)}",
         }
         if asked:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(blob.data)}"
@@ -309,19 +290,17 @@ class GcsEmulator:
         return response
 
     def _begin(
-        self, request: web.Request, bucket: str, query: dict[str, str], body: bytes, fault: Fault | None
+        self, request: web.Request, bucket: str, query: dict[str, str], body: bytearray, fault: Fault | None
     ) -> web.Response:
         if query["uploadType"] == "multipart":
             described, data = _multipart(request.headers["Content-Type"], body)
             expected = described.get("crc32c")
             if fault is not None and fault.kind == "corrupt":
-                data = bytes([data[0] ^ 1]) + data[1:]
-            if expected not in (None, base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()):
+                data = data[:-1] + bytes([data[-1] ^ 1])
+            if expected not in (None, encode_crc32c(google_crc32c.value(data))):
                 raise _Refusal(400, f"Provided CRC32C {expected!r} doesn't match calculated CRC32C.")
             blob = self._store(bucket, described["name"], data, described.get("metadata", {}), query, fault)
             return web.json_response(blob.resource())
-        if query["uploadType"] == "media":
-            return web.json_response(self._store(bucket, query["name"], body, {}, query, fault).resource())
         described = json.loads(body)
         name = described.get("name") or query["name"]
         self._require(bucket, name, query)
@@ -329,7 +308,7 @@ class GcsEmulator:
         self._uploads[key] = _Upload(bucket, name, described.get("metadata", {}), query)
         return web.Response(headers={"Location": f"{self.url}/upload/storage/v1/b/{bucket}/o?upload_id={key}"})
 
-    def _chunk(self, request: web.Request, key: str, body: bytes, fault: Fault | None) -> web.Response:
+    def _chunk(self, request: web.Request, key: str, body: bytearray, fault: Fault | None) -> web.Response:
         upload = self._uploads.get(key)
         if upload is None:
             raise _Refusal(404, "No such upload.")
@@ -341,31 +320,34 @@ class GcsEmulator:
         asked = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", request.headers["Content-Range"])
         assert asked is not None
         if asked[1] is not None:
-            if int(asked[1]) > len(upload.data):
-                raise _Refusal(503, f"the upload has {len(upload.data)} bytes, got some from {asked[1]} on")
+            there = upload.size - int(asked[1])
+            if there < 0:
+                raise _Refusal(503, f"the upload has {upload.size} bytes, got some from {asked[1]} on")
             kept = body[: fault.after] if fault is not None and fault.kind in ("short", "reset") else body
             if fault is not None and fault.kind == "corrupt":
-                kept = bytes([kept[0] ^ 1]) + kept[1:]
-            upload.data += kept[len(upload.data) - int(asked[1]) :]  # bytes that are there already are ignored
+                kept[0] ^= 1
+            upload.chunks.append(kept[there:] if there else kept)  # what is there already is ignored
+            upload.size += len(upload.chunks[-1])
             if fault is not None and fault.kind == "reset":
                 raise _Dropped
-        if asked[3] == "*" or len(upload.data) < int(asked[3]):
-            headers = {"Range": f"bytes=0-{len(upload.data) - 1}"} if upload.data else {}
+        if asked[3] == "*" or upload.size < int(asked[3]):
+            headers = {"Range": f"bytes=0-{upload.size - 1}"} if upload.size else {}
             return web.Response(status=308, headers=headers)
-        upload.done = self._store(upload.bucket, upload.name, bytes(upload.data), upload.metadata, upload.query, fault)
-        upload.data.clear()
+        data = b"".join(upload.chunks)
+        upload.done = self._store(upload.bucket, upload.name, data, upload.metadata, upload.query, fault)
+        upload.chunks.clear()
         return web.json_response(upload.done.resource())
 
     def _store(
         self, bucket: str, name: str, data: bytes, metadata: dict[str, str], query: dict[str, str], fault: Fault | None
     ) -> Blob:
         self._require(bucket, name, query)
-        blob = self.put(bucket, name, data, **metadata)
-        blob.wrong_crc = fault is not None and fault.kind == "wrong_crc"
+        blob = self.put(bucket, name, data, metadata)
+        blob.crc32c ^= fault is not None and fault.kind == "wrong_crc"
         return blob
 
 
-async def _body(request: web.Request, record: Record, fault: Fault | None) -> bytes:
+async def _body(request: web.Request, record: Record, fault: Fault | None) -> bytearray:
     """The request's body; a reset cuts it short, and a request without one is dropped before it is done."""
     limit = fault.after if fault is not None and fault.kind == "reset" and request.method in ("PUT", "POST") else None
     body = bytearray()
@@ -380,17 +362,22 @@ async def _body(request: web.Request, record: Record, fault: Fault | None) -> by
         raise _Dropped
     if fault is not None and fault.kind == "stall" and not is_media:
         await asyncio.sleep(fault.seconds)
-    return bytes(body)
+    return body
 
 
-def _multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+def encode_crc32c(crc32c: int) -> str:
+    """The API's form: big-endian, base64."""
+    return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
+
+
+def _multipart(content_type: str, body: bytearray) -> tuple[dict[str, Any], bytes]:
     boundary = re.search(r'boundary="?([^";]+)"?', content_type)
     assert boundary is not None
     mark = b"--" + boundary[1].encode()
     assert body.startswith(mark)
     end = body.rindex(b"\r\n" + mark + b"--")
     first, second = body[len(mark) : end].split(b"\r\n" + mark, 1)
-    return json.loads(first.split(b"\r\n\r\n", 1)[1]), second.split(b"\r\n\r\n", 1)[1]
+    return json.loads(first.split(b"\r\n\r\n", 1)[1]), bytes(second.split(b"\r\n\r\n", 1)[1])
 
 
 def _error(record: Record, status: int, message: str, headers: dict[str, str]) -> web.Response:
