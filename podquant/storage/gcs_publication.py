@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +26,25 @@ TARGET_KEY = "podquant-target"
 ATTEMPT_KEY = "podquant-attempt"
 LAST_KEY = "podquant-last"
 _CLEAN_UP_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class GcsStaging:
+    """A `Staging` below `gs://bucket/path`, for the publication that `attempt` names."""
+
+    uri: str
+    attempt: str
+    chunk_bytes: int = CHUNK_BYTES
+
+    def writer(self, name: str) -> Writer:
+        return self.start(name, shared_client(), self.chunk_bytes)
+
+    def start(self, name: str, client: GcsClient, chunk_bytes: int) -> GcsWriter:
+        """As `writer`, by a client and in chunks of the caller's choice."""
+        bucket, path = split_uri(self.uri)
+        metadata = {TARGET_KEY: self.uri, ATTEMPT_KEY: self.attempt}
+        where = f"{path}/{checked_name(name, self.uri)}"
+        return GcsWriter(Bucket(client, bucket), where, name, metadata=metadata, chunk_bytes=chunk_bytes)
 
 
 class GcsPublication:
@@ -44,9 +64,8 @@ class GcsPublication:
         self._client = client or shared_client()
         self._bucket = Bucket(self._client, bucket)
         self._path = path
-        self._attempt = uuid.uuid4().hex
+        self._staging = GcsStaging(self.uri, uuid.uuid4().hex, chunk_bytes)
         self._lock = GcsLock(self._bucket, f"{path}.lock", lease_seconds=lease_seconds)
-        self._chunk_bytes = chunk_bytes
         self._writers: dict[str, GcsWriter] = {}
         self._small: dict[str, GcsWriter] = {}
         self._is_published = False
@@ -54,6 +73,10 @@ class GcsPublication:
     @property
     def uri(self) -> str:
         return self._bucket.uri(self._path)
+
+    @property
+    def staging(self) -> GcsStaging:
+        return self._staging
 
     def exists(self) -> bool:
         return self._is_taken(self._listed())
@@ -71,7 +94,7 @@ class GcsPublication:
         return self
 
     def writer(self, name: str) -> Writer:
-        writer = self._new(name, self._chunk_bytes)
+        writer = self._new(name, self._staging.chunk_bytes)
         self._writers[name] = writer
         return writer
 
@@ -110,25 +133,30 @@ class GcsPublication:
                 writer.abandon()
             # What cannot be removed now, the next run removes or complains about.
             with contextlib.suppress(StorageError):
-                mine = [info for info in self._listed() if info.metadata.get(ATTEMPT_KEY) == self._attempt]
+                mine = [info for info in self._listed() if self._is_mine(info)]
                 self._client.run(self._bucket.delete_all(mine, self._client.patience.within(_CLEAN_UP_SECONDS)))
         self._lock.release()
 
     def _new(self, name: str, chunk_bytes: int) -> GcsWriter:
         if checked_name(name, self.uri) in self._writers | self._small:
             raise StorageError(f"{self.uri}/{name}: cannot create: it is being written, or was. Choose another name.")
-        metadata = {TARGET_KEY: self.uri, ATTEMPT_KEY: self._attempt}
-        return GcsWriter(self._bucket, f"{self._path}/{name}", name, metadata=metadata, chunk_bytes=chunk_bytes)
+        return self._staging.start(name, self._client, chunk_bytes)
 
     def _listed(self) -> list[ObjectInfo]:
         return self._client.run(listed(self._bucket, f"{self._path}/"))
+
+    def _is_mine(self, info: ObjectInfo) -> bool:
+        return info.metadata.get(ATTEMPT_KEY) == self._staging.attempt
 
     def _is_taken(self, infos: list[ObjectInfo]) -> bool:
         """Whether there is a whole publication, or anything that no publication to this place has left."""
         return any(LAST_KEY in info.metadata or info.metadata.get(TARGET_KEY) != self.uri for info in infos)
 
     def _check(self, writers: dict[str, GcsWriter], *, missing: str) -> None:
-        """Compare what is in the bucket with what was written, once more: another run may have meddled."""
+        """Compare what is in the bucket with what was written, once more: another run may have meddled.
+
+        What other processes wrote for this run they have compared themselves.
+        """
         found = {info.name.removeprefix(f"{self._path}/"): info for info in self._listed()}
         for name, writer in writers.items():
             info = found.pop(name, None)
@@ -144,14 +172,15 @@ class GcsPublication:
                 raise StorageError(
                     f"{self.uri}/{name}: expected {wanted}, as written, got {got}. Another job writes there: run again."
                 )
-        if found:
+        strange = sorted(name for name, info in found.items() if not self._is_mine(info))
+        if strange:
             raise StorageError(
-                f"{self.uri}: holds what this run has not written: {', '.join(sorted(found))}. "
+                f"{self.uri}: holds what this run has not written: {', '.join(strange)}. "
                 "Another job writes there: run again."
             )
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(GcsError):
             info = self._client.run(self._bucket.stat(f"{self._path}/{name}"))
-            if info.metadata.get(ATTEMPT_KEY) == self._attempt:
+            if self._is_mine(info):
                 self._client.run(self._bucket.delete(info))

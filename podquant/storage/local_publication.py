@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import uuid
 from collections.abc import Buffer
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,7 +26,26 @@ from podquant.storage.lock import Lock
 from podquant.storage.names import checked_name
 from podquant.storage.store import Writer
 
+_UNFINISHED = ".unfinished"
 _CHUNK = 4 << 20  # bytes written, then checksummed, at a time: few enough to be still in the CPU's cache
+
+
+@dataclass(frozen=True)
+class LocalStaging:
+    """A `Staging` in the directory `path`; hosts must share its file system."""
+
+    path: str
+
+    def writer(self, name: str) -> Writer:
+        """As `Staging.writer`. Until it is closed the file has a name of its own, so tries do not meet."""
+        final = Path(self.path) / checked_name(name, Path(self.path))
+        unfinished = Path(self.path) / _UNFINISHED / uuid.uuid4().hex
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.parent.mkdir(exist_ok=True)
+            return LocalWriter(unfinished, name, final)
+        except OSError as error:
+            raise storage_error("create", final, error) from error
 
 
 class LocalPublication:
@@ -44,6 +65,11 @@ class LocalPublication:
     def uri(self) -> str:
         """The target, in full."""
         return str(self._target)
+
+    @property
+    def staging(self) -> LocalStaging:
+        """As `Publication.staging`."""
+        return LocalStaging(str(self._partial))
 
     def exists(self) -> bool:
         """Whether the target is taken. An empty directory is not: publishing replaces it."""
@@ -102,6 +128,7 @@ class LocalPublication:
             raise StorageError(
                 f"{self._partial}: still being written: {', '.join(unfinished)}. Close before publishing."
             )
+        shutil.rmtree(self._partial / _UNFINISHED, ignore_errors=True)  # of workers that were killed
         for folder, _, _ in os.walk(self._partial):
             _sync(Path(folder))
         try:
@@ -136,8 +163,9 @@ class LocalPublication:
 class LocalWriter:
     """A `Writer` of one local file, unbuffered: each `write` reaches the operating system before it returns."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Create the file; `FileExistsError` if it is there."""
+    def __init__(self, path: Path, name: str, final: Path | None = None) -> None:
+        """Create the file; `FileExistsError` if it is there. Once closed it is renamed to `final`, if given."""
+        self._final = final
         self._path = path
         self._name = name
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -184,6 +212,8 @@ class LocalWriter:
         descriptor, self._descriptor = self._descriptor, -1
         try:
             os.close(descriptor)  # network file systems tell of a full disk only here
+            if self._final is not None:
+                os.replace(self._path, self._final)
         except OSError as error:
             raise storage_error("finish writing", self._path, error, wanted=self._nbytes) from error
 

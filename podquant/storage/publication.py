@@ -12,6 +12,13 @@ from podquant.storage.local_publication import LocalPublication
 from podquant.storage.store import SCHEME_GCS, Writer
 
 
+class Staging(Protocol):
+    """Where the files of a publication are made. Can be pickled: workers on other hosts write through their copy."""
+
+    def writer(self, name: str) -> Writer:
+        """Start a file. It counts when it is closed, whole; a second try at the same name must write the same bytes."""
+
+
 class Publication(Protocol):
     """A directory in the making: `with open_publication(uri) as publication: …; publication.publish()`.
 
@@ -22,6 +29,10 @@ class Publication(Protocol):
     @property
     def uri(self) -> str:
         """The target, in full."""
+
+    @property
+    def staging(self) -> Staging:
+        """For other processes, while this one holds the publication; they must have closed what they publish."""
 
     def exists(self) -> bool:
         """Whether the target is taken. An empty directory, or what a failed run left, is not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import time
@@ -250,3 +251,39 @@ def test_a_name_is_written_once_and_stays_inside(client: GcsClient) -> None:
 def test_a_whole_bucket_is_no_target(client: GcsClient) -> None:
     with pytest.raises(StorageError, match="gs://b/: cannot fill a whole bucket"):
         GcsPublication("gs://b/", client)
+
+
+def test_other_processes_write_through_a_staging_and_tries_do_not_meet(
+    emulator: GcsEmulator, client: GcsClient
+) -> None:
+    script = """
+import pickle, sys
+staging = pickle.loads(bytes.fromhex(sys.argv[1]))
+killed, slow, fast = (staging.writer("a/weights") for _ in range(3))
+data = bytes(range(256)) * 3000
+killed.write(data[:500_000])
+slow.write(data[:500_000])
+fast.write(data)
+fast.close()
+slow.write(data[500_000:])
+slow.close()
+print(slow.nbytes, slow.crc32c == fast.crc32c)
+"""
+    with new(client) as publication:
+        text = pickle.dumps(publication.staging).hex()
+        done = subprocess.run(
+            [sys.executable, "-c", script, text], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert done.stdout == "768000 True\n"
+        publication.write_small("manifest", b"{1}")
+        publication.publish()
+    assert emulator.data("b") == {"out/a/weights": bytes(range(256)) * 3000, "out/manifest": b"{1}"}
+
+
+def test_what_a_staging_wrote_goes_with_a_failed_run(emulator: GcsEmulator, client: GcsClient) -> None:
+    with new(client) as publication:
+        writer = publication.staging.writer("a")
+        writer.write(b"1")
+        writer.close()
+        assert "out/a" in emulator.data("b")
+    assert emulator.data("b") == {}

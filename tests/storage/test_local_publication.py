@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import resource
 import signal
@@ -235,3 +236,35 @@ def test_leftovers_that_cannot_be_removed_are_told(tmp_path: Path, run_unprivile
     told = run_unprivileged(FILL, tmp_path)
     assert f"{left}: cannot remove what an earlier run left: Permission denied (EACCES)" in told
     assert os.listdir(left) == ["a"]
+
+
+def test_other_processes_write_through_a_staging_and_tries_do_not_meet(tmp_path: Path) -> None:
+    with LocalPublication(f"{tmp_path}/out") as publication:
+        staging = pickle.loads(pickle.dumps(publication.staging))
+        killed, slow, fast = (staging.writer("a/w") for _ in range(3))
+        killed.write(b"12")
+        slow.write(b"12")
+        fast.write(b"123")
+        fast.close()
+        assert (tmp_path / "out.partial" / "a" / "w").read_bytes() == b"123"
+        slow.write(b"3")
+        slow.close()
+        publication.write_small("m", b"{}")
+        publication.publish()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "out/a/w",
+        "out/m",
+    ]
+    assert (tmp_path / "out" / "a" / "w").read_bytes() == b"123"
+    with pytest.raises(StorageError, match=r"cannot finish writing .*\(ENOENT\)"):
+        killed.close()
+
+
+def test_a_staging_keeps_names_inside_and_tells_that_it_is_gone(tmp_path: Path) -> None:
+    with LocalPublication(f"{tmp_path}/out") as publication:
+        staging = publication.staging
+        with pytest.raises(StorageError, match="is not a name inside"):
+            staging.writer("../a")
+    (tmp_path / "out.partial").touch()
+    with pytest.raises(StorageError, match=r"out\.partial/a: cannot create: .*\((ENOTDIR|EEXIST)\)"):
+        staging.writer("a")
