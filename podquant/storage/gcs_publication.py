@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import Self
 
 from podquant.errors import StorageError
-from podquant.storage.gcs import listed, split_uri
+from podquant.storage.gcs import GcsStore, listed, split_uri
 from podquant.storage.gcs_client import GcsClient, GcsError, shared_client
 from podquant.storage.gcs_lock import LEASE_SECONDS, GcsLock
 from podquant.storage.gcs_objects import Bucket, ObjectInfo
 from podquant.storage.gcs_upload import CHUNK_BYTES, GcsWriter
 from podquant.storage.names import checked_name
-from podquant.storage.store import Writer
+from podquant.storage.store import Store, Writer
 
 TARGET_KEY = "podquant-target"
 ATTEMPT_KEY = "podquant-attempt"
@@ -57,7 +57,9 @@ class GcsPublication:
         *,
         lease_seconds: float = LEASE_SECONDS,
         chunk_bytes: int = CHUNK_BYTES,
+        keep: bool = False,
     ) -> None:
+        self._keep = keep
         bucket, path = split_uri(target_uri)
         if not path:
             raise StorageError(f"{target_uri}: cannot fill a whole bucket. Name a directory inside it.")
@@ -87,11 +89,19 @@ class GcsPublication:
             left = self._listed()
             if self._is_taken(left):
                 raise StorageError(f"{self.uri}: already exists. Remove it, or choose another place.")
-            self._client.run(self._bucket.delete_all(left))
+            if not self._keep:
+                self._client.run(self._bucket.delete_all(left))
         except BaseException:
             self._lock.release()
             raise
         return self
+
+    def staged(self) -> Store | None:
+        return GcsStore(self.uri, self._client) if self._listed() else None
+
+    def discard(self, name: str) -> None:
+        where = f"{self._path}/{checked_name(name, self.uri)}"
+        self._client.run(self._bucket.delete_all([info for info in self._listed() if info.name == where]))
 
     def writer(self, name: str) -> Writer:
         writer = self._new(name, self._staging.chunk_bytes)
@@ -111,6 +121,10 @@ class GcsPublication:
         if not self._small:
             raise StorageError(f"{self.uri}: nothing tells that it is whole. Write a small file before publishing.")
         *others, last = self._small.values()
+        if self._keep:  # an earlier run may have ended while it published
+            mine = [info for info in self._listed() if self._is_mine(info)]
+            small = {f"{self._path}/{name}" for name in self._small}
+            self._client.run(self._bucket.delete_all([info for info in mine if info.name in small]))
         for writer in others:
             writer.close()
         self._check(self._writers | self._small, missing=last.name)
@@ -131,10 +145,8 @@ class GcsPublication:
         if not self._is_published:
             for writer in (*self._writers.values(), *self._small.values()):
                 writer.abandon()
-            # What cannot be removed now, the next run removes or complains about.
-            with contextlib.suppress(StorageError):
-                mine = [info for info in self._listed() if self._is_mine(info)]
-                self._client.run(self._bucket.delete_all(mine, self._client.patience.within(_CLEAN_UP_SECONDS)))
+            if not self._keep:
+                self._clean_up()
         self._lock.release()
 
     def _new(self, name: str, chunk_bytes: int) -> GcsWriter:
@@ -145,7 +157,15 @@ class GcsPublication:
     def _listed(self) -> list[ObjectInfo]:
         return self._client.run(listed(self._bucket, f"{self._path}/"))
 
+    def _clean_up(self) -> None:
+        # What cannot be removed now, the next run removes or complains about.
+        with contextlib.suppress(StorageError):
+            mine = [info for info in self._listed() if self._is_mine(info)]
+            self._client.run(self._bucket.delete_all(mine, self._client.patience.within(_CLEAN_UP_SECONDS)))
+
     def _is_mine(self, info: ObjectInfo) -> bool:
+        if self._keep:
+            return info.metadata.get(TARGET_KEY) == self.uri
         return info.metadata.get(ATTEMPT_KEY) == self._staging.attempt
 
     def _is_taken(self, infos: list[ObjectInfo]) -> bool:

@@ -21,10 +21,10 @@ import numpy as np
 
 from podquant.errors import StorageError
 from podquant.storage.failures import storage_error
-from podquant.storage.local import local_path
+from podquant.storage.local import LocalStore, local_path
 from podquant.storage.lock import Lock
 from podquant.storage.names import checked_name
-from podquant.storage.store import Writer
+from podquant.storage.store import Store, Writer
 
 _UNFINISHED = ".unfinished"
 _CHUNK = 4 << 20  # bytes written, then checksummed, at a time: few enough to be still in the CPU's cache
@@ -55,7 +55,8 @@ class LocalPublication:
     be written by several threads at once, each file by one.
     """
 
-    def __init__(self, target_uri: str) -> None:
+    def __init__(self, target_uri: str, *, keep: bool = False) -> None:
+        self._keep = keep
         self._target = Path(os.path.realpath(local_path(target_uri)))
         self._partial = Path(f"{self._target}.partial")
         self._lock = Lock(Path(f"{self._target}.partial.lock"))
@@ -82,6 +83,19 @@ class LocalPublication:
         except OSError as error:
             raise storage_error("list", self._target, error) from error
 
+    def staged(self) -> Store | None:
+        """As `Publication.staged`. To be asked before workers start: what they have not closed is listed as well."""
+        shown = LocalStore(str(self._partial)) if self._partial.is_dir() else None
+        return shown if shown is not None and shown.list() else None
+
+    def discard(self, name: str) -> None:
+        """As `Publication.discard`."""
+        path = self._partial / checked_name(name, self._partial)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("remove", path, error) from error
+
     def __enter__(self) -> Self:
         """Take the lock, clear away what a killed run left, and make room; `StorageError` if the target is taken."""
         if os.path.ismount(self._target):
@@ -103,6 +117,8 @@ class LocalPublication:
         path = self._partial / checked_name(name, self._partial)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if self._keep and name not in {writer.name for writer in self._writers}:
+                path.unlink(missing_ok=True)  # an earlier run may have ended while it published
             writer = LocalWriter(path, name)
         except OSError as error:
             raise storage_error("create", path, error) from error
@@ -143,19 +159,21 @@ class LocalPublication:
         for writer in self._writers:
             writer.abandon()
         # After publish() there is nothing here. What cannot be removed now, the next run removes or complains about.
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if not self._keep:
+            shutil.rmtree(self._partial, ignore_errors=True)
         self._lock.release()
 
     def _make_partial(self) -> None:
         try:
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
+            left = self._partial / _UNFINISHED if self._keep else self._partial
+            if left.exists():
+                shutil.rmtree(left)
         except OSError as error:
             raise storage_error("remove what an earlier run left", self._partial, error) from error
         if self.exists():
             raise StorageError(f"{self._target}: already exists. Remove it, or choose another place.")
         try:
-            self._partial.mkdir()
+            self._partial.mkdir(exist_ok=self._keep)
         except OSError as error:
             raise storage_error("create", self._partial, error) from error
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from podquant.storage.local_publication import LocalPublication
-from podquant.storage.store import SCHEME_GCS, Writer
+from podquant.storage.store import SCHEME_GCS, Store, Writer
 
 
 class Staging(Protocol):
@@ -37,6 +37,12 @@ class Publication(Protocol):
     def exists(self) -> bool:
         """Whether the target is taken. An empty directory, or what a failed run left, is not."""
 
+    def staged(self) -> Store | None:
+        """The whole files there are so far, of this run and, if those are kept, of earlier ones; None for none."""
+
+    def discard(self, name: str) -> None:
+        """Remove a staged file, so that it is not published."""
+
     def __enter__(self) -> Self:
         """Keep others out, clear away what a failed run left, and make room; an error if the target is taken."""
 
@@ -59,10 +65,15 @@ class Publication(Protocol):
         """Let others in again, and unless it was published remove what was written."""
 
 
-def open_publication(uri: str) -> Publication:
-    """A publication to `uri`: a local directory (a path or `file://`), or `gs://bucket/path`."""
+def open_publication(uri: str, *, keep: bool = False) -> Publication:
+    """A publication to `uri`: a local directory (a path or `file://`), or `gs://bucket/path`.
+
+    Args:
+        keep: what was staged stays when the run ends unpublished, and what earlier runs left counts as staged. Which
+            of it fits is the caller's to know; to start anew, open without.
+    """
     if uri.startswith(SCHEME_GCS):
         from podquant.storage.gcs_publication import GcsPublication  # noqa: PLC0415  gcsfs takes a second to import
 
-        return GcsPublication(uri)
-    return LocalPublication(uri)
+        return GcsPublication(uri, keep=keep)
+    return LocalPublication(uri, keep=keep)
