@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from podquant.artifact.fields import Fields, decode_json
-from podquant.artifact.naming import MANIFEST, is_safe, scales_of, weight_of
+from podquant.artifact.naming import MANIFEST, folder_of, is_safe, scales_of, weight_of
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_DISK_NAME, QUANTIZED_DTYPES, DType
 from podquant.errors import ArtifactError
@@ -228,6 +228,7 @@ def _check_pieces(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
     axes = {axis for piece in pieces for axis, size in enumerate(piece.shape) if shape[axis : axis + 1] != (size,)}
     if any(len(piece.start) != len(shape) or len(piece.shape) != len(shape) for piece in pieces) or len(axes) > 1:
         raise ArtifactError(f"{at}: expected pieces that cut {list(shape)} along one axis, got {_windows(pieces)}")
+    _check_folders(tensor, manifest, at)
     axis = axes.pop() if axes else 0
     end = 0
     for piece in pieces:
@@ -238,6 +239,16 @@ def _check_pieces(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
         end += piece.shape[axis] if shape else 0
     if shape and end != shape[axis]:
         raise ArtifactError(f"{at}: pieces cover {end} of {shape[axis]} along axis {axis}: {_windows(pieces)}")
+
+
+def _check_folders(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
+    """Each piece lies in the folder of its rank, in files that differ in their folders only."""
+    name = tensor.pieces[0].file.rpartition("/")[2]
+    for piece in tensor.pieces:
+        if manifest.tp_size > 1 and piece.file != (expected := folder_of(piece.rank, manifest.tp_size) + name):
+            raise ArtifactError(
+                f'{at}: the piece of rank {piece.rank}: expected it in "{expected}", got "{piece.file}"'
+            )
 
 
 def _check_scheme(name: str, tensor: TensorEntry, manifest: Manifest, at: str) -> None:

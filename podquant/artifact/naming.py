@@ -16,6 +16,13 @@ def weights_file(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
+def folder_of(rank: int | None, tp_size: int) -> str:
+    """The folder of a rank's slices, or (None) of what is not cut, to put before a file's name; none at tp_size 1."""
+    if tp_size == 1:
+        return ""
+    return "shared/" if rank is None else f"tp-{rank:02d}-of-{tp_size:02d}/"
+
+
 def weight_of(module: str) -> str:
     """Name of the tensor that holds a module's weight or, quantized, its codes."""
     return f"{module}.weight"

@@ -130,6 +130,10 @@ class Artifact:
         top = Fields(decode_json(self.store.read(QUALITY), where), where)
         return {name: {key: fields.number(key) for key in _FIGURES} for name, fields in top.objects("tensors")}
 
+    def data_offset(self, file: str) -> int:
+        """Where in a file of tensors the first one begins."""
+        return self._headers[file].data_offset
+
     def close(self) -> None:
         """Close the store."""
         self.store.close()
@@ -195,4 +199,6 @@ def compare_header(header: Header, pieces: Mapping[str, tuple[TensorEntry, Piece
     problems += [
         f"holds {name}, which the manifest does not place here" for name in header.tensors if name not in pieces
     ]
+    if not problems and (late := [a for a, b in zip(header.tensors, pieces, strict=True) if a != b]):
+        problems.append(f"{late[0]} is not where the order of the manifest places it")
     return problems

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "show what convert would do, without doing it",
     "inspect": "show what an artifact holds and how good it is",
     "verify": "check an artifact to the last byte",
+    "merge": "put the tensor-parallel slices of an artifact together",
     "demo": "plan, convert, verify, serve and ask a real small model",
 }
 """Command → its line in the help; `podquant.cli.<command>` is its module."""

@@ -29,6 +29,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strict-rules", action="store_true", help="a rule that matches nothing is an error")
     parser.add_argument(
+        "--tp-size", metavar="N", type=positive, default=1, help="cut every weight into N tensor-parallel slices"
+    )
+    parser.add_argument(
         "--workers",
         metavar="N",
         type=positive,
@@ -50,7 +53,7 @@ def open_source(arguments: argparse.Namespace) -> tuple[Checkpoint, Plan]:
     rules = load_quantization_config(arguments.quantization_config_path)
     path, name = locate(arguments)
     checkpoint = Checkpoint.open(path)
-    plan = plan_conversion(checkpoint, rules, source_name=name)
+    plan = plan_conversion(checkpoint, rules, source_name=name, tp_size=arguments.tp_size)
     if arguments.strict_rules:
         plan.refuse_unmatched()
     return checkpoint, plan

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
-from podquant.artifact.manifest import Manifest, OutputFile, Piece, TensorEntry
+from podquant.artifact.documents import encode_index, encode_json
+from podquant.artifact.manifest import Manifest, OutputFile, TensorEntry
 from podquant.artifact.naming import CONFIG, INDEX, MANIFEST, QUALITY
-from podquant.convert.plan import Plan, encode_json, entry_nbytes
+from podquant.convert.plan import Plan
 from podquant.convert.work import Receipt
 from podquant.errors import ArtifactError
 from podquant.storage.publication import Publication
@@ -30,54 +31,49 @@ def commit(
         ArtifactError: receipts and plan disagree.
         StorageError: bytes could not be written.
     """
-    by_file = {receipt.file: receipt for receipt in receipts}
+    by_unit = {receipt.unit: receipt for receipt in receipts}
+    files: dict[str, OutputFile] = {}
     for unit in plan.units:
-        receipt = by_file.get(unit.file)
-        if receipt is None or receipt.size != unit.bytes_out:
-            got = "no receipt" if receipt is None else f"{receipt.size:,} bytes"
-            raise ArtifactError(f"{publication.uri}: {unit.file}: planned {unit.bytes_out:,} bytes, got {got}")
-    files = {unit.file: OutputFile(unit.bytes_out, by_file[unit.file].crc32c) for unit in plan.units}
+        receipt = by_unit.get(unit.file)
+        for name, size in unit.sizes.items():
+            found = None if receipt is None else receipt.files.get(name)
+            if found is None or found.size != size:
+                got = "no receipt" if found is None else f"{found.size:,} bytes"
+                raise ArtifactError(f"{publication.uri}: {name}: planned {size:,} bytes, got {got}")
+            files[name] = found
     files |= copied
-    quality = {name: asdict(figures) for unit in plan.units for name, figures in by_file[unit.file].quality.items()}
-    for name, document in (
-        (CONFIG, dict(plan.config)),
-        (INDEX, _index(plan)),
-        (QUALITY, {"tensors": quality}),
-    ):
-        written = publication.write_small(name, encode_json(document))
+    tensors = _tensors(plan)
+    quality = {name: asdict(figures) for unit in plan.units for name, figures in by_unit[unit.file].quality.items()}
+    documents = {CONFIG: encode_json(plan.config), QUALITY: encode_json({"tensors": quality})}
+    if plan.tp_size == 1:
+        documents[INDEX] = encode_index(tensors)
+    for name in sorted(documents):
+        written = publication.write_small(name, documents[name])
         files[name] = OutputFile(written.nbytes, written.crc32c)
     manifest = Manifest(
         written_by=f"podquant {version('podquant')}",
         source=plan.source,
-        tp_size=1,
+        tp_size=plan.tp_size,
         modules=plan.modules,
         files=files,
-        tensors=_tensors(plan),
+        tensors=tensors,
     )
     publication.write_small(MANIFEST, manifest.encode())
     publication.publish()
     return manifest
 
 
-def _index(plan: Plan) -> dict[str, object]:
-    return {
-        "metadata": {"total_size": sum(entry_nbytes(entry) for unit in plan.units for entry in unit.entries)},
-        "weight_map": {entry[0]: unit.file for unit in plan.units for entry in unit.entries},
-    }
-
-
 def _tensors(plan: Plan) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     for unit in plan.units:
         for tensor in unit.tensors:
-            for number, (name, dtype, shape) in enumerate(tensor.entries):
-                piece = Piece(unit.file, None, (0,) * len(shape), shape)
-                is_codes = tensor.scheme is not None and number == 0
-                tensors[name] = TensorEntry(
-                    dtype,
-                    shape,
-                    (piece,),
+            for output in tensor.outputs:
+                is_codes = tensor.scheme is not None and output is tensor.outputs[0]
+                tensors[output.name] = TensorEntry(
+                    output.dtype,
+                    output.shape,
+                    unit.pieces(output),
                     scheme=tensor.scheme if is_codes else None,
-                    scales=tensor.entries[1][0] if is_codes else None,
+                    scales=tensor.outputs[1].name if is_codes else None,
                 )
     return tensors

@@ -6,21 +6,20 @@ gives the same bytes. Knows nothing of how a unit is done or where its files go.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from podquant.artifact.manifest import ModuleRule, Source, SourceFile
-from podquant.artifact.naming import HEADER_METADATA, scales_of, weights_file
-from podquant.checkpoint.header import TensorInfo, encode_header
+from podquant.artifact.naming import scales_of, weights_file
+from podquant.artifact.slices import cut_of, cut_of_scales
+from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import QuantizationConfig, UnmatchedRule
-from podquant.config.scheme import Scheme
 from podquant.convert.compressed_tensors import quantization_config
 from podquant.convert.source import Contents, read_contents
-from podquant.dtypes import BY_NAME, SOURCE_DTYPES, DType
+from podquant.convert.units import Output, TensorPlan, Unit
+from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import ConfigError, UnsupportedModelError
 from podquant.quantize.qarray import scales_shape
 
@@ -32,66 +31,6 @@ WINDOW_BYTES = 2 << 20
 
 Small enough that a window stays in the processor's cache from its read to its write: on two cores of an AMD EPYC with
 32 MiB of L3, 3.08 GB of bfloat16 take 0.70 s in windows of 2 MiB, 0.77 s of 1 MiB, 1.1 s of 4 MiB, 1.5 s of 16 MiB."""
-
-Entry = tuple[str, DType, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One source tensor and what becomes of it: quantized by `scheme`, or copied (None).
-
-    `entries` are the tensors written: codes and scales, or the tensor itself.
-    """
-
-    source: TensorInfo
-    scheme: Scheme | None
-    entries: tuple[Entry, ...]
-
-    def windows(self, window_bytes: int) -> Iterator[tuple[int, int]]:
-        """Row ranges that cover the tensor in order; whole rows of blocks, at least one each."""
-        if not self.source.shape:
-            yield 0, 1
-            return
-        rows = self.source.shape[0]
-        step = self._window_rows(window_bytes)
-        for start in range(0, rows, step):
-            yield start, min(start + step, rows)
-
-    def window_nbytes(self, window_bytes: int) -> int:
-        """Bytes of the largest window."""
-        if not self.source.shape or self.source.nbytes == 0:
-            return self.source.nbytes
-        return min(self._window_rows(window_bytes), self.source.shape[0]) * (self.source.nbytes // self.source.shape[0])
-
-    def _window_rows(self, window_bytes: int) -> int:
-        row_bytes = max(1, self.source.nbytes // max(1, self.source.shape[0]))
-        block = 1
-        if self.scheme is not None and self.scheme.weight_block_size is not None:
-            block = self.scheme.weight_block_size[0]
-        return max(block, window_bytes // row_bytes // block * block)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Some whole tensors, in source order, and the one output file that they fill."""
-
-    file: str
-    tensors: tuple[TensorPlan, ...]
-
-    @property
-    def entries(self) -> list[Entry]:
-        """The tensors of the output file, in order."""
-        return [entry for tensor in self.tensors for entry in tensor.entries]
-
-    @property
-    def bytes_in(self) -> int:
-        """Source bytes the unit reads."""
-        return sum(tensor.source.nbytes for tensor in self.tensors)
-
-    @property
-    def bytes_out(self) -> int:
-        """Size of the output file, header and all."""
-        return len(encode_header(self.entries, HEADER_METADATA)) + sum(map(entry_nbytes, self.entries))
 
 
 @dataclass(frozen=True)
@@ -106,6 +45,7 @@ class Plan:
         unmatched: rules that decide nothing in this model.
         redundant: a tied lm_head stored beside its embedding: left out, after checking that the two are equal.
         copied: files copied unchanged → size.
+        tp_size: slices that a tensor is cut into.
     """
 
     source: Source
@@ -115,6 +55,12 @@ class Plan:
     unmatched: tuple[UnmatchedRule, ...]
     redundant: tuple[TensorInfo, TensorInfo] | None
     copied: Mapping[str, int]
+    tp_size: int = 1
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        """Every tensor, in source order."""
+        return [tensor for unit in self.units for tensor in unit.tensors]
 
     @property
     def bytes_in(self) -> int:
@@ -136,12 +82,13 @@ class Plan:
     def peak_memory(self, workers: int, window_bytes: int = WINDOW_BYTES) -> int:
         """Bytes a worker process holds at most, over what the interpreter and its libraries take.
 
-        Each window in flight holds its source bytes and its codes; scales and row statistics wait for the tensor's end.
+        Each window in flight holds its source bytes and its codes, and once more what is cut along its rows; scales and
+        row statistics wait for the tensor's end.
         """
-        tensors = [tensor for unit in self.units for tensor in unit.tensors]
-        window = max((tensor.window_nbytes(window_bytes) for tensor in tensors), default=0)
-        held = max((_held_nbytes(tensor) for tensor in tensors), default=0)
-        return windows_in_flight(workers) * window * 3 // 2 + held
+        window = max((tensor.window_nbytes(window_bytes) for tensor in self.tensors), default=0)
+        held = max((tensor.held_nbytes for tensor in self.tensors), default=0)
+        halves = 3 if self.tp_size == 1 else 5
+        return windows_in_flight(workers) * window * halves // 2 + held
 
 
 def windows_in_flight(workers: int) -> int:
@@ -149,18 +96,20 @@ def windows_in_flight(workers: int) -> int:
     return workers + 2
 
 
-def entry_nbytes(entry: Entry) -> int:
-    """Bytes of a tensor to be written."""
-    return math.prod(entry[2]) * entry[1].itemsize
-
-
 def plan_conversion(
-    checkpoint: Checkpoint, rules: QuantizationConfig, *, source_name: str, unit_bytes: int = UNIT_BYTES
+    checkpoint: Checkpoint,
+    rules: QuantizationConfig,
+    *,
+    source_name: str,
+    tp_size: int = 1,
+    unit_bytes: int = UNIT_BYTES,
 ) -> Plan:
     """Decide a whole conversion; the same checkpoint and rules give the same plan.
 
     Args:
         source_name: what the manifest calls the source; nothing that depends on the machine.
+        tp_size: slices to cut every weight into.
+        unit_bytes: source bytes a unit holds; decides which tensors share a file.
 
     Raises:
         CheckpointError: the checkpoint lacks tensors, or contradicts its config.json.
@@ -179,7 +128,7 @@ def plan_conversion(
         if decisions[name].scheme is not None:
             _check_quantizable(checkpoint, info, decisions[name])
     modules = {name: decisions[name] for name in contents.modules}
-    tensors = _plan_tensors(checkpoint, contents, modules)
+    tensors = _plan_tensors(checkpoint, contents, modules, tp_size)
     runs = list(_runs(tensors, unit_bytes))
     config = dict(checkpoint.config)
     section = quantization_config(modules, tied=contents.tied)
@@ -192,35 +141,33 @@ def plan_conversion(
         ),
         config=config,
         modules=modules,
-        units=tuple(Unit(weights_file(number, len(runs)), run) for number, run in enumerate(runs, start=1)),
+        units=tuple(Unit(weights_file(number, len(runs)), run, tp_size) for number, run in enumerate(runs, start=1)),
         unmatched=resolution.unmatched,
         redundant=contents.redundant,
         copied={name: checkpoint.store.size(name) for name in checkpoint.other_files},
+        tp_size=tp_size,
     )
 
 
-def encode_json(document: Mapping[str, Any]) -> bytes:
-    """The bytes of a JSON file of the artifact: a function of the values and their order only."""
-    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
 def _plan_tensors(
-    checkpoint: Checkpoint, contents: Contents, modules: Mapping[str, ModuleRule]
+    checkpoint: Checkpoint, contents: Contents, modules: Mapping[str, ModuleRule], tp_size: int
 ) -> Sequence[TensorPlan]:
     module_by_name = {info.name: module for module, info in contents.modules.items()}
     tensors = []
     for name, info in contents.tensors.items():
         module = module_by_name.get(name)
         scheme = None if module is None else modules[module].scheme
-        entries: tuple[Entry, ...] = ((name, info.dtype, info.shape),)
+        cut = cut_of(name, info.shape, tp_size)
+        outputs: tuple[Output, ...] = (Output(name, info.dtype, info.shape, cut),)
         if module is not None and scheme is not None:
             _check_quantizable(checkpoint, info, modules[module])
-            scales = scales_shape((info.shape[0], info.shape[1]), scheme.weight_block_size)
-            entries = (
-                (name, BY_NAME[scheme.weight_dtype], info.shape),
-                (scales_of(module), BY_NAME["float32"], scales),
+            block = scheme.weight_block_size
+            scales = scales_shape((info.shape[0], info.shape[1]), block)
+            outputs = (
+                Output(name, BY_NAME[scheme.weight_dtype], info.shape, cut),
+                Output(scales_of(module), BY_NAME["float32"], scales, cut_of_scales(cut, scales, block)),
             )
-        tensors.append(TensorPlan(info, scheme, entries))
+        tensors.append(TensorPlan(info, scheme, outputs))
     return tensors
 
 
@@ -249,8 +196,3 @@ def _runs(tensors: Sequence[TensorPlan], unit_bytes: int) -> Iterator[tuple[Tens
         filled += tensor.source.nbytes
     if run:
         yield tuple(run)
-
-
-def _held_nbytes(tensor: TensorPlan) -> int:
-    """Scales, and seven float64 statistics a row."""
-    return sum(map(entry_nbytes, tensor.entries[1:])) + (tensor.source.shape[0] * 56 if tensor.scheme else 0)

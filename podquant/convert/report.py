@@ -17,11 +17,13 @@ def plan_lines(plan: Plan, *, workers: int, window_bytes: int = WINDOW_BYTES) ->
     source = plan.source
     lines = [f"source   {source.name}: {len(source.files)} files, {size_text(plan.bytes_in)} to convert"]
     lines += ["", *_module_lines(plan.modules), ""]
-    rows = [("file", "tensors", "in", "out")]
-    rows += [
-        (unit.file, str(len(unit.tensors)), size_text(unit.bytes_in), size_text(unit.bytes_out)) for unit in plan.units
-    ]
+    rows = [("unit", "tensors", "files", "in", "out")]
+    for unit in plan.units:
+        sizes = (size_text(unit.bytes_in), size_text(unit.bytes_out))
+        rows.append((unit.file, str(len(unit.tensors)), str(len(unit.sizes)), *sizes))
     lines += table(rows)
+    if plan.tp_size > 1:
+        lines += ["", *_rank_lines(plan)]
     lines += [
         "",
         f"reads {size_text(plan.bytes_in)}, writes {size_text(plan.bytes_out)}; "
@@ -98,6 +100,16 @@ def table(rows: Sequence[tuple[str, ...]], *, right_from: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _rank_lines(plan: Plan) -> list[str]:
+    """What each tensor-parallel rank gets, and what is stored once for all."""
+    folders: dict[str, int] = {}
+    for unit in plan.units:
+        for name, size in unit.sizes.items():
+            folder = name.partition("/")[0]
+            folders[folder] = folders.get(folder, 0) + size
+    return table([("folder", "out"), *((name, size_text(folders[name])) for name in sorted(folders))])
 
 
 def _module_lines(modules: Mapping[str, ModuleRule]) -> list[str]:

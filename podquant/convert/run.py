@@ -62,10 +62,10 @@ def convert(
     place = open_publication(target).uri
     with open_publication(f"{place}.new" if replaces else place) as publication:
         _check_space(publication.uri, plan)
-        with Workbench(plan, workers=workers, window_bytes=window_bytes) as bench:
+        with Workbench(plan.tensors, workers=workers, window_bytes=window_bytes) as bench:
             if plan.redundant is not None:
                 check_equal(checkpoint, *plan.redundant, bench)
-            receipts = [convert_unit(checkpoint, unit, publication, bench, on_progress) for unit in plan.units]
+            receipts = [convert_unit(checkpoint, unit, publication.writer, bench, on_progress) for unit in plan.units]
         copied = {name: _copy(checkpoint, name, size, publication) for name, size in plan.copied.items()}
         manifest = commit(plan, receipts, copied, publication)
     if replaces:

@@ -1,4 +1,4 @@
-"""Does one unit of a plan: reads its tensors in row windows, quantizes them, and appends them to the unit's file.
+"""Does one unit of a plan: reads its tensors in row windows, quantizes them, and appends them to the unit's files.
 
 Windows are read and quantized by threads while earlier ones are written, in order, by the caller's thread; how many
 are in flight, and so the memory, does not depend on the size of any tensor. Knows nothing of other units or of the
@@ -8,7 +8,7 @@ manifest.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -18,29 +18,34 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from podquant.artifact.manifest import OutputFile, Piece
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.reader import read_rows, read_tensor
 from podquant.checkpoint.writer import SafetensorsWriter
-from podquant.convert.plan import WINDOW_BYTES, Plan, TensorPlan, Unit, windows_in_flight
+from podquant.convert.plan import WINDOW_BYTES, windows_in_flight
+from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.errors import CheckpointError, NonFiniteWeightError
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.quality import Quality, QualityRows
 from podquant.quantize.weights import quantize_window
-from podquant.storage.publication import Publication
+from podquant.storage.store import Writer
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]
 """Told the source bytes done since it was last called."""
 
 
+Parts = list[tuple[str, npt.NDArray[Any]]]
+"""Rows of a tensor as its pieces hold them: the file of each and what to append there."""
+
+
 @dataclass(frozen=True)
 class Receipt:
-    """A unit done: its file as written, and what quantization did to each of its weights."""
+    """A unit done: its files as written, and what quantization did to each of its weights."""
 
-    file: str
-    size: int
-    crc32c: int
+    unit: str
+    files: dict[str, OutputFile]
     quality: dict[str, Quality]
 
 
@@ -54,9 +59,9 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window ready to be written: rows of the tensor or of its codes, lying in `buffers`."""
+    """A window ready to be written: rows of the tensor or of its codes; those cut along axis 0 lie in `buffers`."""
 
-    rows: npt.NDArray[Any]
+    parts: Parts
     scales: npt.NDArray[np.float32] | None
     quality: QualityRows | None
     nbytes: int
@@ -66,11 +71,10 @@ class _Window:
 class Workbench:
     """The threads and buffers that units are done with; a context manager. Serves one unit at a time."""
 
-    def __init__(self, plan: Plan, *, workers: int, window_bytes: int = WINDOW_BYTES) -> None:
-        """`workers` threads read and quantize; `window_bytes` of source make a window."""
+    def __init__(self, tensors: Iterable[TensorPlan], *, workers: int, window_bytes: int = WINDOW_BYTES) -> None:
+        """For units of these tensors: `workers` threads read and quantize; `window_bytes` of source make a window."""
         self.window_bytes = window_bytes
         self.depth = windows_in_flight(workers)
-        tensors = [tensor for unit in plan.units for tensor in unit.tensors]
         size = max((tensor.window_nbytes(window_bytes) for tensor in tensors), default=0)
         self.buffers: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(self.depth):
@@ -87,33 +91,37 @@ class Workbench:
 
 
 def convert_unit(
-    checkpoint: Checkpoint, unit: Unit, publication: Publication, bench: Workbench, on_progress: Progress
+    checkpoint: Checkpoint, unit: Unit, create: Callable[[str], Writer], bench: Workbench, on_progress: Progress
 ) -> Receipt:
-    """Write the file of one unit. The bytes depend on the checkpoint and the unit only.
+    """Write the files of one unit. The bytes depend on the checkpoint and the unit only.
+
+    Args:
+        create: starts a file of the artifact.
 
     Raises:
         NonFiniteWeightError: names the first wrong row in the order of the source, with tensor and file.
         StorageError: bytes could not be read or written.
     """
-    file = publication.writer(unit.file)
-    writer = SafetensorsWriter(file, unit.entries)
+    files = {name: create(name) for name in unit.files}
+    writers = {name: SafetensorsWriter(files[name], entries) for name, entries in unit.files.items()}
     quality: dict[str, Quality] = {}
     for tensor, windows in _in_order(checkpoint, unit, bench):
-        name = tensor.source.name
         scales: list[npt.NDArray[np.float32]] = []
         rows: list[QualityRows] = []
         for window in windows:
-            writer.append(name, window.rows)
+            _append(writers, tensor.outputs[0], window.parts)
             if window.scales is not None and window.quality is not None:
                 scales.append(window.scales)
                 rows.append(window.quality)
             bench.buffers.put(window.buffers)
             on_progress(window.nbytes)
         if tensor.scheme is not None:
-            writer.append(tensor.entries[1][0], np.concatenate(scales))
-            quality[name] = Quality.of(rows)
-    writer.close()
-    return Receipt(unit.file, file.nbytes, file.crc32c, quality)
+            output = tensor.outputs[1]
+            _append(writers, output, _parts(np.concatenate(scales), 0, unit.pieces(output)))
+            quality[tensor.source.name] = Quality.of(rows)
+    for writer in writers.values():
+        writer.close()
+    return Receipt(unit.file, {name: OutputFile(file.nbytes, file.crc32c) for name, file in files.items()}, quality)
 
 
 def check_equal(checkpoint: Checkpoint, first: TensorInfo, second: TensorInfo, bench: Workbench) -> None:
@@ -138,7 +146,12 @@ def check_equal(checkpoint: Checkpoint, first: TensorInfo, second: TensorInfo, b
 def _in_order(checkpoint: Checkpoint, unit: Unit, bench: Workbench) -> Iterator[tuple[TensorPlan, Iterator[_Window]]]:
     """Each tensor with its windows, done by the threads up to `bench.depth` ahead, across tensors."""
     ahead: deque[Future[_Window]] = deque()
-    jobs = ((tensor, *rows) for tensor in unit.tensors for rows in tensor.windows(bench.window_bytes))
+    jobs = (
+        (tensor, pieces, *rows)
+        for tensor in unit.tensors
+        for pieces in (unit.pieces(tensor.outputs[0]),)
+        for rows in tensor.windows(bench.window_bytes)
+    )
 
     def advance() -> None:
         while len(ahead) < bench.depth and (job := next(jobs, None)) is not None:
@@ -154,15 +167,20 @@ def _in_order(checkpoint: Checkpoint, unit: Unit, bench: Workbench) -> Iterator[
 
 
 def _do_window(
-    checkpoint: Checkpoint, tensor: TensorPlan, start: int, stop: int, free: SimpleQueue[_Buffers]
+    checkpoint: Checkpoint,
+    tensor: TensorPlan,
+    pieces: tuple[Piece, ...],
+    start: int,
+    stop: int,
+    free: SimpleQueue[_Buffers],
 ) -> _Window:
-    """Read rows and, under a scheme, quantize them. Runs in a thread; the GIL is released in both."""
+    """Read rows, quantize them under a scheme, and cut them. Runs in a thread; the GIL is released in all three."""
     buffers = free.get()
     source = _read(checkpoint, tensor.source, start, stop, buffers.source)
     if tensor.scheme is None:
-        return _Window(source, None, None, source.nbytes, buffers)
+        return _Window(_parts(source, start, pieces), None, None, source.nbytes, buffers)
     shape = (source.shape[0], source.shape[1])
-    codes = buffers.codes[: source.size].view(tensor.entries[0][1].numpy).reshape(shape)
+    codes = buffers.codes[: source.size].view(tensor.outputs[0].dtype.numpy).reshape(shape)
     block = tensor.scheme.weight_block_size
     out = QArray(codes, np.empty(scales_shape(shape, block), np.float32), block)
     try:
@@ -170,7 +188,27 @@ def _do_window(
     except NonFiniteWeightError as error:
         place = f"{checkpoint.store.uri}/{tensor.source.file}: {tensor.source.name}"
         raise NonFiniteWeightError(f"{place}: {error}") from error
-    return _Window(codes, out.scales, quality, source.nbytes, buffers)
+    return _Window(_parts(codes, start, pieces), out.scales, quality, source.nbytes, buffers)
+
+
+def _parts(rows: npt.NDArray[Any], start: int, pieces: tuple[Piece, ...]) -> Parts:
+    """Rows from `start` on of a tensor, cut as its pieces are; contiguous, and copied only where they were not."""
+    if len(pieces) == 1:
+        return [(pieces[0].file, rows)]
+    parts: Parts = []
+    for piece in pieces:
+        box = tuple(
+            slice(max(0, first - origin), max(0, first - origin + size))
+            for first, size, origin in zip(piece.start, piece.shape, (start, *(0,) * (rows.ndim - 1)), strict=True)
+        )
+        if (part := rows[box]).size:
+            parts.append((piece.file, np.ascontiguousarray(part)))
+    return parts
+
+
+def _append(writers: Mapping[str, SafetensorsWriter], output: Output, parts: Parts) -> None:
+    for file, rows in parts:
+        writers[file].append(output.name, rows)
 
 
 def _read(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int, buffer: Bytes) -> npt.NDArray[Any]:

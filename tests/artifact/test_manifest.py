@@ -44,11 +44,13 @@ def sliced() -> dict[str, Any]:
     """The same with `a.weight` cut along its input axis for two ranks, its scales shared."""
     document = copy.deepcopy(DOCUMENT)
     document["tp_size"] = 2
+    document["files"][f"shared/{FILE}"] = document["files"][FILE]
+    for each in document["tensors"].values():
+        each["pieces"][0]["file"] = f"shared/{FILE}"
     for rank in range(2):
-        document["files"][f"tp-0{rank}-of-02/x.safetensors"] = {"size": 9, "crc32c": "00000000"}
+        document["files"][f"tp-0{rank}-of-02/{FILE}"] = {"size": 9, "crc32c": "00000000"}
     document["tensors"]["a.weight"]["pieces"] = [
-        {"file": f"tp-0{rank}-of-02/x.safetensors", "rank": rank, "start": [0, 3 * rank], "shape": [4, 3]}
-        for rank in range(2)
+        {"file": f"tp-0{rank}-of-02/{FILE}", "rank": rank, "start": [0, 3 * rank], "shape": [4, 3]} for rank in range(2)
     ]
     return document
 
@@ -152,6 +154,16 @@ def test_each_wrong_field_is_named(path: tuple[Any, ...], value: object, message
         ((*PIECE, "shape"), [4, 4], "pieces overlap or leave a gap"),
         ((*PIECE, "shape"), [4, 2], "pieces overlap or leave a gap"),
         ((*PIECE[:-1], 1, "shape"), [4, 2], "pieces cover 5 of 6 along axis 1"),
+        (
+            (*PIECE, "file"),
+            f"tp-01-of-02/{FILE}",
+            f'the piece of rank 0: expected it in "tp-00-of-02/{FILE}", got "tp-01-of-02/{FILE}"',
+        ),
+        (
+            ("tensors", "step", "pieces", 0, "file"),
+            f"tp-01-of-02/{FILE}",
+            f'the piece of rank None: expected it in "shared/{FILE}", got',
+        ),
     ],
 )
 def test_slices_must_cover_the_tensor(path: tuple[Any, ...], value: object, message: str) -> None:

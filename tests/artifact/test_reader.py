@@ -124,6 +124,17 @@ def test_what_is_wrong_is_found_on_opening(
     assert str(place) in str(caught.value)
 
 
+def test_tensors_in_another_order_are_refused(make_artifact: Make) -> None:
+    """Readers that go through a file from front to back rely on it."""
+    place = make_artifact()
+    document = json.loads((place / "podquant.json").read_text())
+    names = list(document["tensors"])
+    document["tensors"] = {name: document["tensors"][name] for name in [*names[:2], *names[:1:-1]]}
+    (place / "podquant.json").write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=f"{FILE}: norm.weight is not where the order of the manifest places it"):
+        Artifact.open(str(place))
+
+
 def test_a_broken_header_is_refused(make_artifact: Make) -> None:
     place = make_artifact(change=lambda files: files.update({FILE: b"\xff" * 64}))
     with pytest.raises(CheckpointError, match=f"{FILE}: claims a header of"):

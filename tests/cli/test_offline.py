@@ -96,8 +96,8 @@ def test_a_second_run_into_the_same_place(model: Path, artifact: Path, capsys: p
             ["{model}", "{out}", RULES, "int8.yaml", "--revision", "main"],
             "--revision and --download-dir are for Hugging",
         ),
-        (["gs://a/b", "{out}", RULES, "int8.yaml"], "gs:// is not supported yet"),
-        (["{model}", "gs://a/b", RULES, "int8.yaml"], "gs:// is not supported yet"),
+        (["s3://a/b", "{out}", RULES, "int8.yaml"], "s3://a/b"),
+        (["{model}", "s3://a/b", RULES, "int8.yaml"], "s3://a/b"),
     ],
 )
 def test_an_error_is_one_line_and_status_1(

@@ -168,3 +168,9 @@ def tensors() -> dict[str, Array]:
 def read() -> Callable[[Path], dict[str, Array]]:
     """Reads every tensor of an artifact without podquant."""
     return read_artifact
+
+
+@pytest.fixture
+def read_file() -> Callable[[Path], dict[str, Array]]:
+    """Reads every tensor of one file without podquant."""
+    return read_safetensors

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from podquant.artifact.manifest import OutputFile
 from podquant.convert.commit import commit
 from podquant.convert.work import Receipt
 from podquant.errors import ArtifactError
@@ -18,7 +19,10 @@ from podquant.storage.publication import open_publication
     ("receipts", "message"),
     [
         (lambda file, size: [], r"model-00001-of-00001.safetensors: planned [\d,]+ bytes, got no receipt"),
-        (lambda file, size: [Receipt(file, size - 1, 0, {})], r"planned [\d,]+ bytes, got [\d,]+ bytes"),
+        (
+            lambda file, size: [Receipt(file, {file: OutputFile(size - 1, 0)}, {})],
+            r"planned [\d,]+ bytes, got [\d,]+ bytes",
+        ),
     ],
 )
 def test_receipts_are_checked_against_the_plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,10 @@ def test_every_module_has_its_decision(source: Any) -> None:
     _, plan = source.plan(BLOCKS)
     assert plan.modules["lm_head"].scheme == Scheme("int8", None, (16, 8))
     assert plan.modules["lm_head"].rule == 'rules.yaml:5 ".*" (dotted)'
-    entries = {entry[0]: entry for unit in plan.units for entry in unit.entries}
-    assert entries["model.layers.0.mlp.up_proj.weight_scale"][2] == (5, 4)
-    assert entries["model.layers.0.mlp.down_proj.weight_scale"][2] == (2, 10)
-    assert entries["model.norm.weight"][1].disk == "BF16"
+    outputs = {output.name: output for unit in plan.units for output in unit.outputs}
+    assert outputs["model.layers.0.mlp.up_proj.weight_scale"].shape == (5, 4)
+    assert outputs["model.layers.0.mlp.down_proj.weight_scale"].shape == (2, 10)
+    assert outputs["model.norm.weight"].dtype.disk == "BF16"
 
 
 def test_rules_that_decide_nothing(source: Any) -> None:
@@ -129,7 +130,7 @@ def test_what_cannot_be_quantized_is_named_with_its_rule(
 def test_fused_experts_may_be_kept(make_source: Callable[..., Any]) -> None:
     source = make_source({"a.mlp.experts.up_proj": np.ones((2, 4, 8), np.float32)})
     _, plan = source.plan(BLOCKS)
-    assert "a.mlp.experts.up_proj" in {entry[0] for unit in plan.units for entry in unit.entries}
+    assert "a.mlp.experts.up_proj" in {output.name for unit in plan.units for output in unit.outputs}
     assert "a.mlp.experts.up_proj" not in plan.modules
 
 
@@ -143,3 +144,29 @@ def test_the_source_is_named_without_its_place(source: Any, tmp_path: Path) -> N
     assert plan.source.name == "source"
     assert str(tmp_path) not in repr(plan.source)
     assert plan.copied == {"tokenizer.json": 9}
+
+
+def test_every_weight_is_cut_and_the_rest_is_stored_once(source: Any) -> None:
+    _, plan = source.plan("int8_keep_embedding.yaml", tp_size=4, unit_bytes=20_000)
+    assert len(plan.units) > 2
+    for unit in plan.units:
+        assert all(name.endswith(f"/{unit.file}") for name in unit.files)
+    held: dict[str, list[str]] = {}
+    for unit in plan.units:
+        for name, entries in unit.files.items():
+            held.setdefault(name.partition("/")[0], []).extend(entry[0] for entry in entries)
+    ranks = [held.pop(f"tp-{rank:02d}-of-04") for rank in range(4)]
+    assert ranks == [ranks[0]] * 4
+    assert "model.embed_tokens.weight" in ranks[0]
+    assert "model.layers.0.self_attn.o_proj.weight" in ranks[0]
+    assert "model.layers.0.self_attn.q_proj.weight_scale" in ranks[0]
+    assert set(held) == {"shared"}
+    assert not set(held["shared"]) & set(ranks[0])
+    for name in ("self_attn.o_proj.weight_scale", "input_layernorm.weight", "self_attn.q_proj.bias"):
+        assert f"model.layers.1.{name}" in held["shared"]
+
+
+def test_a_plan_can_be_sent_to_another_process(source: Any) -> None:
+    _, plan = source.plan(BLOCKS, tp_size=2)
+    for unit in plan.units:
+        assert pickle.loads(pickle.dumps(unit)) == unit

@@ -1,0 +1,72 @@
+"""Which tensors are cut for tensor parallelism, where, and in which files the slices lie: by name and shape only.
+
+Knows nothing of rules, dtypes or bytes, so a tensor is cut alike whether it is quantized or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from podquant.artifact.manifest import Piece
+from podquant.artifact.naming import folder_of, module_of
+from podquant.config.modules import kind_of
+
+ROW_PARALLEL = frozenset(
+    {"o_proj", "out_proj", "wo", "dense", "down_proj", "w2", "c_proj", "dense_4h_to_h", "fc2", "fc_out"}
+)
+"""Last parts of the names of modules that take what the module before them put out in slices: cut along the input."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Slices along one axis: rank r holds `[bounds[r], bounds[r + 1])`."""
+
+    axis: int
+    bounds: tuple[int, ...]
+
+    def window(self, rank: int, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Start and shape of rank's slice of a tensor of this shape."""
+        first, last = self.bounds[rank], self.bounds[rank + 1]
+        start = tuple(first if axis == self.axis else 0 for axis in range(len(shape)))
+        return start, tuple(last - first if axis == self.axis else size for axis, size in enumerate(shape))
+
+
+def cut_of(tensor: str, shape: Sequence[int], tp_size: int) -> Cut | None:
+    """How a tensor is cut; None for one that is not.
+
+    Cut are the weights of linears, embedding and lm_head: matrices `[out, in]` that are not a router's. Row-parallel
+    ones along `in`, all others along `out` (of embedding and lm_head: the vocabulary), into slices of
+    `⌈size / tp_size⌉`; the last ones are smaller, or empty, where that does not come out even.
+    """
+    module = module_of(tensor)
+    if tp_size == 1 or module is None or len(shape) != 2 or 0 in shape or kind_of(module) == "router":
+        return None
+    axis = 1 if module.rpartition(".")[2] in ROW_PARALLEL else 0
+    return Cut(axis, _bounds(shape[axis], -(-shape[axis] // tp_size), tp_size))
+
+
+def cut_of_scales(cut: Cut | None, scales: Sequence[int], block: tuple[int, int] | None) -> Cut | None:
+    """How the scales of codes cut by `cut` are cut: as they are, unless each slice needs all or would split a block.
+
+    Args:
+        scales: their shape, `[out, 1]` or one a block.
+        block: rows and columns that share a scale.
+    """
+    if cut is None or cut.axis == 1:
+        return None
+    rows, size = 1 if block is None else block[0], cut.bounds[1]
+    if size % rows and size < cut.bounds[-1]:
+        return None
+    return Cut(0, _bounds(scales[0], -(-size // rows), len(cut.bounds) - 1))
+
+
+def pieces_of(file: str, shape: Sequence[int], cut: Cut | None, tp_size: int) -> tuple[Piece, ...]:
+    """The pieces of a tensor that at tp_size 1 lies in `file`."""
+    if cut is None:
+        return (Piece(folder_of(None, tp_size) + file, None, (0,) * len(shape), tuple(shape)),)
+    return tuple(Piece(folder_of(rank, tp_size) + file, rank, *cut.window(rank, shape)) for rank in range(tp_size))
+
+
+def _bounds(size: int, step: int, count: int) -> tuple[int, ...]:
+    return tuple(min(rank * step, size) for rank in range(count + 1))
