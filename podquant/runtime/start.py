@@ -47,7 +47,9 @@ def start_engine(options: EngineOptions, on_load: Callable[[int, int], None] = l
     _check(options)
     rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
     path = options.model_path
-    if not Path(path).exists() and "://" not in path:
+    if "://" in path:
+        raise ConfigError(f"{path}: serving from a bucket is not supported yet; copy the artifact to a local directory")
+    if not Path(path).exists():
         path = download_model(path, revision=options.revision, directory=options.download_dir).path
     source = open_source(path, rules)
     try:
