@@ -32,8 +32,8 @@ class ServeOptions:
         "an artifact or a checkpoint: a local directory, or a Hugging Face id (org/name)", "", "MODEL"
     )
     quantization_config_path: str | None = _flag(
-        "quantize a checkpoint by these rules while loading it: a path, or the name of a file that podquant ships, such "
-        "as int8.yaml; an artifact is quantized already",
+        "quantize a checkpoint by these rules while loading it: a path, or the name of a file that podquant ships, "
+        "such as int8.yaml; an artifact is quantized already",
         metavar="YAML",
     )
     revision: str | None = _flag("branch, tag or commit of a Hugging Face id")

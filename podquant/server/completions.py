@@ -87,6 +87,7 @@ class _Writer:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._tokenizer = engine.tokenizer
+        self._shows_ids = body.return_token_ids or engine.tokenizer is None
         self._tokens = tokens
         self._body = body
         self._prompts = prompts
@@ -105,8 +106,8 @@ class _Writer:
     def chunk(self, index: int, output: Output) -> bytes:
         """See `Chunks`."""
         body, progress = self._body, self._progress[index]
-        is_plain = progress.has_begun or not (body.echo or body.return_token_ids)
-        if is_plain and output.finish_reason is None and not output.logprobs and not body.return_token_ids:
+        is_plain = (progress.has_begun or not body.echo) and not self._shows_ids
+        if is_plain and output.finish_reason is None and not output.logprobs:
             progress.num_tokens += len(output.token_ids)
             return self._templates[index].fill(output.text) if output.text else b""
         return event(self._chunk(self._render(index, output)))
@@ -133,7 +134,7 @@ class _Writer:
         choice = self._choice(index, prompt_text + output.text, logprobs, output.finish_reason)
         if output.finish_reason is not None:
             choice["stop_reason"] = output.stop_reason
-        if body.return_token_ids or self._tokenizer is None:
+        if self._shows_ids:
             choice["token_ids"] = list(output.token_ids)
         if body.return_token_ids and not progress.has_begun:
             choice["prompt_token_ids"] = list(prompt.ids)

@@ -92,7 +92,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     what = f"{request.method} {request.url.path}"
     message = {
         404: f"There is no route {what}; GET /openapi.json lists them.",
-        405: f"{what}: the route exists, the method does not. Allowed: {(error.headers or {}).get('allow', '?')}.",
+        405: f"{what}: the route exists, the method does not. Allowed: {(error.headers or {}).get('Allow')}.",
     }.get(error.status_code, str(error.detail))
     return error_response(error.status_code, message, headers=error.headers)
 
@@ -105,8 +105,8 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 def describe(errors: Sequence[ErrorDetails | dict[str, Any]]) -> tuple[str, str | None, str]:
     """Message, param and code for the first of pydantic's complaints about a body."""
     error = errors[0]
-    path = [str(part) for part in error["loc"] if part != "body"]
-    param = ".".join(path) or None
+    path = ".".join(str(part) for part in error["loc"] if part != "body")
+    param = path.encode(errors="replace").decode() or None  # half a surrogate pair cannot be sent back
     match error["type"]:
         case "json_invalid":
             return f"The body is not valid JSON: {error['ctx']['error']} (byte {param}).", None, "invalid_json"

@@ -238,7 +238,7 @@ class ChatBody(_Generation):
     """`POST /v1/chat/completions`.
 
     Attributes:
-        max_tokens, max_completion_tokens: the same, the second is OpenAI's newer name; neither: all the context has room for.
+        max_tokens, max_completion_tokens: the same, the second newer; neither: all the context has room for.
         logprobs: report the log-probability of each token.
         top_logprobs: and of so many of the most likely ones.
     """

@@ -106,7 +106,15 @@ def require_tokenizer(engine: Engine, param: str) -> Tokenizer:
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text, without holding up the event loop if it is long."""
+    """Token ids of a text, without holding up the event loop if it is long. Raises RequestError if it is not Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The text is not valid Unicode: {error.object[error.start]!r} at {error.start} is half a surrogate pair. "
+            "Send whole characters.",
+            "prompt",
+        ) from None
     if len(text) < _LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
