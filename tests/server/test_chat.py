@@ -1,0 +1,57 @@
+"""`/v1/chat/completions` through OpenAI's own client."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+
+from podquant.runtime.engine import Engine
+from tests.server.conftest import MODEL
+
+MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "import what?"}]
+GREEDY = {"model": MODEL, "messages": MESSAGES, "temperature": 0.0, "max_completion_tokens": 10}
+
+
+def test_a_chat_is_the_completion_of_its_template(engine: Engine, ai: openai.OpenAI) -> None:
+    chat = ai.chat.completions.create(**GREEDY)
+    ids = engine.tokenizer.encode("<|system|>short\n<|user|>import what?\n<|assistant|>", add_special_tokens=False)
+    plain = ai.completions.create(model=MODEL, prompt=ids, temperature=0.0, max_tokens=10)
+    assert chat.choices[0].message.role == "assistant"
+    assert chat.choices[0].message.content == plain.choices[0].text
+    assert chat.usage.prompt_tokens == len(ids)
+    assert chat.object == "chat.completion"
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason(ai: openai.OpenAI) -> None:
+    whole = ai.chat.completions.create(**GREEDY).choices[0].message.content
+    usage = {"include_usage": True}
+    *chunks, last = list(ai.chat.completions.create(stream=True, stream_options=usage, **GREEDY))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert (last.choices, last.usage.completion_tokens) == ([], 10)
+
+
+def test_logprobs_name_the_chosen_and_the_likeliest(ai: openai.OpenAI) -> None:
+    content = ai.chat.completions.create(logprobs=True, top_logprobs=2, **GREEDY).choices[0].logprobs.content
+    assert len(content) == 10
+    for entry in content:
+        assert len(entry.top_logprobs) == 2
+        assert entry.token == entry.top_logprobs[0].token  # greedy
+        assert entry.logprob == entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
+        ({"extra_body": {"tools": [{"type": "function", "function": {"name": "f"}}]}}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+    ],
+)
+def test_what_a_chat_cannot_do_is_refused_by_name(ai: openai.OpenAI, change: dict[str, object], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.chat.completions.create(**(GREEDY | change))
+    assert caught.value.param == param
