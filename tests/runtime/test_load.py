@@ -1,0 +1,169 @@
+"""Loading: the same bits from an artifact and from quantizing on the way, on any mesh; and all that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from podquant.checkpoint.index import Checkpoint
+from podquant.config.rules import load_quantization_config
+from podquant.config.scheme import Scheme
+from podquant.convert.plan import plan_conversion
+from podquant.convert.run import convert
+from podquant.errors import CheckpointError, ConfigError, MeshError, NonFiniteWeightError, UnsupportedModelError
+from podquant.model.families import read_model_config
+from podquant.model.matmul import Numerics
+from podquant.runtime.load import load_weights
+from podquant.runtime.mesh import advise, make_mesh
+from podquant.runtime.programs import Model
+from podquant.runtime.source import open_source
+
+GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
+Arrays = dict[tuple[str | int, ...], np.ndarray[Any, Any]]
+
+
+def load(uri: str, rules: str | None = None, tp: int = 1, dtype: str = "float32") -> Arrays:
+    """Every array on the devices, by its path."""
+    source = open_source(uri, load_quantization_config(rules) if rules else None)
+    model = Model(read_model_config(source.config), source.scheme_of, Numerics(dtype, "cpu"), make_mesh("cpu", tp))
+    seen: list[int] = []
+    weights = load_weights(model, source, seen.append)
+    source.close()
+    assert 0 < sum(seen) <= source.num_bytes
+    return {leaf.path: np.asarray(array) for leaf, array in zip(model.leaves, weights, strict=True)}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(GOLDENS / "llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def to_artifact(checkpoint: Path, rules: str, target: Path, tp_size: int = 1) -> str:
+    source = Checkpoint.open(str(checkpoint))
+    plan = plan_conversion(source, load_quantization_config(rules), source_name="golden", tp_size=tp_size)
+    convert(source, plan, str(target), workers=1)
+    source.close()
+    return str(target)
+
+
+@pytest.mark.parametrize("rules", ["int8.yaml", "fp8_w8a8.yaml"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_an_artifact_and_quantizing_on_the_way_give_the_same_bits(tmp_path: Path, name: str, rules: str) -> None:
+    expected = load(str(GOLDENS / name), rules)
+    for tp_size in (1, 4):
+        artifact = to_artifact(GOLDENS / name, rules, tmp_path / f"artifact-{tp_size}", tp_size)
+        for tp in (1, 2):
+            found = load(artifact, tp=tp)
+            assert found.keys() == expected.keys()
+            for path, array in found.items():
+                assert array.tobytes() == expected[path].tobytes(), path
+
+
+def test_weights_are_those_of_the_file() -> None:
+    disk = load_file(GOLDENS / "llama" / "model.safetensors")
+    found = load(str(GOLDENS / "llama"), dtype="bfloat16")
+    layers = found["segments", 0, "layers", "mlp", "down_proj", "weight"]
+    for layer in range(3):
+        np.testing.assert_array_equal(layers[layer], disk[f"model.layers.{layer}.mlp.down_proj.weight"])
+    np.testing.assert_array_equal(found["lm_head", "weight"], disk["lm_head.weight"])
+
+
+def test_key_value_heads_are_copied_where_there_are_fewer_than_shards() -> None:
+    one, eight = (load(str(GOLDENS / "qwen2"), tp=tp) for tp in (1, 8))
+    for leaf in ("weight", "bias"):
+        path = ("segments", 0, "layers", "self_attn", "k_proj", leaf)
+        heads = one[path].reshape(3, 4, 8, -1)
+        np.testing.assert_array_equal(eight[path].reshape(3, 8, 8, -1), np.repeat(heads, 2, axis=1))
+
+
+def test_rules_by_layer_give_segments(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "quantization:\n  dense:\n    rules:\n"
+        "      - {module_path: '.*layers\\.1\\..*', weight_dtype: null}\n"
+        "      - {module_path: '.*', weight_dtype: int8}\n"
+    )
+    found = load(str(GOLDENS / "llama"), str(rules))
+    dtypes = [found["segments", s, "layers", "mlp", "up_proj", "weight"].dtype.name for s in range(3)]
+    assert dtypes == ["int8", "float32", "int8"]
+
+
+def rewrite_config(**change: Any) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return apply
+
+
+def rewrite_tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+def poison(tensors: dict[str, Any]) -> None:
+    weight = tensors["model.layers.1.mlp.up_proj.weight"].copy()
+    weight[7, 3] = np.nan
+    tensors["model.layers.1.mlp.up_proj.weight"] = weight
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (rewrite_tensors(lambda t: t.pop("model.norm.weight")), CheckpointError, r"model\.norm\.weight is missing"),
+        (rewrite_config(vocab_size=500), CheckpointError, r"expected shape \[500, 64\] .* got \[512, 64\]"),
+        (rewrite_config(architectures=["GPT2LMHeadModel"]), UnsupportedModelError, "GPT2LMHeadModel"),
+        (rewrite_config(quantization_config={"quant_method": "awq"}), UnsupportedModelError, "awq"),
+        (rewrite_tensors(poison), NonFiniteWeightError, r"model\.safetensors: model\.layers\.1\.mlp\.up_proj.* row 7"),
+    ],
+    ids=["missing", "shape", "architecture", "quantized", "nan"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    copy: Path, change: Callable[[Path], None], kind: type[Exception], message: str
+) -> None:
+    change(copy)
+    with pytest.raises(kind, match=message):
+        load(str(copy), "int8.yaml")
+
+
+def test_rules_that_contradict_an_artifact_are_refused(tmp_path: Path) -> None:
+    artifact = to_artifact(GOLDENS / "llama", "int8.yaml", tmp_path / "artifact")
+    with pytest.raises(ConfigError, match=r"contradicts its manifest: .* is int8 there and float8_e4m3fn by the rules"):
+        load(artifact, "fp8.yaml")
+    assert load(artifact, "int8.yaml").keys() == load(artifact).keys()
+
+
+def test_a_mesh_that_cannot_be() -> None:
+    with pytest.raises(MeshError, match="this process has 8"):
+        make_mesh("cpu", 9)
+    with pytest.raises(MeshError, match="no tpu devices"):
+        make_mesh("tpu", 1)
+    with pytest.raises(MeshError, match="sizes that fit this model: 1, 2, 4, 8"):
+        load(str(GOLDENS / "llama"), tp=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "count"),
+    [
+        ("TPU v6 lite", Scheme("int8", "int8"), 0),
+        ("TPU v5 lite", Scheme("float8_e4m3fn"), 1),
+        ("TPU7x", Scheme("int8", "float8_e4m3fn"), 1),
+        ("cpu", Scheme("int8"), 0),
+    ],
+)
+def test_advice_names_the_types_a_chip_does_not_multiply(kind: str, scheme: Scheme, count: int) -> None:
+    lines = advise(kind, [scheme])
+    assert len(lines) == count
+    assert all(kind in line for line in lines)
