@@ -148,36 +148,17 @@ def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at:
     rows = q.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * length, head_dim)
     row_positions = jnp.tile(at.positions, (1, group))[:, None, :, None]
-    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-
-    def gather(array: jax.Array, index: jax.Array) -> jax.Array:
-        taken = array[base + index].astype(q.dtype)  # [B, pages, K, page_size, H]
-        return taken.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, chunk, head_dim)
 
     def body(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         best, total, acc = carry
-        index = jax.lax.dynamic_slice_in_dim(at.page_table, step * pages, pages, axis=1)
-        scores = jnp.einsum(
-            "bkrh,bksh->bkrs",
-            rows,
-            gather(cache.keys, index),
-            precision=exact,
-            preferred_element_type=jnp.float32,
-        ) * (head_dim**-0.5)
+        index = base + jax.lax.dynamic_slice_in_dim(at.page_table, step * pages, pages, axis=1)
+        scores = _product("bkrh,bksh->bkrs", rows, _gather(cache.keys, index, q.dtype)) * (head_dim**-0.5)
         positions = (step * chunk + jnp.arange(chunk, dtype=jnp.int32)).reshape(1, 1, 1, chunk)
         seen = (positions <= row_positions) & (positions > row_positions - window)
         scores = jnp.where(seen, scores, -jnp.inf)
         new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
-        weights = jnp.exp(scores - new_best)
-        shrink = jnp.exp(best - new_best)
-        values = gather(cache.values, index)
-        part = jnp.einsum(
-            "bkrs,bksh->bkrh",
-            weights.astype(q.dtype),
-            values,
-            precision=exact,
-            preferred_element_type=jnp.float32,
-        )
+        weights, shrink = jnp.exp(scores - new_best), jnp.exp(best - new_best)
+        part = _product("bkrs,bksh->bkrh", weights.astype(q.dtype), _gather(cache.values, index, q.dtype))
         return new_best, total * shrink + weights.sum(axis=-1, keepdims=True), acc * shrink + part
 
     shape = (batch, kv_heads, group * length)
@@ -192,3 +173,15 @@ def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at:
     y = (acc / total).reshape(batch, kv_heads, group, length, head_dim)
     result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
     return result
+
+
+def _gather(cache: jax.Array, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The pages `index` [B, n] of a cache, one behind the other: [B, K, n * page_size, H]."""
+    taken = cache[index].astype(dtype).transpose(0, 2, 1, 3, 4)  # [B, K, n, page_size, H]
+    return taken.reshape(*taken.shape[:2], -1, taken.shape[-1])
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum with a float32 result, exact float32 inside if the operands are."""
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=exact, preferred_element_type=jnp.float32)
