@@ -106,7 +106,7 @@ def require_tokenizer(engine: Engine, param: str) -> Tokenizer:
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text, without holding up the event loop if it is long. Raises RequestError if it is not Unicode."""
+    """Token ids of a text, without holding up the event loop if it is long. RequestError if it is not Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

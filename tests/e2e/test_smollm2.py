@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M-Instruct against what transformers makes of it, and what int8.yaml makes of its weights."""
+"""SmolLM2-135M-Instruct against what transformers makes of it, and what int8.yaml makes of its weights."""
 
 from __future__ import annotations
 
