@@ -1,19 +1,19 @@
 """Every error podquant raises on purpose. A message says what, where, expected, got, and what to do.
 
-    PodquantError
-    ├── ConfigError               YAML, flags: carries file:line
-    ├── StorageError              bytes could not be read or written (disk full, permission, missing file)
-    ├── CheckpointError           a source that is not a valid Hugging Face safetensors checkpoint
-    │   └── UnsupportedModelError a valid checkpoint podquant cannot run, refused by name
-    ├── NonFiniteWeightError      NaN or Inf in a weight
-    ├── ArtifactError             an artifact that breaks FORMAT.md
-    │   └── ArtifactExistsError   the place to write to is taken
-    ├── MeshError                 a model and a device mesh that do not fit
-    ├── CapacityError             the device memory asked for does not suffice
-    └── RequestError              a request the engine refuses (HTTP 400)
-        ├── RequestTooLongError   longer than the context (HTTP 413)
-        ├── QueueFullError        too many waiting (HTTP 429)
-        └── EngineStoppedError    the engine cannot serve now (HTTP 503)
+PodquantError
+├── ConfigError               YAML, flags: carries file:line
+├── StorageError              bytes could not be read or written (disk full, permission, missing file)
+├── CheckpointError           a source that is not a valid Hugging Face safetensors checkpoint
+│   └── UnsupportedModelError a valid checkpoint podquant cannot run, refused by name
+├── NonFiniteWeightError      NaN or Inf in a weight
+├── ArtifactError             an artifact that breaks FORMAT.md
+│   └── ArtifactExistsError   the place to write to is taken
+├── MeshError                 a model and a device mesh that do not fit
+├── CapacityError             the device memory asked for does not suffice
+└── RequestError              a request the engine refuses (HTTP 400)
+    ├── RequestTooLongError   longer than the context (HTTP 413)
+    ├── QueueFullError        too many waiting (HTTP 429)
+    └── EngineStoppedError    the engine cannot serve now (HTTP 503)
 """
 
 from __future__ import annotations
