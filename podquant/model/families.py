@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from podquant.config.architectures import refuse_unsupported
 from podquant.dtypes import SOURCE_DTYPES
-from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.errors import CheckpointError
 from podquant.model.config import ConfigReader, ModelConfig, read_rope, read_windows
 
 
@@ -65,10 +66,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> tuple[st
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError(f"{where}: `architectures` must be a list with the model's class name, got {names!r}")
-    if names[0] not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{where}: architecture {names[0]!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
+    refuse_unsupported(config, where)
     return names[0], FAMILIES[names[0]]
 
 

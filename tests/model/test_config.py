@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from podquant.config.architectures import ARCHITECTURES
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.model.config import FULL_ATTENTION, ModelConfig, RopeConfig
 from podquant.model.families import FAMILIES, read_model_config
@@ -217,3 +218,7 @@ def test_what_is_missing_is_named(key: str) -> None:
 def test_no_value_gets_through_as_another_error(changes: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"^config.json: "):
         read(**changes)
+
+
+def test_what_converting_lets_through_is_what_serving_runs() -> None:
+    assert set(FAMILIES) == set(ARCHITECTURES)
