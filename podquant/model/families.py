@@ -11,7 +11,7 @@ from typing import Any
 
 from podquant.config.architectures import refuse_unsupported
 from podquant.dtypes import SOURCE_DTYPES
-from podquant.errors import CheckpointError
+from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.model.config import ConfigReader, ModelConfig, read_rope, read_windows
 
 

@@ -19,7 +19,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
         {},
         {"architectures": ["GPT2LMHeadModel"]},
         UnsupportedModelError,
-        "architecture 'GPT2LMHeadModel' is not supported",
+        "'GPT2LMHeadModel' is not supported",
     ),
     ({}, {"compression_config": {"bits": 4}}, UnsupportedModelError, "compression_config with .* an unnamed method"),
     (
