@@ -129,7 +129,7 @@ def test_sliding_windows() -> None:
             "architecture 'GPT2LMHeadModel' is not supported; supported",
         ),
         ({"pretraining_tp": 2}, r"`pretraining_tp: 2` is not supported \(supported: \[1\] or absent\)"),
-        ({"dtype": "int8"}, "dtype 'int8' is not supported .bfloat16, float16, float32 are"),
+        ({"dtype": "int8"}, "dtype 'int8' is not supported; supported are bfloat16"),
         ({"hidden_act": "relu"}, r"`hidden_act: 'relu'` is not supported"),
         (
             {"rope_scaling": {"type": "longrope"}},
@@ -166,7 +166,7 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], messa
         ({"rms_norm_eps": "1e-5"}, "`rms_norm_eps` must be a positive number, got '1e-5'"),
         ({"tie_word_embeddings": "yes"}, "`tie_word_embeddings` must be true or false, got 'yes'"),
         ({"eos_token_id": ["a"]}, r"`eos_token_id` must be a token id or a list of token ids, got \['a'\]"),
-        ({"head_dim": 7}, "a head of 7 dimensions cannot be rotated in pairs"),
+        ({"head_dim": 7}, "heads of 7 dimensions cannot be rotated in pairs"),
         ({"num_key_value_heads": 3}, "8 query heads are no multiple of 3 key/value heads"),
         ({"rope_scaling": "llama3"}, "`rope_scaling` must be a mapping, got 'llama3'"),
         ({"rope_parameters": 3}, "`rope_parameters` must be a mapping, got 3"),
