@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -207,11 +206,9 @@ def test_a_full_disk_tells_file_wanted_and_free_and_leaves_nothing(
 
 
 def test_a_limit_on_file_size_is_told_and_leaves_nothing(tmp_path: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-
-    command = [sys.executable, "-W", "error", "-c", FILL, str(tmp_path)]
-    told = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=True, timeout=60).stdout
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+    command = [sys.executable, "-W", "error", "-c", limit + FILL, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "out.partial/big: cannot write, at offset 150,000, 50,000 bytes" in told
     assert "(EFBIG)" in told
     assert told.endswith("\n[]\n")
