@@ -24,9 +24,6 @@ class SamplingParams:
         min_tokens: no stop token, end token or stop string ends the output before this many tokens.
         temperature: 0 is greedy.
         top_p, top_k, min_p: 1.0, 0 (or -1) and 0.0 leave the distribution whole; applied in the order k, p, min_p.
-        frequency_penalty, presence_penalty: over generated tokens.
-        repetition_penalty: over prompt tokens too.
-        logit_bias: token id → value added to its logit.
         seed: None draws one; the same seed repeats the output.
         stop: strings that end the output, themselves left out.
         stop_token_ids: tokens that end the output, beside the model's own end tokens.
@@ -42,10 +39,6 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -71,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (natural logarithm, before temperature, penalties and bias) at one position.
+    """Log-probabilities (natural logarithm, before temperature and filters) at one position.
 
     Attributes:
         token_id: the token that stands there.
