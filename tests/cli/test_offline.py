@@ -242,6 +242,6 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGTERM, err
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
