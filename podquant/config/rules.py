@@ -12,16 +12,13 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from podquant.config.modules import Kind, Spelling, kind_of, router_neighbours, spell, unspell
 from podquant.config.scheme import Scheme
-from podquant.config.yamlfile import Node, load_yaml, nearest
+from podquant.config.shipped import find_config
+from podquant.config.yamlfile import Node, load_yaml
 from podquant.dtypes import QUANTIZED_DTYPES
 from podquant.errors import ConfigError
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # in a wheel; in a checkout
 
 _QUANTIZATION_KEYS = (
     "dense",
@@ -185,7 +182,7 @@ def load_quantization_config(path_or_bare_name: str) -> QuantizationConfig:
     Raises:
         ConfigError: there is no such file, or anything in it is wrong; names file and line.
     """
-    path = _find(path_or_bare_name)
+    path = find_config(path_or_bare_name, what="quantization file")
     root = load_yaml(path).mapping(("quantization",))
     if "quantization" not in root:
         raise ConfigError(f"{path}:1: the file is an empty mapping: expected the key quantization")
@@ -204,19 +201,6 @@ def load_quantization_config(path_or_bare_name: str) -> QuantizationConfig:
         ignored=_ignored(entries["ignored_layers"]) if "ignored_layers" in entries else (),
         is_static_checkpoint=_flag(entries, "is_static_checkpoint"),
         allow_narrow_n_blockwise=_flag(entries, "allow_narrow_n_blockwise"),
-    )
-
-
-def _find(name: str) -> Path:
-    given = Path(name)
-    candidates = [given, *(directory / name for directory in _SHIPPED if given.name == name)]
-    for path in candidates:
-        if path.is_file():
-            return path
-    shipped = sorted({path.name for directory in _SHIPPED for path in directory.glob("*.yaml")})
-    raise ConfigError(
-        f"{name!r}: no such quantization file; looked for {', '.join(map(str, candidates))}; "
-        f"expected a path, or one of the shipped files {', '.join(shipped)}{nearest(given.name, shipped)}"
     )
 
 

@@ -7,6 +7,7 @@ refuses anything else with a `ConfigError`. Knows nothing of what any key means.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from podquant.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 _TAG = "tag:yaml.org,2002:"
+_INTEGER = re.compile("0|[1-9][0-9]{0,17}")  # not 010, 1_0, 1:30 or 0x10, which YAML 1.1 reads in ways of its own
+_NUMBER = re.compile(rf"({_INTEGER.pattern})(\.[0-9]{{1,17}})?")
 _SCALARS = {
     "str": "the text",
     "int": "the number",
@@ -91,17 +94,22 @@ class Node:
 
     def mapping(self, legal: Sequence[str]) -> Mapping[str, Node]:
         """The values by key; a key that is not one of `legal` is refused."""
-        if not isinstance(self._yaml, yaml.MappingNode):
-            self.expected(f"a mapping with some of the keys {', '.join(legal)}")
-        prefix = "" if self.place == "the file" else f"{self.place}."
-        entries = {}
-        for key, value in self._yaml.value:
-            entry = Node(self.path, prefix + key.value, key.start_mark.line + 1, value)
-            if key.value not in legal:
-                message = f"unknown key {_shown(key.value)} in {self.place}: expected one of {', '.join(legal)}"
-                raise _error(self.path, entry.line, message + nearest(key.value, legal))
-            entries[key.value] = entry
+        entries = self.entries(f"a mapping with some of the keys {', '.join(legal)}")
+        for key, entry in entries.items():
+            if key not in legal:
+                message = f"unknown key {_shown(key)} in {self.place}: expected one of {', '.join(legal)}"
+                raise _error(self.path, entry.line, message + nearest(key, legal))
         return entries
+
+    def entries(self, what: str) -> Mapping[str, Node]:
+        """The values by key of a mapping with keys of any name; `what` says what was expected."""
+        if not isinstance(self._yaml, yaml.MappingNode):
+            self.expected(what)
+        prefix = "" if self.place == "the file" else f"{self.place}."
+        return {
+            key.value: Node(self.path, prefix + key.value, key.start_mark.line + 1, value)
+            for key, value in self._yaml.value
+        }
 
     def items(self, what: str) -> Sequence[Node]:
         """The items of a list; `what` says what was expected."""
@@ -112,9 +120,9 @@ class Node:
             for i, item in enumerate(self._yaml.value)
         ]
 
-    def text(self, what: str) -> str:
-        """A text that is not empty."""
-        if self._tag() != "str" or not self._yaml.value:
+    def text(self, what: str, *, may_be_empty: bool = False) -> str:
+        """A text, by default one that is not empty."""
+        if self._tag() != "str" or not (self._yaml.value or may_be_empty):
             self.expected(what)
         return str(self._yaml.value)
 
@@ -134,10 +142,19 @@ class Node:
 
     def positive_integer(self, what: str) -> int:
         """A decimal integer above zero."""
-        text = self._yaml.value
-        if self._tag() != "int" or not text.isdecimal() or not text.isascii() or len(text) > 18 or text.startswith("0"):
+        return self.natural_number(what) or self.expected(what)
+
+    def natural_number(self, what: str) -> int:
+        """A decimal integer from zero."""
+        if self._tag() != "int" or not _INTEGER.fullmatch(self._yaml.value):
             self.expected(what)
-        return int(text)
+        return int(self._yaml.value)
+
+    def positive_number(self, what: str) -> float:
+        """A decimal number above zero, with or without a fraction."""
+        if self._tag() not in ("int", "float") or not _NUMBER.fullmatch(self._yaml.value):
+            self.expected(what)
+        return float(self._yaml.value) or self.expected(what)
 
     def _tag(self) -> str:
         return self._yaml.tag.removeprefix(_TAG) if isinstance(self._yaml, yaml.ScalarNode) else ""

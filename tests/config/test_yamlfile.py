@@ -111,6 +111,34 @@ def test_only_plain_positive_integers_are_integers(tmp_path: Path, number: str) 
         node.positive_integer("a count")
 
 
+@pytest.mark.parametrize("number", ["-1", "1.0", "00", "010", "1_0", "9" * 19, "true", "'8'", "", "[1]", "{a: 1}"])
+def test_only_plain_integers_from_zero_are_natural_numbers(tmp_path: Path, number: str) -> None:
+    node = load(tmp_path, f"n: {number}\n").mapping(["n"])["n"]
+    with pytest.raises(ConfigError, match=r"job\.yaml:1: n: expected a count, got"):
+        node.natural_number("a count")
+
+
+@pytest.mark.parametrize("number", ["0", "0.0", "-1.5", "1e3", "1.0e+3", ".inf", ".nan", "1:30", "01.5", "'8'", "[1]"])
+def test_only_plain_numbers_above_zero_are_positive(tmp_path: Path, number: str) -> None:
+    node = load(tmp_path, f"n: {number}\n").mapping(["n"])["n"]
+    with pytest.raises(ConfigError, match=r"job\.yaml:1: n: expected some seconds, got"):
+        node.positive_number("some seconds")
+
+
+def test_numbers_that_are_plain_are_read(tmp_path: Path) -> None:
+    at = load(tmp_path, "none: 0\nmany: 1000\nhalf: 0.5\n").mapping(["none", "many", "half"])
+    assert (at["none"].natural_number("a count"), at["many"].natural_number("a count")) == (0, 1000)
+    assert (at["half"].positive_number("seconds"), at["many"].positive_number("seconds")) == (0.5, 1000.0)
+
+
+def test_a_mapping_with_keys_of_any_name(tmp_path: Path) -> None:
+    at = load(tmp_path, "env:\n  A: ''\n  b c: word\n").mapping(["env"])["env"].entries("variables")
+    assert {key: node.text("a word", may_be_empty=True) for key, node in at.items()} == {"A": "", "b c": "word"}
+    assert (at["A"].place, at["A"].line, at["b c"].line) == ("env.A", 2, 3)
+    with pytest.raises(ConfigError, match=r"job\.yaml:2: env\.A: expected variables, got the text ''"):
+        at["A"].entries("variables")
+
+
 def test_an_unknown_key_is_refused_at_its_line_with_the_nearest(tmp_path: Path) -> None:
     root = load(tmp_path, "colour: 1\nsiez: 2\n")
     with pytest.raises(ConfigError, match=r"job\.yaml:2: unknown key 'siez' in the file: .* did you mean size\?"):

@@ -1,0 +1,167 @@
+"""The configuration of a conversion that runs as a Ray job: a YAML file in, frozen values out.
+
+Knows nothing of clusters or storage: whether the accelerator exists and the places can be reached is for others to say.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from podquant.config.shipped import find_config
+from podquant.config.yamlfile import Node, load_yaml
+
+_ENVIRONMENT_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_REQUIRED = {
+    "source": "gs://…, a directory that all hosts share, or a Hugging Face id (org/name)",
+    "target": "gs://…, or a directory that all hosts share",
+    "quantization_config_path": "a path, or the name of a shipped file such as int8.yaml",
+}
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Where a job runs, and how it bears losses.
+
+    Attributes:
+        accelerator: the TPU slice to reserve whole, `v5e-16`; text that nothing has checked yet. None takes the TPU
+            hosts that are there, else all nodes.
+        workers_per_host: processes.
+        threads_per_worker: threads of one process that read and quantize; it reserves so many CPUs.
+        unit_deadline_seconds: a unit that takes longer is given to another host as well.
+        max_retries: of one unit, after errors that may pass.
+        env: environment variables of the workers.
+    """
+
+    accelerator: str | None = None
+    workers_per_host: int = 1
+    threads_per_worker: int = 4
+    unit_deadline_seconds: float = 1800.0
+    max_retries: int = 3
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """One conversion.
+
+    Attributes:
+        source: `gs://…`, a local directory or a Hugging Face id.
+        target: `gs://…` or a local directory; another place than the source.
+        quantization_config_path: as written; for `load_quantization_config`, which has not seen it yet.
+        revision: branch, tag or commit of a Hugging Face id.
+        tp_size: tensor-parallel slices to cut every weight into.
+        strict_rules: a rule that matches nothing is an error.
+        overwrite: replace the artifact that is at the target, once done.
+        cluster: where it runs.
+        name: the file's name without its directory.
+    """
+
+    source: str
+    target: str
+    quantization_config_path: str
+    revision: str | None
+    tp_size: int
+    strict_rules: bool
+    overwrite: bool
+    cluster: ClusterOptions
+    name: str
+
+
+_JOB_KEYS = tuple(entry.name for entry in fields(ConvertJob) if entry.name != "name")
+_CLUSTER_KEYS = tuple(entry.name for entry in fields(ClusterOptions))
+
+
+def load_convert_job(path_or_bare_name: str) -> ConvertJob:
+    """Reads a job file, given by its path or by the bare name of one that podquant ships (`convert.yaml`).
+
+    Relative paths in it are left as they are: they mean what they mean in the working directory.
+
+    Raises:
+        ConfigError: there is no such file, or anything in it is wrong; names file and line.
+    """
+    path = find_config(path_or_bare_name, what="job file", folder="jobs")
+    root = load_yaml(path)
+    entries = root.mapping(_JOB_KEYS)
+    for key, what in _REQUIRED.items():
+        if key not in entries:
+            root.fail(f"expected the key {key} ({what}), got {'only ' + ', '.join(entries) if entries else 'no keys'}")
+    source, target, rules = (entries[key].text(what) for key, what in _REQUIRED.items())
+    if _place(source) == _place(target):
+        entries["target"].expected("another place than the source")
+    revision = _text_or_null(entries, "revision", "a branch, tag or commit as text, or null")
+    if revision is not None and not is_hugging_face_id(source):
+        entries["revision"].expected(f"null, since the source {source} is no Hugging Face id")
+    return ConvertJob(
+        source=source,
+        target=target,
+        quantization_config_path=rules,
+        revision=revision,
+        tp_size=_positive(entries, "tp_size", 1),
+        strict_rules=_flag(entries, "strict_rules"),
+        overwrite=_flag(entries, "overwrite"),
+        cluster=_cluster(entries.get("cluster")),
+        name=path.name,
+    )
+
+
+def is_hugging_face_id(source: str) -> bool:
+    """Whether a source is neither a URI nor a path: it starts with no `.`, `/` or `~`, and nothing here has its name.
+
+    Whether there is such a model is not asked.
+    """
+    return "://" not in source and not source.startswith((".", "/", "~")) and not os.path.exists(source)
+
+
+def _cluster(node: Node | None) -> ClusterOptions:
+    defaults = ClusterOptions()
+    if node is None or node.is_null:  # null: every key below it is commented out
+        return defaults
+    entries = node.mapping(_CLUSTER_KEYS)
+    seconds, retries = entries.get("unit_deadline_seconds"), entries.get("max_retries")
+    return ClusterOptions(
+        accelerator=_text_or_null(entries, "accelerator", "a TPU slice such as v5e-16, or null"),
+        workers_per_host=_positive(entries, "workers_per_host", defaults.workers_per_host),
+        threads_per_worker=_positive(entries, "threads_per_worker", defaults.threads_per_worker),
+        unit_deadline_seconds=(
+            seconds.positive_number("a positive number of seconds") if seconds else defaults.unit_deadline_seconds
+        ),
+        max_retries=retries.natural_number("an integer from 0") if retries else defaults.max_retries,
+        env=_environment(entries["env"]) if "env" in entries else defaults.env,
+    )
+
+
+def _environment(node: Node) -> Mapping[str, str]:
+    if node.is_null:
+        return {}
+    variables = {}
+    for name, value in node.entries("a mapping of environment variables to text").items():
+        if not _ENVIRONMENT_NAME.fullmatch(name):
+            named = replace(value, place=node.place)  # the name itself is no place to read well
+            named.fail(f"expected names of environment variables (letters, digits and _), got {name[:80]!r}")
+        text = value.text("text, in quotes where YAML reads something else", may_be_empty=True)
+        if "\0" in text:
+            value.expected("text without NUL characters")
+        variables[name] = text
+    return variables
+
+
+def _positive(entries: Mapping[str, Node], key: str, default: int) -> int:
+    return entries[key].positive_integer("a positive integer") if key in entries else default
+
+
+def _flag(entries: Mapping[str, Node], key: str) -> bool:
+    return entries[key].boolean() if key in entries else False
+
+
+def _text_or_null(entries: Mapping[str, Node], key: str, what: str) -> str | None:
+    return None if key not in entries or entries[key].is_null else entries[key].text(what)
+
+
+def _place(uri: str) -> str:
+    """One spelling of a place, to compare."""
+    if "://" in uri and not uri.startswith("file://"):
+        return uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))

@@ -1,0 +1,35 @@
+"""Finds a configuration file by its path, or by the bare name of one that podquant ships. Never opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from podquant.config.yamlfile import nearest
+from podquant.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # in a wheel; in a checkout
+
+
+def find_config(path_or_bare_name: str, *, what: str, folder: str = "") -> Path:
+    """The file at a path; for a bare name (`int8.yaml`) that is not in the working directory, the shipped one.
+
+    Args:
+        path_or_bare_name: as the user wrote it.
+        what: the kind of file, for the message.
+        folder: of `configs/`, where the shipped files of this kind are.
+
+    Raises:
+        ConfigError: there is no such file; says where it was looked for and which ones ship.
+    """
+    given = Path(path_or_bare_name)
+    folders = [directory / folder for directory in _SHIPPED]
+    candidates = [given, *(directory / given for directory in folders if given.name == path_or_bare_name)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    shipped = sorted({path.name for directory in folders for path in directory.glob("*.yaml")})
+    raise ConfigError(
+        f"{path_or_bare_name!r}: no such {what}; looked for {', '.join(map(str, candidates))}; "
+        f"expected a path, or one of the shipped files {', '.join(shipped)}{nearest(given.name, shipped)}"
+    )
