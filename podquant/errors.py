@@ -3,6 +3,7 @@
 PodquantError
 ├── ConfigError               YAML, flags: carries file:line
 ├── StorageError              bytes could not be read or written (disk full, permission, missing file)
+│   └── TransientStorageError the same, but trying the whole piece of work again may help
 ├── CheckpointError           a source that is not a valid Hugging Face safetensors checkpoint
 │   └── UnsupportedModelError a valid checkpoint podquant cannot run, refused by name
 ├── NonFiniteWeightError      NaN or Inf in a weight
@@ -10,6 +11,7 @@ PodquantError
 │   └── ArtifactExistsError   the place to write to is taken
 ├── MeshError                 a model and a device mesh that do not fit
 ├── CapacityError             the device memory asked for does not suffice
+├── ClusterError              hosts that cannot be reached, do not answer, or die one after another
 └── RequestError              a request the engine refuses (HTTP 400)
     ├── RequestTooLongError   longer than the context (HTTP 413)
     ├── QueueFullError        too many waiting (HTTP 429)
@@ -29,6 +31,10 @@ class ConfigError(PodquantError):
 
 class StorageError(PodquantError):
     """Bytes at a location could not be read or written."""
+
+
+class TransientStorageError(StorageError):
+    """A store that was out of reach for long, or did not keep what it was sent: another try may succeed."""
 
 
 class CheckpointError(PodquantError):
@@ -57,6 +63,10 @@ class MeshError(PodquantError):
 
 class CapacityError(PodquantError):
     """The memory of the devices does not suffice for what was asked."""
+
+
+class ClusterError(PodquantError):
+    """A cluster, or the hosts it should have, cannot be reached or cannot do the work."""
 
 
 class RequestError(PodquantError):

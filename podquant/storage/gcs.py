@@ -47,8 +47,19 @@ class GcsStore:
         """As `Store.list`, of the time when the store was opened. No request."""
         return {name: self._infos[name].size for name in sorted(self._infos)}
 
+    @property
+    def window_bytes(self) -> int:
+        return 2 * _RANGE_BYTES
+
     def size(self, name: str) -> int:
         return self._info(name).size
+
+    def version(self, name: str) -> str:
+        info = self._info(name)
+        return f"{info.size}-" + (info.generation if info.crc32c is None else f"{info.crc32c:08x}")
+
+    def known_crc32c(self, name: str) -> int | None:
+        return self._info(name).crc32c
 
     def read(self, name: str) -> bytes:
         info = self._info(name)

@@ -25,7 +25,7 @@ import fsspec.config
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
-from podquant.errors import StorageError
+from podquant.errors import StorageError, TransientStorageError
 from podquant.storage.retry import RETRIED_STATUSES, GaveUpError, Patience, TransientError, retried
 
 # Before gcsfs is imported: its other file system asks for a bucket's type over gRPC, for a minute where none answers.
@@ -55,6 +55,10 @@ class GcsError(StorageError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class GcsTransientError(GcsError, TransientStorageError):
+    """The store gave no answer for as long as it was asked, or did not keep what it was sent."""
 
 
 class _RefusedError(Exception):
@@ -109,7 +113,7 @@ class GcsClient:
             ) from error
         except GaveUpError as error:
             advice = "Check the connection to the store and its quota, then run again."
-            raise GcsError(f"{place}: cannot {action}: {error}. {advice}") from error
+            raise GcsTransientError(f"{place}: cannot {action}: {error}. {advice}") from error
 
     async def once(
         self,

@@ -2,13 +2,15 @@
 
 The lock is an object that exists while the lock is held; creating it only where there is none decides who holds it. Its
 holder rewrites it again and again; when it has not been rewritten for a while its holder is dead, and another may take
-it over: it replaces the very generation it saw, so of several only one does. Ages are by the store's clock alone.
+it over: it replaces the very generation it saw, so of several only one does. Who finds the lock taken watches it: a
+sign of life, and it gives up; none until the lease ends, and it goes on. Ages are by the store's clock alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from concurrent.futures import Future
@@ -20,8 +22,12 @@ from podquant.storage.gcs_objects import Bucket, ObjectInfo
 
 LEASE_SECONDS = 60.0
 """A lock that has not been rewritten for so long is its holder's no more."""
+_BEATS = 12  # in a lease
+_LOOKS = 40
 _OWNER = "podquant-lock"
 _RELEASE_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 class GcsLock:
@@ -40,7 +46,10 @@ class GcsLock:
         self._owner = f"process {os.getpid()} on host {socket.gethostname()} (since {started})"
 
     def acquire(self, place: str) -> None:
-        """Take the lock at once or raise `StorageError` naming its holder. `place` is what the lock protects."""
+        """Take the lock, or raise `StorageError` naming its holder once that is known to be alive.
+
+        Blocks for some seconds if it is, and for what is left of a lease if it died. `place` is what the lock protects.
+        """
         self._info = self._bucket.client.run(self._acquire(place))
         self._beating = self._bucket.client.start(self._beat())
 
@@ -67,7 +76,8 @@ class GcsLock:
 
     async def _acquire(self, place: str) -> ObjectInfo:
         generation = "0"
-        while True:  # until a holder is alive: the lock may be released, or taken over, between two looks at it
+        watched: ObjectInfo | None = None
+        while True:  # the lock may be released, or taken over, between two looks at it
             try:
                 return await self._write(generation)
             except GcsError as error:
@@ -81,17 +91,24 @@ class GcsLock:
                 generation = "0"
                 continue
             age = (now - info.updated).total_seconds()
-            if age <= self._lease:
-                holder = info.metadata.get(_OWNER, "another job")
+            if age > self._lease:
+                generation = info.generation
+                continue
+            holder = info.metadata.get(_OWNER, "another job")
+            if watched is not None and watched.generation != info.generation:
                 raise StorageError(
-                    f"{place}: {holder} is writing there; it was last heard of {max(age, 0.0):.0f} s ago. Wait until "
-                    f"it ends, stop it (its lock expires {self._lease:g} s later), or choose another place."
+                    f"{place}: {holder} is writing there. Wait until it ends, stop it (its lock expires "
+                    f"{self._lease:g} s later), or choose another place."
                 )
-            generation = info.generation
+            if watched is None:
+                left = self._lease - age
+                _log.warning("%s: locked by %s: waiting for a sign of life, %.0f s at most", place, holder, left)
+            watched = info
+            await asyncio.sleep(self._lease / _LOOKS)
 
     async def _beat(self) -> None:
         while self._lost is None:
-            await asyncio.sleep(self._lease / 4)
+            await asyncio.sleep(self._lease / _BEATS)
             with contextlib.suppress(GcsError):
                 await self._renew()
 

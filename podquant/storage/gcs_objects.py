@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import google_crc32c
 
-from podquant.storage.gcs_client import GcsClient, GcsError, bucket_url, object_url, read_json
+from podquant.storage.gcs_client import GcsClient, GcsError, GcsTransientError, bucket_url, object_url, read_json
 from podquant.storage.retry import Patience, TransientError
 
 WRITE_KEY = "podquant-write"
@@ -215,7 +215,7 @@ class Bucket:
             return
         await self.delete(info)
         got = "none" if info.crc32c is None else f"{info.crc32c:08x}"
-        raise GcsError(
+        raise GcsTransientError(
             f"{self.uri(info.name)}: the store did not get what was sent: expected {size:,} bytes with CRC32C "
             f"{crc32c:08x}, got {info.size:,} with {got}. The object was removed: run again."
         )

@@ -8,7 +8,7 @@ the target (`<target>.lock`) keeps a second run out; what a failed run left is k
 from __future__ import annotations
 
 import contextlib
-import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -23,17 +23,15 @@ from podquant.storage.names import checked_name
 from podquant.storage.store import Store, Writer
 
 TARGET_KEY = "podquant-target"
-ATTEMPT_KEY = "podquant-attempt"
 LAST_KEY = "podquant-last"
 _CLEAN_UP_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class GcsStaging:
-    """A `Staging` below `gs://bucket/path`, for the publication that `attempt` names."""
+    """A `Staging` below `gs://bucket/path`."""
 
     uri: str
-    attempt: str
     chunk_bytes: int = CHUNK_BYTES
 
     def writer(self, name: str) -> Writer:
@@ -42,7 +40,7 @@ class GcsStaging:
     def start(self, name: str, client: GcsClient, chunk_bytes: int) -> GcsWriter:
         """As `writer`, by a client and in chunks of the caller's choice."""
         bucket, path = split_uri(self.uri)
-        metadata = {TARGET_KEY: self.uri, ATTEMPT_KEY: self.attempt}
+        metadata = {TARGET_KEY: self.uri}
         where = f"{path}/{checked_name(name, self.uri)}"
         return GcsWriter(Bucket(client, bucket), where, name, metadata=metadata, chunk_bytes=chunk_bytes)
 
@@ -59,14 +57,14 @@ class GcsPublication:
         chunk_bytes: int = CHUNK_BYTES,
         keep: bool = False,
     ) -> None:
-        self._keep = keep
+        self.keep = keep
         bucket, path = split_uri(target_uri)
         if not path:
             raise StorageError(f"{target_uri}: cannot fill a whole bucket. Name a directory inside it.")
         self._client = client or shared_client()
         self._bucket = Bucket(self._client, bucket)
         self._path = path
-        self._staging = GcsStaging(self.uri, uuid.uuid4().hex, chunk_bytes)
+        self._staging = GcsStaging(self.uri, chunk_bytes)
         self._lock = GcsLock(self._bucket, f"{path}.lock", lease_seconds=lease_seconds)
         self._writers: dict[str, GcsWriter] = {}
         self._small: dict[str, GcsWriter] = {}
@@ -89,7 +87,7 @@ class GcsPublication:
             left = self._listed()
             if self._is_taken(left):
                 raise StorageError(f"{self.uri}: already exists. Remove it, or choose another place.")
-            if not self._keep:
+            if not self.keep:
                 self._client.run(self._bucket.delete_all(left))
         except BaseException:
             self._lock.release()
@@ -99,9 +97,10 @@ class GcsPublication:
     def staged(self) -> Store | None:
         return GcsStore(self.uri, self._client) if self._listed() else None
 
-    def discard(self, name: str) -> None:
-        where = f"{self._path}/{checked_name(name, self.uri)}"
-        self._client.run(self._bucket.delete_all([info for info in self._listed() if info.name == where]))
+    def discard(self, names: Iterable[str]) -> None:
+        where = {f"{self._path}/{checked_name(name, self.uri)}" for name in names}
+        if where:
+            self._client.run(self._bucket.delete_all([info for info in self._listed() if info.name in where]))
 
     def writer(self, name: str) -> Writer:
         writer = self._new(name, self._staging.chunk_bytes)
@@ -121,7 +120,7 @@ class GcsPublication:
         if not self._small:
             raise StorageError(f"{self.uri}: nothing tells that it is whole. Write a small file before publishing.")
         *others, last = self._small.values()
-        if self._keep:  # an earlier run may have ended while it published
+        if self.keep:  # an earlier run may have ended while it published
             mine = [info for info in self._listed() if self._is_mine(info)]
             small = {f"{self._path}/{name}" for name in self._small}
             self._client.run(self._bucket.delete_all([info for info in mine if info.name in small]))
@@ -145,7 +144,7 @@ class GcsPublication:
         if not self._is_published:
             for writer in (*self._writers.values(), *self._small.values()):
                 writer.abandon()
-            if not self._keep:
+            if not self.keep:
                 self._clean_up()
         self._lock.release()
 
@@ -164,9 +163,7 @@ class GcsPublication:
             self._client.run(self._bucket.delete_all(mine, self._client.patience.within(_CLEAN_UP_SECONDS)))
 
     def _is_mine(self, info: ObjectInfo) -> bool:
-        if self._keep:
-            return info.metadata.get(TARGET_KEY) == self.uri
-        return info.metadata.get(ATTEMPT_KEY) == self._staging.attempt
+        return info.metadata.get(TARGET_KEY) == self.uri
 
     def _is_taken(self, infos: list[ObjectInfo]) -> bool:
         """Whether there is a whole publication, or anything that no publication to this place has left."""

@@ -14,6 +14,10 @@ from podquant.errors import StorageError
 from podquant.storage.failures import storage_error
 from podquant.storage.names import checked_name
 
+_WINDOW_BYTES = 2 << 20
+"""Stays in the processor's cache from its read to its write: on two cores of an AMD EPYC with 32 MiB of L3, 3.08 GB of
+bfloat16 are converted in 0.70 s in windows of 2 MiB, 0.77 s of 1 MiB, 1.1 s of 4 MiB, 1.5 s of 16 MiB (2026-11-24)."""
+
 
 class LocalStore:
     """The files of one local directory; a `Store`.
@@ -44,12 +48,19 @@ class LocalStore:
                     sizes[path.relative_to(self._root).as_posix()] = path.stat().st_size
         return dict(sorted(sizes.items()))
 
+    @property
+    def window_bytes(self) -> int:
+        return _WINDOW_BYTES
+
     def size(self, name: str) -> int:
-        path = self._path(name)
-        try:
-            return path.stat().st_size
-        except OSError as error:
-            raise storage_error("read the size", path, error) from error
+        return self._stat(name).st_size
+
+    def version(self, name: str) -> str:
+        found = self._stat(name)
+        return f"{found.st_size}-{found.st_mtime_ns}"
+
+    def known_crc32c(self, name: str) -> int | None:
+        return None
 
     def read(self, name: str) -> bytes:
         path = self._path(name)
@@ -85,6 +96,13 @@ class LocalStore:
             self._is_open = False
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
+
+    def _stat(self, name: str) -> os.stat_result:
+        path = self._path(name)
+        try:
+            return path.stat()
+        except OSError as error:
+            raise storage_error("read the size", path, error) from error
 
     def _descriptor(self, name: str, path: Path) -> int:
         with self._lock:

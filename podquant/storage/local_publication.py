@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Buffer
+from collections.abc import Buffer, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +56,7 @@ class LocalPublication:
     """
 
     def __init__(self, target_uri: str, *, keep: bool = False) -> None:
-        self._keep = keep
+        self.keep = keep
         self._target = Path(os.path.realpath(local_path(target_uri)))
         self._partial = Path(f"{self._target}.partial")
         self._lock = Lock(Path(f"{self._target}.partial.lock"))
@@ -88,13 +88,13 @@ class LocalPublication:
         shown = LocalStore(str(self._partial)) if self._partial.is_dir() else None
         return shown if shown is not None and shown.list() else None
 
-    def discard(self, name: str) -> None:
+    def discard(self, names: Iterable[str]) -> None:
         """As `Publication.discard`."""
-        path = self._partial / checked_name(name, self._partial)
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error("remove", path, error) from error
+        for path in [self._partial / checked_name(name, self._partial) for name in names]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error("remove", path, error) from error
 
     def __enter__(self) -> Self:
         """Take the lock, clear away what a killed run left, and make room; `StorageError` if the target is taken."""
@@ -117,7 +117,7 @@ class LocalPublication:
         path = self._partial / checked_name(name, self._partial)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if self._keep and name not in {writer.name for writer in self._writers}:
+            if self.keep and name not in {writer.name for writer in self._writers}:
                 path.unlink(missing_ok=True)  # an earlier run may have ended while it published
             writer = LocalWriter(path, name)
         except OSError as error:
@@ -159,13 +159,13 @@ class LocalPublication:
         for writer in self._writers:
             writer.abandon()
         # After publish() there is nothing here. What cannot be removed now, the next run removes or complains about.
-        if not self._keep:
+        if not self.keep:
             shutil.rmtree(self._partial, ignore_errors=True)
         self._lock.release()
 
     def _make_partial(self) -> None:
         try:
-            left = self._partial / _UNFINISHED if self._keep else self._partial
+            left = self._partial / _UNFINISHED if self.keep else self._partial
             if left.exists():
                 shutil.rmtree(left)
         except OSError as error:
@@ -173,7 +173,7 @@ class LocalPublication:
         if self.exists():
             raise StorageError(f"{self._target}: already exists. Remove it, or choose another place.")
         try:
-            self._partial.mkdir(exist_ok=self._keep)
+            self._partial.mkdir(exist_ok=self.keep)
         except OSError as error:
             raise storage_error("create", self._partial, error) from error
 
@@ -241,6 +241,8 @@ class LocalWriter:
             descriptor, self._descriptor = self._descriptor, -1
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+                if self._final is not None:
+                    self._path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ Knows nothing of what the files hold.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -22,13 +23,17 @@ class Staging(Protocol):
 class Publication(Protocol):
     """A directory in the making: `with open_publication(uri) as publication: …; publication.publish()`.
 
-    Leaving the block without `publish()` (an error, or a change of mind) removes everything that was written. Files may
-    be written by several threads at once, each file by one. Every method raises `StorageError` naming the file.
+    Leaving the block without `publish()` (an error, or a change of mind) removes everything that was written, unless it
+    is to be kept. Files may be written by several threads at once, each file by one. Every method raises `StorageError`
+    naming the file.
     """
 
     @property
     def uri(self) -> str:
         """The target, in full."""
+
+    keep: bool
+    """Whether what was staged outlives leaving the block without `publish()`. May be changed until then."""
 
     @property
     def staging(self) -> Staging:
@@ -40,8 +45,8 @@ class Publication(Protocol):
     def staged(self) -> Store | None:
         """The whole files there are so far, of this run and, if those are kept, of earlier ones; None for none."""
 
-    def discard(self, name: str) -> None:
-        """Remove a staged file, so that it is not published."""
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove staged files, so that they are not published."""
 
     def __enter__(self) -> Self:
         """Keep others out, clear away what a failed run left, and make room; an error if the target is taken."""

@@ -27,8 +27,18 @@ class Store(Protocol):
     def list(self) -> dict[str, int]:
         """Every file below the place: name → size in bytes, sorted by name."""
 
+    @property
+    def window_bytes(self) -> int:
+        """Bytes to ask for at a time so that reading goes at the storage's own speed, and no more than that takes."""
+
     def size(self, name: str) -> int:
         """Bytes in one file."""
+
+    def version(self, name: str) -> str:
+        """What tells one file from a changed one of that name, without reading it; compared, never interpreted."""
+
+    def known_crc32c(self, name: str) -> int | None:
+        """CRC32C of a whole file where the storage keeps it; None where it would have to be read."""
 
     def read(self, name: str) -> bytes:
         """A whole file; for small ones."""
@@ -60,6 +70,9 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """End the file; a second call does nothing."""
+
+    def abandon(self) -> None:
+        """Give up a file that is not closed: it never appears. Raises nothing; after `close()` it does nothing."""
 
 
 def open_store(uri: str) -> Store:

@@ -48,8 +48,7 @@ def test_a_run_goes_on_where_the_last_one_stopped(target: str) -> None:
         assert staged.read("receipts/one") == b"{}"
         stage(publication, "a/one", b"1")
         stage(publication, "a/two", b"22")
-        publication.discard("receipts/one")
-        publication.discard("never")
+        publication.discard(["receipts/one", "never"])
         publication.write_small("manifest", b"{1}")
         publication.publish()
     assert open_store(target).list() == {"a/one": 1, "a/two": 2, "manifest": 3}
@@ -82,4 +81,12 @@ def test_small_files_of_a_run_that_ended_while_it_published_are_written_anew(tar
 
 def test_names_to_discard_stay_inside(target: str) -> None:
     with open_publication(target) as publication, pytest.raises(StorageError, match="is not a name inside"):
-        publication.discard("../a")
+        publication.discard(["../a"])
+
+
+def test_what_to_keep_may_be_decided_late(target: str) -> None:
+    with open_publication(target, keep=True) as publication:
+        stage(publication, "a/one", b"1")
+        publication.keep = False
+    with open_publication(target, keep=True) as publication:
+        assert publication.staged() is None
