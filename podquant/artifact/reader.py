@@ -16,8 +16,7 @@ from podquant.artifact.fields import Fields, decode_json
 from podquant.artifact.manifest import Manifest, Piece, TensorEntry, parse_manifest
 from podquant.artifact.naming import CONFIG, MANIFEST, QUALITY
 from podquant.checkpoint.header import Header, TensorInfo, read_header
-from podquant.checkpoint.index import Checkpoint
-from podquant.checkpoint.reader import read_rows, read_tensor
+from podquant.checkpoint.reader import read_rows, read_whole
 from podquant.errors import ArtifactError
 from podquant.storage.store import Store, open_store
 
@@ -94,7 +93,7 @@ class Artifact:
         if not tensor.shape or not 0 <= start <= stop <= tensor.shape[0]:
             raise ArtifactError(f"{self.uri}: {name}: no rows [{start}, {stop}) in shape {list(tensor.shape)}")
         if len(tensor.pieces) == 1:
-            return read_rows(self._files(), self._info(name, tensor.pieces[0]), start, stop, out)
+            return read_rows(self.store, self._info(name, tensor.pieces[0]), start, stop, out)
         if out is None:
             out = np.empty((stop - start, *tensor.shape[1:]), tensor.dtype.numpy)
         for piece in tensor.pieces:
@@ -104,10 +103,10 @@ class Artifact:
             info, rows = self._info(name, piece), (first - piece.start[0], last - piece.start[0])
             window = out[first - start : last - start]
             if piece.shape[1:] == tensor.shape[1:]:
-                read_rows(self._files(), info, *rows, out=window)
+                read_rows(self.store, info, *rows, out=window)
             else:
                 box = tuple(slice(s, s + n) for s, n in zip(piece.start[1:], piece.shape[1:], strict=True))
-                window[(slice(None), *box)] = read_rows(self._files(), info, *rows)
+                window[(slice(None), *box)] = read_rows(self.store, info, *rows)
         return out
 
     def read_tensor(self, name: str) -> Array:
@@ -116,7 +115,7 @@ class Artifact:
         if tensor.shape:
             return self.read_rows(name, 0, tensor.shape[0])
         info = self._info(name, tensor.pieces[0])
-        return read_tensor(Checkpoint(self.store, {}, {name: info}, {}, ()), name)
+        return read_whole(self.store, info)
 
     def read_quality(self) -> dict[str, dict[str, float | None]]:
         """What quantization did to each weight: the figures of `quality.json`, by tensor.
@@ -145,9 +144,6 @@ class Artifact:
 
     def _info(self, name: str, piece: Piece) -> TensorInfo:
         return self._headers[piece.file].tensors[name]
-
-    def _files(self) -> Checkpoint:
-        return Checkpoint(self.store, {}, {}, {}, ())
 
 
 def read_manifest(store: Store) -> Manifest:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
+
 from podquant.checkpoint.jsonfile import parse_object
 from podquant.dtypes import BY_DISK_NAME, DType
 from podquant.errors import CheckpointError
@@ -52,13 +54,15 @@ class Header:
         tensors: by name, in the order of their bytes in the file.
         metadata: the free-form strings of `__metadata__`.
         sha256: of the header with its length prefix, as hexadecimal digits.
-        data_offset: where in the file the first tensor begins.
+        crc32c: of the same bytes.
+        data_offset: where in the file the first tensor begins; so many bytes are these.
         size: bytes in the file.
     """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     sha256: str
+    crc32c: int
     data_offset: int
     size: int
 
@@ -101,7 +105,8 @@ def read_header(store: Store, file: str) -> Header:
     )
     _check_cover(tensors, where, data_offset, size)
     digest = hashlib.sha256(header).hexdigest()
-    return Header({info.name: info for info in tensors}, metadata, digest, data_offset, size)
+    crc32c = google_crc32c.value(header)
+    return Header({info.name: info for info in tensors}, metadata, digest, crc32c, data_offset, size)
 
 
 def encode_header(

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
                 checkpoint,
                 plan,
                 arguments.out,
-                workers=arguments.workers,
+                threads=arguments.threads,
                 overwrite=arguments.overwrite,
                 on_progress=advance,
             )

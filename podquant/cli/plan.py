@@ -19,5 +19,5 @@ def run(arguments: argparse.Namespace) -> int:
 
     checkpoint, plan = open_source(arguments)
     with closing(checkpoint):
-        print(*plan_lines(plan, workers=arguments.workers), sep="\n")
+        print(*plan_lines(plan, threads=arguments.threads, window_bytes=checkpoint.store.window_bytes), sep="\n")
     return 0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from podquant.convert.plan import Plan
 
 
-_MOST_WORKERS = 8  # by default: each takes some GB/s, more than most storage gives
+_MOST_THREADS = 8  # by default: each takes some GB/s, more than most storage gives
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +32,10 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp-size", metavar="N", type=positive, default=1, help="cut every weight into N tensor-parallel slices"
     )
     parser.add_argument(
-        "--workers",
+        "--threads",
         metavar="N",
         type=positive,
-        default=min(len(os.sched_getaffinity(0)), _MOST_WORKERS),
+        default=min(len(os.sched_getaffinity(0)), _MOST_THREADS),
         help="threads that read and quantize (%(default)s)",
     )
 

@@ -13,7 +13,7 @@ from podquant.artifact.documents import encode_index, encode_json
 from podquant.artifact.manifest import Manifest, OutputFile, TensorEntry
 from podquant.artifact.naming import CONFIG, INDEX, MANIFEST, QUALITY
 from podquant.convert.plan import Plan
-from podquant.convert.work import Receipt
+from podquant.convert.receipts import Receipt
 from podquant.errors import ArtifactError
 from podquant.storage.publication import Publication
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from podquant.artifact.manifest import Manifest, ModuleRule
-from podquant.convert.plan import WINDOW_BYTES, Plan
+from podquant.convert.plan import Plan
 
 _NUMBER = re.compile(r"\d+")
 
 
-def plan_lines(plan: Plan, *, workers: int, window_bytes: int = WINDOW_BYTES) -> list[str]:
+def plan_lines(plan: Plan, *, threads: int, window_bytes: int) -> list[str]:
     """What a conversion would do: modules with their schemes and rules, units, bytes and memory."""
     source = plan.source
     lines = [f"source   {source.name}: {len(source.files)} files, {size_text(plan.bytes_in)} to convert"]
@@ -27,7 +27,7 @@ def plan_lines(plan: Plan, *, workers: int, window_bytes: int = WINDOW_BYTES) ->
     lines += [
         "",
         f"reads {size_text(plan.bytes_in)}, writes {size_text(plan.bytes_out)}; "
-        f"peak memory {size_text(plan.peak_memory(workers, window_bytes))} with {workers} workers",
+        f"peak memory {size_text(plan.peak_memory(threads, window_bytes))} with {threads} threads",
         *note_lines(plan),
     ]
     return lines

@@ -1,11 +1,13 @@
-"""A whole conversion on this machine: what must hold before it starts, the units one after another, the commit.
+"""A whole conversion: what must hold before it starts, the units on whatever hosts there are, the commit.
 
-Knows nothing of how a unit is done, or of terminals.
+Knows nothing of how a unit is done, of what hosts are, or of terminals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,25 +15,35 @@ import numpy as np
 from podquant.artifact.manifest import Manifest, OutputFile
 from podquant.artifact.naming import MANIFEST
 from podquant.checkpoint.index import Checkpoint
+from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
+from podquant.cluster.local import LocalHosts
 from podquant.convert.commit import commit
-from podquant.convert.plan import WINDOW_BYTES, Plan
-from podquant.convert.work import Receipt, Workbench, check_equal, convert_unit
+from podquant.convert.integrity import corrupted_files
+from podquant.convert.plan import Plan
+from podquant.convert.receipts import Receipt, SourceRun
+from podquant.convert.resume import check_staged, resume
+from podquant.convert.task import Setting, check_tied, do_unit, receipt_name
+from podquant.convert.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
 from podquant.quantize.quality import Quality
 from podquant.storage.publication import Publication, open_publication
+from podquant.storage.records import Records, open_records
 from podquant.storage.store import open_store
 from podquant.storage.target import bytes_free, replace_directory
 
 _COPY_BYTES = 4 << 20
 _SLACK_BYTES = 1 << 20  # manifest, index and reports, generously
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Result:
-    """An artifact made: its manifest, and what quantization did to each weight."""
+    """An artifact made: its manifest, what quantization did to each weight, and the units an earlier run had done."""
 
     manifest: Manifest
-    quality: dict[str, Quality]
+    quality: Mapping[str, Quality]
+    num_units_resumed: int
 
 
 def convert(
@@ -39,38 +51,63 @@ def convert(
     plan: Plan,
     target: str,
     *,
-    workers: int,
-    window_bytes: int = WINDOW_BYTES,
+    threads: int,
+    hosts: Hosts | None = None,
+    window_bytes: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> Result:
     """Carry out a plan of this checkpoint. The artifact appears at `target` whole, or nothing does.
 
+    Whatever ends it early, the units that are done stay beside `target` (`<target>.partial` or, in a bucket, its own
+    prefix; and `<target>.receipts`), and the next run goes on from there. If none is done, nothing stays.
+
     Args:
-        workers: threads that read and quantize.
-        window_bytes: source bytes in a window; changes memory and speed, never the result.
-        overwrite: put the result in the place of an artifact that is at `target`; it stays until the end.
-        on_progress: told the source bytes done since it was last called.
+        threads: how many read and quantize, in each worker of the hosts.
+        hosts: where units are done; None for this process, one after another.
+        window_bytes: source bytes in a window, None for what suits the source's storage; changes memory and speed,
+            never the result.
+        overwrite: put the result in the place of an artifact that is at `target`, which stays until the end; and give
+            up what an earlier run began there, if that was another conversion.
+        on_progress: told the source bytes done since it was last called; what it raises ends the conversion.
 
     Raises:
-        ArtifactExistsError: `target` is taken (or, to overwrite, holds something that is no artifact).
-        StorageError: the disk is too small or fills up, another run writes there, or bytes cannot be read or written.
+        ArtifactExistsError: `target` is taken (or, to overwrite, holds something that is no artifact), or another
+            conversion was begun there.
+        StorageError: the disk is too small or fills up, another run writes there, bytes cannot be read or written, or
+            what was read is not what the source's storage has.
         CheckpointError: tied tensors that are both stored differ.
         NonFiniteWeightError: names the tensor, the row and the file.
+        ClusterError: there are no hosts, or they die one after another.
     """
     replaces = check_target(target, overwrite=overwrite)
     place = open_publication(target).uri
-    with open_publication(f"{place}.new" if replaces else place) as publication:
-        _check_space(publication.uri, plan)
-        with Workbench(plan.tensors, workers=workers, window_bytes=window_bytes) as bench:
-            if plan.redundant is not None:
-                check_equal(checkpoint, *plan.redundant, bench)
-            receipts = [convert_unit(checkpoint, unit, publication.writer, bench, on_progress) for unit in plan.units]
-        copied = {name: _copy(checkpoint, name, size, publication) for name, size in plan.copied.items()}
-        manifest = commit(plan, receipts, copied, publication)
+    publication = open_publication(f"{place}.new" if replaces else place, keep=True)
+    records = open_records(f"{publication.uri}.receipts")
+    setting = Setting(
+        checkpoint.store.uri, publication.staging, records, threads, window_bytes or checkpoint.store.window_bytes
+    )
+    with publication:
+        receipts = resume(checkpoint, plan, publication, records, overwrite=overwrite)
+        num_resumed = len(receipts)
+        try:
+            _check_space(publication.uri, plan, receipts)
+            tied = _do_units(checkpoint, plan, setting, hosts or LocalHosts(), receipts, on_progress)
+            _refuse_corrupted(checkpoint, plan, receipts, tied, records)
+            copied = {name: _copy(checkpoint, name, size, publication) for name, size in plan.copied.items()}
+            check_staged({**copied, **{n: f for r in receipts.values() for n, f in r.files.items()}}, publication)
+            manifest = commit(plan, list(receipts.values()), copied, publication)
+        except BaseException:
+            if not receipts:
+                publication.keep = False
+                with suppress(StorageError):
+                    records.clear()
+            raise
+    records.clear()
     if replaces:
         replace_directory(publication.uri, place)
-    return Result(manifest, _quality(receipts))
+    quality = {name: figures for receipt in receipts.values() for name, figures in receipt.quality.items()}
+    return Result(manifest, quality, num_resumed)
 
 
 def check_target(target: str, *, overwrite: bool) -> bool:
@@ -89,12 +126,78 @@ def check_target(target: str, *, overwrite: bool) -> bool:
     return True
 
 
-def _check_space(uri: str, plan: Plan) -> None:
-    free, needed = bytes_free(uri), plan.bytes_out + _SLACK_BYTES
+def _do_units(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    setting: Setting,
+    hosts: Hosts,
+    receipts: dict[str, Receipt],
+    on_progress: Progress,
+) -> Sequence[SourceRun]:
+    """Do what has no receipt yet, and add theirs; returns what was read of a tied tensor that is left out."""
+    tied: Sequence[SourceRun] = ()
+    if plan.redundant is not None:
+        key = f"{plan.redundant[0].name} = {plan.redundant[1].name}"
+        versions = _versions(checkpoint, {info.file for info in plan.redundant})
+        check = Task(key, check_tied, (setting, plan.redundant, versions), bytes_in=plan.redundant[0].nbytes)
+        tied = next(iter(_run(hosts, [check], lambda count: on_progress(0))))
+    todo = []
+    for unit in plan.units:
+        if unit.file in receipts:
+            on_progress(unit.bytes_in)
+        else:
+            todo.append(_task(checkpoint, setting, unit))
+    for receipt in _run(hosts, todo, on_progress):
+        receipts[receipt.unit] = receipt
+    return tied
+
+
+def _run[T](hosts: Hosts, tasks: Sequence[Task[T]], on_progress: Progress) -> Iterator[T]:
+    """The values of all tasks, as they come; raises the error of the one that fails."""
+    with closing(hosts.run(tasks, on_progress)) as outcomes:
+        for outcome in outcomes:
+            match outcome:
+                case Done(value=value):
+                    yield value
+                case HostLost(key, reason):
+                    _log.warning("%s: given to another worker: %s", key, reason)
+                case Failed(error=error):
+                    raise error
+
+
+def _task(checkpoint: Checkpoint, setting: Setting, unit: Unit) -> Task[Receipt]:
+    versions = _versions(checkpoint, {tensor.source.file for tensor in unit.tensors})
+    return Task(unit.file, do_unit, (setting, unit, versions), unit.bytes_in, unit.bytes_out)
+
+
+def _versions(checkpoint: Checkpoint, files: set[str]) -> dict[str, str]:
+    return {name: checkpoint.files[name].version for name in sorted(files)}
+
+
+def _refuse_corrupted(
+    checkpoint: Checkpoint, plan: Plan, receipts: dict[str, Receipt], tied: Sequence[SourceRun], records: Records
+) -> None:
+    """Compare all that was read with the source's checksums; units that read wrong files have to be done again."""
+    wrong = corrupted_files(checkpoint, [*tied, *(run for receipt in receipts.values() for run in receipt.source)])
+    if not wrong:
+        return
+    units = [unit.file for unit in plan.units if any(tensor.source.file in wrong for tensor in unit.tensors)]
+    records.remove([receipt_name(unit) for unit in units])
+    for unit in units:
+        del receipts[unit]
+    raise StorageError(
+        f"{checkpoint.store.uri}/{wrong[0]}: the bytes read do not have the CRC32C that the store keeps of it: they "
+        f"were spoilt on the way. {len(units)} units that read {', '.join(wrong)} are not kept: run again"
+    )
+
+
+def _check_space(uri: str, plan: Plan, receipts: Mapping[str, Receipt]) -> None:
+    there = sum(file.size for receipt in receipts.values() for file in receipt.files.values())
+    free, needed = bytes_free(uri), plan.bytes_out - there + _SLACK_BYTES
     if free is not None and free < needed:
         raise StorageError(
-            f"{uri}: the disk is too small: the artifact takes {plan.bytes_out:,} bytes and some for its manifest, "
-            f"{free:,} are free. Free space there, or choose a place with more"
+            f"{uri}: the disk is too small: the artifact takes {plan.bytes_out - there:,} bytes and some for its "
+            f"manifest, {free:,} are free. Free space there, or choose a place with more"
         )
 
 
@@ -107,7 +210,3 @@ def _copy(checkpoint: Checkpoint, name: str, size: int, publication: Publication
         writer.write(chunk)
     writer.close()
     return OutputFile(writer.nbytes, writer.crc32c)
-
-
-def _quality(receipts: list[Receipt]) -> dict[str, Quality]:
-    return {name: figures for receipt in receipts for name, figures in receipt.quality.items()}

@@ -1,8 +1,8 @@
 """Does one unit of a plan: reads its tensors in row windows, quantizes them, and appends them to the unit's files.
 
 Windows are read and quantized by threads while earlier ones are written, in order, by the caller's thread; how many
-are in flight, and so the memory, does not depend on the size of any tensor. Knows nothing of other units or of the
-manifest.
+are in flight, and so the memory, does not depend on the size of any tensor. Small tensors that lie side by side are
+read together. Knows nothing of other units or of the manifest.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from podquant.artifact.manifest import OutputFile, Piece
 from podquant.checkpoint.header import TensorInfo
-from podquant.checkpoint.index import Checkpoint
-from podquant.checkpoint.reader import read_rows, read_tensor
+from podquant.checkpoint.reader import read_bytes
 from podquant.checkpoint.writer import SafetensorsWriter
-from podquant.convert.plan import WINDOW_BYTES, windows_in_flight
+from podquant.convert.plan import windows_in_flight
+from podquant.convert.receipts import Receipt, SourceRun
 from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.errors import CheckpointError, NonFiniteWeightError
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.quality import Quality, QualityRows
 from podquant.quantize.weights import quantize_window
-from podquant.storage.store import Writer
+from podquant.storage.store import Store, Writer
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]
@@ -41,17 +43,29 @@ Parts = list[tuple[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """A unit done: its files as written, and what quantization did to each of its weights."""
+class _Rows:
+    """Rows `[start, stop)` of a tensor, and where in its file they lie."""
 
-    unit: str
-    files: dict[str, OutputFile]
-    quality: dict[str, Quality]
+    tensor: TensorPlan
+    pieces: tuple[Piece, ...]
+    start: int
+    stop: int
+    offset: int
+    nbytes: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the tensor ends with them."""
+        return not self.tensor.source.shape or self.stop == self.tensor.source.shape[0]
+
+
+Batch = list[_Rows]
+"""Rows read at once: they lie side by side in one file. Most have one element."""
 
 
 @dataclass(frozen=True)
 class _Buffers:
-    """Memory of one window in flight, used again and again. Pages that no window touches cost nothing."""
+    """Memory of one batch in flight, used again and again. Pages that no batch touches cost nothing."""
 
     source: Bytes
     codes: Bytes
@@ -59,27 +73,36 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window ready to be written: rows of the tensor or of its codes; those cut along axis 0 lie in `buffers`."""
+    """Rows ready to be written: of the tensor or of its codes; those cut along axis 0 lie in buffers."""
 
+    rows: _Rows
     parts: Parts
     scales: npt.NDArray[np.float32] | None
     quality: QualityRows | None
-    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A batch ready to be written, the bytes it was made of, and the memory to give back then."""
+
+    windows: list[_Window]
+    source: Bytes
     buffers: _Buffers
 
 
 class Workbench:
     """The threads and buffers that units are done with; a context manager. Serves one unit at a time."""
 
-    def __init__(self, tensors: Iterable[TensorPlan], *, workers: int, window_bytes: int = WINDOW_BYTES) -> None:
-        """For units of these tensors: `workers` threads read and quantize; `window_bytes` of source make a window."""
+    def __init__(self, tensors: Iterable[TensorPlan], *, threads: int, window_bytes: int) -> None:
+        """For units of these tensors: `threads` read and quantize; `window_bytes` of source make a window."""
         self.window_bytes = window_bytes
-        self.depth = windows_in_flight(workers)
+        self.depth = windows_in_flight(threads)
         size = max((tensor.window_nbytes(window_bytes) for tensor in tensors), default=0)
+        size = max(size, window_bytes)
         self.buffers: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(self.depth):
             self.buffers.put(_Buffers(np.empty(size, np.uint8), np.empty(size // 2, np.uint8)))
-        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="quantize")
+        self.threads = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
     def __enter__(self) -> Self:
         return self
@@ -91,104 +114,171 @@ class Workbench:
 
 
 def convert_unit(
-    checkpoint: Checkpoint, unit: Unit, create: Callable[[str], Writer], bench: Workbench, on_progress: Progress
+    store: Store, unit: Unit, create: Callable[[str], Writer], bench: Workbench, on_progress: Progress
 ) -> Receipt:
-    """Write the files of one unit. The bytes depend on the checkpoint and the unit only.
+    """Write the files of one unit. The bytes depend on the source and the unit only.
 
     Args:
-        create: starts a file of the artifact.
+        store: where the source is.
+        create: starts a file of the artifact; it is abandoned if this ends in an error.
 
     Raises:
         NonFiniteWeightError: names the first wrong row in the order of the source, with tensor and file.
         StorageError: bytes could not be read or written.
     """
-    files = {name: create(name) for name in unit.files}
-    writers = {name: SafetensorsWriter(files[name], entries) for name, entries in unit.files.items()}
     quality: dict[str, Quality] = {}
-    for tensor, windows in _in_order(checkpoint, unit, bench):
+    read = _ReadRuns(store)
+    with ExitStack() as undo:
+        files = {}
+        for name in unit.files:
+            files[name] = create(name)
+            undo.callback(files[name].abandon)
+        writers = {name: SafetensorsWriter(files[name], entries) for name, entries in unit.files.items()}
         scales: list[npt.NDArray[np.float32]] = []
         rows: list[QualityRows] = []
-        for window in windows:
-            _append(writers, tensor.outputs[0], window.parts)
-            if window.scales is not None and window.quality is not None:
+        for batch, done in _in_order(store, unit, bench):
+            read.add(batch[0].tensor.source.file, batch[0].offset, done.source)
+            for window in done.windows:
+                tensor = window.rows.tensor
+                _append(writers, tensor.outputs[0], window.parts)
+                if window.scales is None or window.quality is None:
+                    continue
                 scales.append(window.scales)
                 rows.append(window.quality)
-            bench.buffers.put(window.buffers)
-            on_progress(window.nbytes)
-        if tensor.scheme is not None:
-            output = tensor.outputs[1]
-            _append(writers, output, _parts(np.concatenate(scales), 0, unit.pieces(output)))
-            quality[tensor.source.name] = Quality.of(rows)
-    for writer in writers.values():
-        writer.close()
-    return Receipt(unit.file, {name: OutputFile(file.nbytes, file.crc32c) for name, file in files.items()}, quality)
+                if window.rows.is_last:
+                    output = tensor.outputs[1]
+                    _append(writers, output, _parts(np.concatenate(scales), 0, unit.pieces(output)))
+                    quality[tensor.source.name] = Quality.of(rows)
+                    scales, rows = [], []
+            bench.buffers.put(done.buffers)
+            on_progress(len(done.source))
+        for writer in writers.values():
+            writer.close()
+    written = {name: OutputFile(file.nbytes, file.crc32c) for name, file in files.items()}
+    return Receipt(unit.file, written, quality, read.runs)
 
 
-def check_equal(checkpoint: Checkpoint, first: TensorInfo, second: TensorInfo, bench: Workbench) -> None:
+def check_equal(store: Store, first: TensorInfo, second: TensorInfo, window_bytes: int) -> tuple[SourceRun, ...]:
     """Refuse a checkpoint whose tied tensors, of one shape and dtype, differ: leaving one out would lose it.
+
+    Returns:
+        What was read of the first.
 
     Raises:
         CheckpointError: names both and the first row that differs.
     """
-    left, right = bench.buffers.get(), bench.buffers.get()
-    for start, stop in TensorPlan(first, None, ()).windows(bench.window_bytes):
-        a, b = _read(checkpoint, first, start, stop, left.source), _read(checkpoint, second, start, stop, right.source)
-        if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
-            differ = (a.view(np.uint8) != b.view(np.uint8)).reshape(stop - start, -1).any(axis=1)
+    read = _ReadRuns(store)
+    row_bytes = first.nbytes // first.shape[0]
+    for start, stop in TensorPlan(first, None, ()).windows(window_bytes):
+        left, right = (np.empty((stop - start) * row_bytes, np.uint8) for _ in range(2))
+        read_bytes(store, first, first.offset + start * row_bytes, left)
+        read_bytes(store, second, second.offset + start * row_bytes, right)
+        read.add(first.file, first.offset + start * row_bytes, left)
+        if not np.array_equal(left, right):
+            differ = (left != right).reshape(stop - start, -1).any(axis=1)
             raise CheckpointError(
-                f"{checkpoint.store.uri}: config.json ties {first.name} to {second.name}, but both are stored and "
+                f"{store.uri}: config.json ties {first.name} to {second.name}, but both are stored and "
                 f"differ from row {start + int(np.argmax(differ))} on. Set tie_word_embeddings to false if both count"
             )
-    bench.buffers.put(left)
-    bench.buffers.put(right)
+    return read.runs
 
 
-def _in_order(checkpoint: Checkpoint, unit: Unit, bench: Workbench) -> Iterator[tuple[TensorPlan, Iterator[_Window]]]:
-    """Each tensor with its windows, done by the threads up to `bench.depth` ahead, across tensors."""
-    ahead: deque[Future[_Window]] = deque()
-    jobs = (
-        (tensor, pieces, *rows)
-        for tensor in unit.tensors
-        for pieces in (unit.pieces(tensor.outputs[0]),)
-        for rows in tensor.windows(bench.window_bytes)
+class _ReadRuns:
+    """Checksums of what is read, joined where it lies side by side; none where the store has none to compare with."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._runs: list[SourceRun] = []
+
+    def add(self, file: str, offset: int, data: Bytes) -> None:
+        """Bytes from `offset` on of a file, in the order of the source."""
+        if self._store.known_crc32c(file) is None:
+            return
+        last = self._runs[-1] if self._runs else None
+        if last is not None and (last.file, last.offset + last.nbytes) == (file, offset):
+            crc32c = google_crc32c.extend(last.crc32c, data)
+            self._runs[-1] = SourceRun(file, last.offset, last.nbytes + len(data), crc32c)
+        else:
+            self._runs.append(SourceRun(file, offset, len(data), google_crc32c.extend(0, data)))
+
+    @property
+    def runs(self) -> tuple[SourceRun, ...]:
+        """What was read so far."""
+        return tuple(self._runs)
+
+
+def _in_order(store: Store, unit: Unit, bench: Workbench) -> Iterator[tuple[Batch, _Done]]:
+    """The unit's batches, done by the threads up to `bench.depth` ahead."""
+    ahead: deque[tuple[Batch, Future[_Done]]] = deque()
+    tensors = [(tensor, unit.pieces(tensor.outputs[0])) for tensor in unit.tensors]
+    for batch in _batches(tensors, bench.window_bytes):
+        if len(ahead) == bench.depth:
+            first, future = ahead.popleft()
+            yield first, future.result()
+        ahead.append((batch, bench.threads.submit(_do_batch, store, batch, bench.buffers)))
+    while ahead:
+        first, future = ahead.popleft()
+        yield first, future.result()
+
+
+def _batches(tensors: Iterable[tuple[TensorPlan, tuple[Piece, ...]]], window_bytes: int) -> Iterator[Batch]:
+    """Windows of all tensors in order, those of small ones together as far as they are neighbours."""
+    batch: Batch = []
+    for tensor, pieces in tensors:
+        info = tensor.source
+        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
+        for start, stop in tensor.windows(window_bytes):
+            rows = _Rows(tensor, pieces, start, stop, info.offset + start * row_bytes, (stop - start) * row_bytes)
+            if batch and not _joins(batch, rows, window_bytes):
+                yield batch
+                batch = []
+            batch.append(rows)
+    if batch:
+        yield batch
+
+
+def _joins(batch: Batch, rows: _Rows, window_bytes: int) -> bool:
+    """Whether rows can be read with a batch: the next bytes of its file, few enough, and aligned in its memory."""
+    first, last = batch[0], batch[-1]
+    return (
+        last.tensor.source.file == rows.tensor.source.file
+        and last.offset + last.nbytes == rows.offset
+        and rows.offset + rows.nbytes - first.offset <= window_bytes
+        and (rows.offset - first.offset) % rows.tensor.source.dtype.itemsize == 0
     )
 
-    def advance() -> None:
-        while len(ahead) < bench.depth and (job := next(jobs, None)) is not None:
-            ahead.append(bench.threads.submit(_do_window, checkpoint, *job, bench.buffers))
 
-    def windows(count: int) -> Iterator[_Window]:
-        for _ in range(count):
-            advance()
-            yield ahead.popleft().result()
-
-    for tensor in unit.tensors:
-        yield tensor, windows(sum(1 for _ in tensor.windows(bench.window_bytes)))
-
-
-def _do_window(
-    checkpoint: Checkpoint,
-    tensor: TensorPlan,
-    pieces: tuple[Piece, ...],
-    start: int,
-    stop: int,
-    free: SimpleQueue[_Buffers],
-) -> _Window:
-    """Read rows, quantize them under a scheme, and cut them. Runs in a thread; the GIL is released in all three."""
+def _do_batch(store: Store, batch: Batch, free: SimpleQueue[_Buffers]) -> _Done:
+    """Read rows, quantize them where there is a scheme, and cut them. In a thread; the GIL is released in all three."""
     buffers = free.get()
-    source = _read(checkpoint, tensor.source, start, stop, buffers.source)
+    begin = batch[0].offset
+    source = buffers.source[: batch[-1].offset + batch[-1].nbytes - begin]
+    read_bytes(store, batch[0].tensor.source, begin, source)
+    windows = []
+    for rows in batch:
+        first = rows.offset - begin
+        windows.append(_do_window(store, rows, source[first : first + rows.nbytes], buffers.codes[first // 2 :]))
+    return _Done(windows, source, buffers)
+
+
+def _do_window(store: Store, rows: _Rows, data: Bytes, free_codes: Bytes) -> _Window:
+    tensor, info = rows.tensor, rows.tensor.source
+    source = data.view(info.dtype.numpy)
+    if not info.shape:
+        return _Window(rows, [(rows.pieces[0].file, source.reshape(()))], None, None)
+    source = source.reshape(rows.stop - rows.start, *info.shape[1:])
     if tensor.scheme is None:
-        return _Window(_parts(source, start, pieces), None, None, source.nbytes, buffers)
+        return _Window(rows, _parts(source, rows.start, rows.pieces), None, None)
     shape = (source.shape[0], source.shape[1])
-    codes = buffers.codes[: source.size].view(tensor.outputs[0].dtype.numpy).reshape(shape)
+    codes = free_codes[: source.size].view(tensor.outputs[0].dtype.numpy).reshape(shape)
     block = tensor.scheme.weight_block_size
     out = QArray(codes, np.empty(scales_shape(shape, block), np.float32), block)
     try:
-        _, quality = quantize_window(source, tensor.scheme, first_row=start, total_rows=tensor.source.shape[0], out=out)
+        _, quality = quantize_window(source, tensor.scheme, first_row=rows.start, total_rows=info.shape[0], out=out)
     except NonFiniteWeightError as error:
-        place = f"{checkpoint.store.uri}/{tensor.source.file}: {tensor.source.name}"
+        place = f"{store.uri}/{info.file}: {info.name}"
         raise NonFiniteWeightError(f"{place}: {error}") from error
-    return _Window(_parts(codes, start, pieces), out.scales, quality, source.nbytes, buffers)
+    return _Window(rows, _parts(codes, rows.start, rows.pieces), out.scales, quality)
 
 
 def _parts(rows: npt.NDArray[Any], start: int, pieces: tuple[Piece, ...]) -> Parts:
@@ -209,11 +299,3 @@ def _parts(rows: npt.NDArray[Any], start: int, pieces: tuple[Piece, ...]) -> Par
 def _append(writers: Mapping[str, SafetensorsWriter], output: Output, parts: Parts) -> None:
     for file, rows in parts:
         writers[file].append(output.name, rows)
-
-
-def _read(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int, buffer: Bytes) -> npt.NDArray[Any]:
-    if not info.shape:
-        return read_tensor(checkpoint, info.name)
-    row_bytes = info.nbytes // max(1, info.shape[0])
-    rows = buffer[: (stop - start) * row_bytes].view(info.dtype.numpy).reshape(stop - start, *info.shape[1:])
-    return read_rows(checkpoint, info, start, stop, out=rows)

@@ -107,7 +107,7 @@ class CheckpointSource:
 
     def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
         info = self._checkpoint.tensors[weight_of(module)]
-        rows = read_rows(self._checkpoint, info, start, stop)
+        rows = read_rows(self._checkpoint.store, info, start, stop)
         scheme = self.scheme_of(module)
         if scheme is None:
             return rows

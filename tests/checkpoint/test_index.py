@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -48,7 +49,15 @@ def test_opens_a_single_file(tmp_path: Path) -> None:
     header = raw[: 8 + int.from_bytes(raw[:8], "little")]
     assert checkpoint.config == {"model_type": "llama"}
     assert {name: info.shape for name, info in checkpoint.tensors.items()} == {"x": (2, 3), "y": (2, 3)}
-    assert checkpoint.files == {"model.safetensors": FileInfo(len(raw), hashlib.sha256(header).hexdigest())}
+    assert checkpoint.files == {
+        "model.safetensors": FileInfo(
+            len(raw),
+            checkpoint.store.version("model.safetensors"),
+            hashlib.sha256(header).hexdigest(),
+            google_crc32c.value(header),
+            len(header),
+        )
+    }
     assert checkpoint.store.uri == str(tmp_path)
     checkpoint.close()
     with pytest.raises(StorageError, match="closed"):

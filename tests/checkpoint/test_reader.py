@@ -47,7 +47,7 @@ def test_reads_bfloat16_that_flax_writes(tmp_path: Path) -> None:
 def test_reads_a_window_of_rows(tmp_path: Path, start: int, stop: int) -> None:
     array = np.arange(7 * 2 * 3).astype(ml_dtypes.bfloat16).reshape(7, 2, 3)
     checkpoint = _checkpoint(tmp_path, a=np.ones(5, np.int8), x=array)
-    rows = read_rows(checkpoint, checkpoint.tensors["x"], start, stop)
+    rows = read_rows(checkpoint.store, checkpoint.tensors["x"], start, stop)
     assert rows.shape == (stop - start, 2, 3)
     np.testing.assert_array_equal(rows, array[start:stop])
 
@@ -57,7 +57,7 @@ def test_reads_scalars_and_empty_tensors(tmp_path: Path) -> None:
     assert read_tensor(checkpoint, "s").shape == ()
     assert read_tensor(checkpoint, "s") == 2.5
     assert read_tensor(checkpoint, "e").shape == (0, 3)
-    assert read_rows(checkpoint, checkpoint.tensors["e"], 0, 0).shape == (0, 3)
+    assert read_rows(checkpoint.store, checkpoint.tensors["e"], 0, 0).shape == (0, 3)
 
 
 def test_reads_into_the_callers_memory_without_a_copy(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_reads_into_the_callers_memory_without_a_copy(tmp_path: Path) -> None:
     buffer = np.zeros((512, 1024), np.float32)
     tracemalloc.start()
     try:
-        result = read_rows(checkpoint, checkpoint.tensors["x"], 100, 356, out=buffer[:256])
+        result = read_rows(checkpoint.store, checkpoint.tensors["x"], 100, 356, out=buffer[:256])
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -91,14 +91,14 @@ def test_memory_that_does_not_fit_is_refused(tmp_path: Path, out: np.ndarray[Any
     checkpoint = _checkpoint(tmp_path, x=np.ones((4, 3), np.float32))
     expected = f"tensor 'x': cannot read into {out.dtype}{list(out.shape)}: expected a writable "
     with pytest.raises(CheckpointError, match=re.escape(expected)):
-        read_rows(checkpoint, checkpoint.tensors["x"], 0, 2, out=out)
+        read_rows(checkpoint.store, checkpoint.tensors["x"], 0, 2, out=out)
 
 
 @pytest.mark.parametrize(("name", "start", "stop"), [("x", 0, 5), ("x", -1, 2), ("x", 3, 2), ("s", 0, 1)])
 def test_rows_that_are_not_there_are_refused(tmp_path: Path, name: str, start: int, stop: int) -> None:
     checkpoint = _checkpoint(tmp_path, x=np.ones((4, 3), np.float32), s=np.array(1, np.int8))
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{name}': no rows \[{start}, {stop}\) in"):
-        read_rows(checkpoint, checkpoint.tensors[name], start, stop)
+        read_rows(checkpoint.store, checkpoint.tensors[name], start, stop)
 
 
 def test_an_unknown_tensor_is_told_with_the_nearest_name(tmp_path: Path) -> None:
@@ -117,4 +117,4 @@ def test_a_file_cut_after_opening_names_tensor_and_file(tmp_path: Path) -> None:
         rf"tensor 'x': .*/model\.safetensors: the file ends early: wanted 24 bytes at offset {info.offset + 24}, got 6"
     )
     with pytest.raises(StorageError, match=expected):
-        read_rows(checkpoint, info, 2, 4)
+        read_rows(checkpoint.store, info, 2, 4)

@@ -44,7 +44,7 @@ def artifact(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_convert_tells_what_it_did(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(model), str(tmp_path / "out"), RULES, "int8.yaml", "--workers", "1"]) == 0
+    assert main(["convert", str(model), str(tmp_path / "out"), RULES, "int8.yaml", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     assert "model.layers.*.self_attn.q_proj.weight      1" in out
     assert out.splitlines()[-1].startswith(f"{tmp_path}/out: 768 B converted to ")
@@ -184,7 +184,7 @@ def test_strict_rules(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["verify", "x", "--fast"], "unrecognized arguments: --fast"),
         (["plan", "x"], "the following arguments are required: --quantization-config-path"),
         (["plan", "x", "--quantization-config", "y"], "the following arguments are required"),
-        (["plan", "x", RULES, "y", "--workers", "0"], "argument --workers: expected an integer from 1, got 0"),
+        (["plan", "x", RULES, "y", "--threads", "0"], "argument --threads: expected an integer from 1, got 0"),
     ],
 )
 def test_wrong_usage_is_status_2(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from podquant.artifact.manifest import OutputFile
 from podquant.convert.commit import commit
-from podquant.convert.work import Receipt
+from podquant.convert.receipts import Receipt
 from podquant.errors import ArtifactError
 from podquant.storage.publication import open_publication
 

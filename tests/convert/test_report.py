@@ -20,7 +20,7 @@ def test_sizes(count: int, text: str) -> None:
 
 def test_a_plan_tells_modules_units_and_memory(source: Any) -> None:
     _, plan = source.plan("int8_keep_embedding.yaml")
-    text = "\n".join(plan_lines(plan, workers=2))
+    text = "\n".join(plan_lines(plan, threads=2, window_bytes=1 << 21))
     assert "source   source: 2 files" in text
     assert "model.layers.*.mlp.up_proj       2      int8 weight-only" in text
     assert "lm_head                          1      kept" in text
@@ -31,7 +31,7 @@ def test_a_plan_tells_modules_units_and_memory(source: Any) -> None:
 def test_a_plan_warns(make_source: Callable[..., Any]) -> None:
     rules = "quantization:\n  dense:\n    rules:\n      - {module_path: 'model.layer.*q_prj', weight_dtype: int8}\n"
     source = make_source(tie_word_embeddings=True)
-    text = "\n".join(plan_lines(source.plan(rules)[1], workers=1))
+    text = "\n".join(plan_lines(source.plan(rules)[1], threads=1, window_bytes=1 << 21))
     assert "warning: rules.yaml:4" in text
     assert "note: lm_head.weight is left out: config.json ties it to model.embed_tokens.weight" in text
     assert "warning: nothing is quantized" in text

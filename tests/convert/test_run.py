@@ -78,7 +78,7 @@ def test_an_independent_reader_recovers_every_tensor(
     source: Any, tensors: dict[str, Array], read: Read, tmp_path: Path, rules: str, blocks: dict[str, Any]
 ) -> None:
     checkpoint, plan = source.plan(rules, unit_bytes=20_000)
-    convert(checkpoint, plan, str(tmp_path / "out"), workers=2, window_bytes=1000)
+    convert(checkpoint, plan, str(tmp_path / "out"), threads=2, window_bytes=1000)
     found = read(tmp_path / "out")
     num_quantized = 0
     for name, weight in tensors.items():
@@ -109,10 +109,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_equal_inputs_give_equal_bytes(source: Any, tmp_path: Path, rules: str) -> None:
     """Whatever the windows, the number of workers and the places."""
     results = []
-    for number, (workers, window_bytes) in enumerate([(1, 1), (1, 1 << 24), (2, 700), (7, 2000)]):
+    for number, (threads, window_bytes) in enumerate([(1, 1), (1, 1 << 24), (2, 700), (7, 2000)]):
         place = tmp_path / f"place-{number}" / "out"
         checkpoint, plan = source.plan(rules, unit_bytes=15_000)
-        convert(checkpoint, plan, str(place), workers=workers, window_bytes=window_bytes)
+        convert(checkpoint, plan, str(place), threads=threads, window_bytes=window_bytes)
         results.append(contents(place))
     assert len(results[0]) > 6
     assert all(result == results[0] for result in results)
@@ -122,7 +122,7 @@ def test_equal_inputs_give_equal_bytes(source: Any, tmp_path: Path, rules: str) 
 def test_progress_counts_every_source_byte(source: Any, tmp_path: Path) -> None:
     checkpoint, plan = source.plan("int8.yaml")
     counts: list[int] = []
-    convert(checkpoint, plan, str(tmp_path / "out"), workers=2, window_bytes=512, on_progress=counts.append)
+    convert(checkpoint, plan, str(tmp_path / "out"), threads=2, window_bytes=512, on_progress=counts.append)
     assert sum(counts) == plan.bytes_in
     assert len(counts) > 50
 
@@ -132,7 +132,7 @@ def test_a_redundant_tied_head_is_left_out(
 ) -> None:
     source = make_source({"lm_head.weight": tensors["model.embed_tokens.weight"]}, tie_word_embeddings=True, files=1)
     checkpoint, plan = source.plan("int8.yaml")
-    convert(checkpoint, plan, str(tmp_path / "out"), workers=2, window_bytes=100)
+    convert(checkpoint, plan, str(tmp_path / "out"), threads=2, window_bytes=100)
     found = read(tmp_path / "out")
     assert "lm_head.weight" not in found
     assert "model.embed_tokens.weight_scale" in found
@@ -151,7 +151,7 @@ def test_a_tied_head_that_differs_is_refused(
     head[70, 3] += 1
     checkpoint, plan = make_source({"lm_head.weight": head}, tie_word_embeddings=True).plan("int8.yaml")
     with pytest.raises(CheckpointError, match=r"ties lm_head.weight to model.embed_tokens.weight, .* from row 70 on"):
-        convert(checkpoint, plan, str(tmp_path / "out"), workers=1, window_bytes=640)
+        convert(checkpoint, plan, str(tmp_path / "out"), threads=1, window_bytes=640)
     assert_nothing_left(tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_a_weight_that_is_not_finite_is_named(
         changes[name][row, 5] = value
     checkpoint, plan = make_source(changes).plan("int8.yaml")
     with pytest.raises(NonFiniteWeightError) as caught:
-        convert(checkpoint, plan, str(tmp_path / "out"), workers=4, window_bytes=160)
+        convert(checkpoint, plan, str(tmp_path / "out"), threads=4, window_bytes=160)
     text = str(caught.value)
     assert text.startswith(f"{tmp_path}/source/model-00001-of-00002.safetensors: model.layers.0.mlp.down_proj.weight: ")
     assert "row 29, column 5" in text
@@ -177,8 +177,8 @@ def test_a_source_cut_short_meanwhile_is_an_error(source: Any, tmp_path: Path) -
     checkpoint, plan = source.plan("int8.yaml")
     file = source.path / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(StorageError, match=r"model-00002-of-00002.safetensors: the file ends early"):
-        convert(checkpoint, plan, str(tmp_path / "out"), workers=2)
+    with pytest.raises(StorageError, match=r"model-00002-of-00002.safetensors: changed while it was converted"):
+        convert(checkpoint, plan, str(tmp_path / "out"), threads=2)
     assert_nothing_left(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_a_place_that_is_taken_is_left_alone(source: Any, tmp_path: Path) -> Non
     (tmp_path / "out/mine").write_text("precious")
     for overwrite, message in ((False, "out: already exists"), (True, "out: exists and holds no podquant.json")):
         with pytest.raises(ArtifactExistsError, match=message):
-            convert(checkpoint, plan, str(tmp_path / "out"), workers=1, overwrite=overwrite)
+            convert(checkpoint, plan, str(tmp_path / "out"), threads=1, overwrite=overwrite)
     assert contents(tmp_path / "out") == {"mine": b"precious"}
 
 
@@ -197,16 +197,16 @@ def test_overwrite_replaces_an_artifact_only_at_the_end(
 ) -> None:
     out = tmp_path / "out"
     checkpoint, plan = source.plan("int8.yaml")
-    convert(checkpoint, plan, str(out), workers=1)
+    convert(checkpoint, plan, str(out), threads=1)
     before = contents(out)
     bad = tensors["lm_head.weight"].copy()
     bad[0, 0] = np.nan
     checkpoint, plan = make_source({"lm_head.weight": bad}).plan("int8.yaml")
     with pytest.raises(NonFiniteWeightError):
-        convert(checkpoint, plan, str(out), workers=1, overwrite=True)
+        convert(checkpoint, plan, str(out), threads=1, overwrite=True)
     assert contents(out) == before
     checkpoint, plan = make_source().plan("fp8.yaml")
-    convert(checkpoint, plan, str(out), workers=1, overwrite=True)
+    convert(checkpoint, plan, str(out), threads=1, overwrite=True)
     assert Artifact.open(str(out)).tensors["lm_head.weight"].dtype.name == "float8_e4m3fn"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
@@ -218,10 +218,10 @@ def test_two_runs_into_one_place(source: Any, tmp_path: Path) -> None:
     def second(count: int) -> None:
         if not refused:
             with pytest.raises(StorageError) as caught:
-                convert(checkpoint, plan, str(tmp_path / "out"), workers=1)
+                convert(checkpoint, plan, str(tmp_path / "out"), threads=1)
             refused.append(str(caught.value))
 
-    convert(checkpoint, plan, str(tmp_path / "out"), workers=1, on_progress=second)
+    convert(checkpoint, plan, str(tmp_path / "out"), threads=1, on_progress=second)
     assert "is writing there" in refused[0]
     assert verify_artifact(str(tmp_path / "out")) == []
 
@@ -242,7 +242,7 @@ def on_progress(count):
     done += count
     if done > plan.bytes_in // 2:
         exec(then)
-convert(checkpoint, plan, out, workers=2, window_bytes=512, on_progress=on_progress)
+convert(checkpoint, plan, out, threads=2, window_bytes=512, on_progress=on_progress)
 """
 
 
@@ -257,7 +257,7 @@ def test_a_killed_run_leaves_no_artifact_and_the_next_one_works(source: Any, tmp
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     checkpoint, plan = source.plan("int8.yaml")
-    convert(checkpoint, plan, str(out), workers=2)
+    convert(checkpoint, plan, str(out), threads=2)
     assert verify_artifact(str(out)) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
@@ -318,8 +318,8 @@ def test_memory_does_not_follow_the_size_of_a_tensor(make_source: Callable[..., 
         watched.append(pages * 4096)
 
     checkpoint, plan = source.plan("int8.yaml")
-    convert(checkpoint, plan, str(tmp_path / "first"), workers=2, window_bytes=1 << 20)  # compiles the kernels
-    convert(checkpoint, plan, str(tmp_path / "out"), workers=2, window_bytes=1 << 20, on_progress=resident)
+    convert(checkpoint, plan, str(tmp_path / "first"), threads=2, window_bytes=1 << 20)  # compiles the kernels
+    convert(checkpoint, plan, str(tmp_path / "out"), threads=2, window_bytes=1 << 20, on_progress=resident)
     assert len(watched) > 100
     assert max(watched) - min(watched) < 24 << 20
 
@@ -332,7 +332,7 @@ def test_an_interrupt_leaves_nothing(source: Any, tmp_path: Path) -> None:
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        convert(checkpoint, plan, str(tmp_path / "out"), workers=3, window_bytes=512, on_progress=interrupt)
+        convert(checkpoint, plan, str(tmp_path / "out"), threads=3, window_bytes=512, on_progress=interrupt)
     assert_nothing_left(tmp_path)
     assert threading.active_count() == before
 
@@ -340,7 +340,7 @@ def test_an_interrupt_leaves_nothing(source: Any, tmp_path: Path) -> None:
 def test_codes_that_are_nan_are_found_by_verify(source: Any, tmp_path: Path) -> None:
     """Spoilt with its checksum put right: only the value tells."""
     checkpoint, plan = source.plan("fp8.yaml")
-    convert(checkpoint, plan, str(tmp_path / "out"), workers=1)
+    convert(checkpoint, plan, str(tmp_path / "out"), threads=1)
     file = tmp_path / "out" / plan.units[0].file
     data = bytearray(file.read_bytes())
     data[8 + int.from_bytes(data[:8], "little") + 5 * 32] = 0xFF  # row 5 of the first tensor

@@ -33,7 +33,7 @@ def emulator(source: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsEmulat
 def run(place: str, target: str, **options: Any) -> None:
     checkpoint = Checkpoint.open(place)
     plan = plan_conversion(checkpoint, load_quantization_config("int8.yaml"), source_name="source")
-    convert(checkpoint, plan, target, workers=2, window_bytes=1 << 20, **options)
+    convert(checkpoint, plan, target, threads=2, window_bytes=1 << 20, **options)
     checkpoint.store.close()
 
 
@@ -59,7 +59,7 @@ def test_the_same_bytes_as_on_a_disk_each_read_once(
     assert sum(record.bytes_out for record in emulator.requests("alt=media")) <= asked * 1.02
     written = sum(len(data) for data in artifact(emulator).values())
     assert sum(record.bytes_in for record in emulator.log) <= written * 1.02
-    assert len(emulator.requests(r"/o\?prefix=source/")) == 1
+    assert len(emulator.requests(r"/o\?prefix=source/")) == 2  # to plan, and for the only unit
     assert not [record for record in emulator.requests("^GET .*/o/") if "alt=media" not in record.request]
     assert verify_artifact(TARGET) == []
     with pytest.raises(ArtifactExistsError, match="gs://b/out: already exists"):

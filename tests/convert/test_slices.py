@@ -70,7 +70,7 @@ def test_merged_slices_are_the_artifact_of_one(
     for size, name in ((1, "whole"), (tp_size, "cut")):
         checkpoint, plan = source.plan(rules, tp_size=size, unit_bytes=15_000)
         assert len(plan.units) > 3
-        convert(checkpoint, plan, str(tmp_path / name), workers=2, window_bytes=900)
+        convert(checkpoint, plan, str(tmp_path / name), threads=2, window_bytes=900)
         assert verify_artifact(str(tmp_path / name)) == []
     assert "model.safetensors.index.json" not in contents(tmp_path / "cut")
     manifest = merge_artifact(str(tmp_path / "cut"), str(tmp_path / "merged"))
@@ -88,11 +88,11 @@ def test_the_bytes_of_a_slice_do_not_depend_on_the_work(
 ) -> None:
     source = make_source(odd_tensors())
     results = []
-    for number, (workers, window_bytes) in enumerate([(1, 1), (3, 777), (2, 1 << 24)]):
+    for number, (threads, window_bytes) in enumerate([(1, 1), (3, 777), (2, 1 << 24)]):
         checkpoint, plan = source.plan(rules, tp_size=4, unit_bytes=15_000)
         counts: list[int] = []
         place = tmp_path / f"place-{number}"
-        convert(checkpoint, plan, str(place), workers=workers, window_bytes=window_bytes, on_progress=counts.append)
+        convert(checkpoint, plan, str(place), threads=threads, window_bytes=window_bytes, on_progress=counts.append)
         assert sum(counts) == plan.bytes_in  # each source byte is read once, whatever the ranks
         results.append(contents(place))
     assert all(result == results[0] for result in results)
@@ -103,7 +103,7 @@ def test_the_slices_of_a_rank_are_its_own_and_the_rest_lies_once(
 ) -> None:
     """Read without podquant."""
     checkpoint, plan = source.plan("int8_keep_embedding.yaml", tp_size=2)
-    convert(checkpoint, plan, str(tmp_path / "out"), workers=2, window_bytes=500)
+    convert(checkpoint, plan, str(tmp_path / "out"), threads=2, window_bytes=500)
     (file,) = (unit.file for unit in plan.units)
     ranks = [read_file(tmp_path / f"out/tp-{rank:02d}-of-02" / file) for rank in range(2)]
     shared = read_file(tmp_path / "out/shared" / file)
@@ -125,7 +125,7 @@ def test_the_slices_of_a_rank_are_its_own_and_the_rest_lies_once(
 @pytest.mark.parametrize("name", ["shared/{}", "tp-01-of-02/{}", "tokenizer.json"])
 def test_a_changed_byte_is_not_merged(source: Any, tmp_path: Path, name: str) -> None:
     checkpoint, plan = source.plan("int8.yaml", tp_size=2)
-    convert(checkpoint, plan, str(tmp_path / "cut"), workers=1)
+    convert(checkpoint, plan, str(tmp_path / "cut"), threads=1)
     name = name.format(plan.units[0].file)
     data = bytearray((tmp_path / "cut" / name).read_bytes())
     data[-3] ^= 4
@@ -137,7 +137,7 @@ def test_a_changed_byte_is_not_merged(source: Any, tmp_path: Path, name: str) ->
 
 def test_a_place_that_is_taken_is_not_merged_into(source: Any, tmp_path: Path) -> None:
     checkpoint, plan = source.plan("int8.yaml", tp_size=2)
-    convert(checkpoint, plan, str(tmp_path / "cut"), workers=1)
+    convert(checkpoint, plan, str(tmp_path / "cut"), threads=1)
     before = contents(tmp_path / "cut")
     with pytest.raises(StorageError, match="cut: already exists"):
         merge_artifact(str(tmp_path / "cut"), str(tmp_path / "cut"))
@@ -148,7 +148,7 @@ def test_merging_holds_a_window_whatever_the_tensor(make_source: Callable[..., A
     """A tensor of 64 MB cut along its input, in windows of 4 MB."""
     source = make_source({"big.down_proj.weight": np.ones((8000, 8000), np.float16)}, files=1)
     checkpoint, plan = source.plan("int8.yaml", tp_size=4)
-    convert(checkpoint, plan, str(tmp_path / "cut"), workers=2)
+    convert(checkpoint, plan, str(tmp_path / "cut"), threads=2)
     watched: list[int] = []
 
     def resident(count: int) -> None:

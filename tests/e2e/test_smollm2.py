@@ -81,7 +81,7 @@ def test_prompts_become_the_tokens_of_transformers(engine: Engine, case: dict[st
 def test_int8_keeps_forty_decibels(checkpoint: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(str(checkpoint))
     plan = plan_conversion(source, load_quantization_config("int8.yaml"), source_name="SmolLM2-135M-Instruct")
-    convert(source, plan, str(tmp_path / "artifact"), workers=2)
+    convert(source, plan, str(tmp_path / "artifact"), threads=2)
     source.close()
     quality = json.loads((tmp_path / "artifact" / "quality.json").read_text())["tensors"]
     sqnr = np.asarray([figures["sqnr_db"] for figures in quality.values()])

@@ -69,7 +69,7 @@ def open_artifact(name: str, mode: str, directory: Path) -> WeightSource:
     checkpoint = Checkpoint.open(str(GOLDENS / name))
     plan = plan_conversion(checkpoint, load_quantization_config(rules), source_name=name)
     target = str(directory / name / mode)
-    convert(checkpoint, plan, target, workers=1)
+    convert(checkpoint, plan, target, threads=1)
     checkpoint.close()
     return open_source(target)
 

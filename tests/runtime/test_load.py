@@ -49,7 +49,7 @@ def copy(tmp_path: Path) -> Path:
 def to_artifact(checkpoint: Path, rules: str, target: Path, tp_size: int = 1) -> str:
     source = Checkpoint.open(str(checkpoint))
     plan = plan_conversion(source, load_quantization_config(rules), source_name="golden", tp_size=tp_size)
-    convert(source, plan, str(target), workers=1)
+    convert(source, plan, str(target), threads=1)
     source.close()
     return str(target)
 

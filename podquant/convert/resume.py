@@ -1,0 +1,155 @@
+"""What an earlier run that did not end has left of a conversion: whether it was the same one, and which units are done.
+
+A run first records what it converts (`begun.json`), then each unit its receipt. Another run goes on only with the very
+same conversion, and takes a unit for done only if its files are as the receipt says, to the CRC32C.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from podquant.artifact.documents import encode_json
+from podquant.artifact.manifest import OutputFile
+from podquant.checkpoint.index import Checkpoint
+from podquant.convert.plan import Plan
+from podquant.convert.receipts import Receipt, decode_receipt
+from podquant.convert.task import receipt_name
+from podquant.errors import ArtifactError, ArtifactExistsError
+from podquant.storage.publication import Publication
+from podquant.storage.records import Records
+from podquant.storage.store import Store
+
+BEGUN = "begun.json"
+_READ_BYTES = 4 << 20
+
+
+def resume(
+    checkpoint: Checkpoint, plan: Plan, publication: Publication, records: Records, *, overwrite: bool
+) -> dict[str, Receipt]:
+    """The units that need not be done again, by name; removes all else that was left, and records what is converted.
+
+    Raises:
+        ArtifactExistsError: what was begun there is another conversion (with `overwrite`, that is given up).
+    """
+    now = _describe(checkpoint, plan)
+    documents = records.read()
+    begun = documents.pop(BEGUN, None)
+    differences = _differences(begun, now)
+    if differences and documents and not overwrite:
+        raise ArtifactExistsError(
+            f"{publication.uri}: an unfinished conversion is there, {len(documents)} units done, and this is another: "
+            f"{'; '.join(differences)}. Finish that one, pass --overwrite to start anew, or choose another place"
+        )
+    staged = publication.staged()
+    done = {} if differences or staged is None else dict(_done(plan, documents, staged, records.uri))
+    if begun is not None or documents:
+        wanted = {receipt_name(unit) for unit in done}
+        records.remove([name for name in documents if name not in wanted])
+    kept = {name for receipt in done.values() for name in receipt.files}
+    if staged is not None:
+        publication.discard([name for name in staged.list() if name not in kept])
+        staged.close()
+    if differences:
+        records.write(BEGUN, encode_json(now))
+    return done
+
+
+def _describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """All that the bytes of units depend on."""
+    schemes = {name: None if each.scheme is None else asdict(each.scheme) for name, each in plan.modules.items()}
+    return {
+        "podquant": version("podquant"),
+        "source": plan.source.name,
+        "tp_size": plan.tp_size,
+        "files": {name: [info.header_sha256, info.version] for name, info in checkpoint.files.items()},
+        "rules": schemes,
+        "units": {unit.file: unit.bytes_out for unit in plan.units},
+    }
+
+
+def _differences(begun: bytes | None, now: Mapping[str, Any]) -> list[str]:
+    """How the conversion that was begun differs from the one to do; empty if it does not."""
+    if begun is None:
+        return ["nothing tells what was begun"]
+    try:
+        before = json.loads(begun)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or before.keys() != now.keys():
+        return ["what was begun is described in a way this version does not know"]
+    same = json.loads(encode_json(now))
+    return [_difference(key, before[key], same[key]) for key in same if before[key] != same[key]]
+
+
+def _difference(what: str, before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{what} was {before}, is {now}"
+    changed = [name for name in {**before, **now} if before.get(name, ...) != now.get(name, ...)]
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    if what == "files":
+        return f"the source has changed in {changed[0]}{more}"
+    was, is_ = (_shown(each.get(changed[0])) for each in (before, now))
+    return f"{what} differ: {changed[0]}{more} was {was}, is {is_}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "/".join(str(each) for each in value.values() if each is not None)
+    return "absent or kept" if value is None else str(value)
+
+
+def _done(plan: Plan, documents: Mapping[str, bytes], staged: Store, where: str) -> Iterator[tuple[str, Receipt]]:
+    found = staged.list()
+    for unit in plan.units:
+        name = receipt_name(unit.file)
+        if name not in documents:
+            continue
+        try:
+            receipt = decode_receipt(documents[name], f"{where}/{name}")
+        except ArtifactError:
+            continue  # half of one: the unit is done again
+        files = receipt.files
+        if receipt.unit != unit.file or {file: each.size for file, each in files.items()} != unit.sizes:
+            continue
+        if all(found.get(file) == each.size and _crc32c(staged, file) == each.crc32c for file, each in files.items()):
+            yield unit.file, receipt
+
+
+def _crc32c(staged: Store, name: str) -> int:
+    """Of a whole file: as the storage knows it, else by reading it."""
+    known = staged.known_crc32c(name)
+    if known is not None:
+        return known
+    size, crc32c = staged.size(name), 0
+    buffer = np.empty(min(size, _READ_BYTES), np.uint8)
+    for offset in range(0, size, _READ_BYTES):
+        chunk = buffer[: min(_READ_BYTES, size - offset)]
+        staged.read_into(name, offset, chunk)
+        crc32c = google_crc32c.extend(crc32c, chunk)
+    return crc32c
+
+
+def check_staged(files: Mapping[str, OutputFile], publication: Publication) -> None:
+    """Refuse to publish if a file is not there as it was written: others may have meddled since.
+
+    Raises:
+        ArtifactError: names the file.
+    """
+    staged = publication.staged()
+    found = {} if staged is None else staged.list()
+    for name, file in files.items():
+        known = None if staged is None or name not in found else staged.known_crc32c(name)
+        if found.get(name) != file.size or known not in (None, file.crc32c):
+            raise ArtifactError(
+                f"{publication.uri}/{name}: expected {file.size:,} bytes with CRC32C {file.crc32c:08x}, as written, "
+                f"got {found.get(name, 0):,}. Another has changed it: run again"
+            )
+    if staged is not None:
+        staged.close()

@@ -1,0 +1,82 @@
+"""A unit of work as any host can do it: told by values alone, it opens the source, converts, and leaves a receipt.
+
+Functions here are run by `cluster`, maybe twice, maybe by two hosts at once: they give the same bytes each time. Knows
+nothing of clusters, or of what other units there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+
+from podquant.checkpoint.header import TensorInfo
+from podquant.convert.receipts import Receipt, SourceRun
+from podquant.convert.units import Unit
+from podquant.convert.work import Progress, Workbench, check_equal, convert_unit
+from podquant.errors import StorageError
+from podquant.storage.publication import Staging
+from podquant.storage.records import Records
+from podquant.storage.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all units of a conversion have in common. Can be pickled.
+
+    Attributes:
+        source: URI of the checkpoint.
+        staging: where output files are made.
+        receipts: where receipts are left.
+        threads: how many read and quantize.
+        window_bytes: source bytes of a window.
+    """
+
+    source: str
+    staging: Staging
+    receipts: Records
+    threads: int
+    window_bytes: int
+
+
+def do_unit(setting: Setting, unit: Unit, versions: Mapping[str, str], on_progress: Progress) -> Receipt:
+    """Convert one unit and leave its receipt.
+
+    Args:
+        versions: of the source files that it reads, as they were when the conversion was planned.
+
+    Raises:
+        StorageError: the source has changed since, or bytes could not be read or written.
+        NonFiniteWeightError: names the tensor, the row and the file.
+    """
+    with closing(open_store(setting.source)) as store:
+        _refuse_changed(store, versions)
+        with Workbench(unit.tensors, threads=setting.threads, window_bytes=setting.window_bytes) as bench:
+            receipt = convert_unit(store, unit, setting.staging.writer, bench, on_progress)
+    setting.receipts.write(receipt_name(unit.file), receipt.encode())
+    return receipt
+
+
+def check_tied(
+    setting: Setting, tied: tuple[TensorInfo, TensorInfo], versions: Mapping[str, str], on_progress: Progress
+) -> tuple[SourceRun, ...]:
+    """Check that the first of two tied tensors, which is left out, equals the second. Returns what was read of it."""
+    with closing(open_store(setting.source)) as store:
+        _refuse_changed(store, versions)
+        runs = check_equal(store, *tied, setting.window_bytes)
+    on_progress(tied[0].nbytes)
+    return runs
+
+
+def receipt_name(unit: str) -> str:
+    """Name of the document that holds a unit's receipt."""
+    return f"{unit}.json"
+
+
+def _refuse_changed(store: Store, versions: Mapping[str, str]) -> None:
+    for name, version in versions.items():
+        if store.version(name) != version:
+            raise StorageError(
+                f"{store.uri}/{name}: changed while it was converted (it was {version}, is {store.version(name)}). "
+                "Leave the source alone, and run again with --overwrite"
+            )
