@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 
@@ -34,8 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(argv[0] if argv else "").parse_args(argv)
+    return guarded(lambda: arguments.run(arguments))
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """The exit status of `call`; of podquant's own errors, 1, after a line on stderr."""
     try:
-        status: int = arguments.run(arguments)
+        status = call()
         sys.stdout.flush()
         return status
     except PodquantError as error:

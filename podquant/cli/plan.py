@@ -17,7 +17,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     from podquant.convert.report import plan_lines
 
-    checkpoint, plan = open_source(arguments)
+    checkpoint, plan = open_source(
+        arguments.model,
+        arguments.quantization_config_path,
+        revision=arguments.revision,
+        download_dir=arguments.download_dir,
+        tp_size=arguments.tp_size,
+        strict_rules=arguments.strict_rules,
+    )
     with closing(checkpoint):
         print(*plan_lines(plan, threads=arguments.threads, window_bytes=checkpoint.store.window_bytes), sep="\n")
     return 0

@@ -1,4 +1,4 @@
-"""The MODEL of a command line, a local directory or a Hugging Face id to download first, and its quantization rules."""
+"""The MODEL of a command line (a directory, gs:// or a Hugging Face id) and its quantization rules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from podquant.config.job import is_hugging_face_id
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ _MOST_THREADS = 8  # by default: each takes some GB/s, more than most storage gi
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to find it, the rules, and how many threads."""
-    parser.add_argument("model", metavar="MODEL", help="a local directory, or a Hugging Face id (org/name)")
+    parser.add_argument("model", metavar="MODEL", help="a local directory, gs://…, or a Hugging Face id (org/name)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    parser.add_argument("--download-dir", metavar="DIR", help="where to keep what is downloaded (Hugging Face's cache)")
+    parser.add_argument("--download-dir", metavar="DIR", help="download a Hugging Face id whole, to this cache, first")
     parser.add_argument(
         "--quantization-config-path",
         metavar="YAML",
@@ -40,8 +41,16 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_source(arguments: argparse.Namespace) -> tuple[Checkpoint, Plan]:
-    """The checkpoint and the plan for it. The rules are read first: what is wrong there costs no download.
+def open_source(
+    model: str,
+    rules_path: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    tp_size: int = 1,
+    strict_rules: bool = False,
+) -> tuple[Checkpoint, Plan]:
+    """The checkpoint and the plan for it. The rules are read first: what is wrong there costs no connection.
 
     Raises:
         PodquantError: the rules, the checkpoint or the two together are wrong.
@@ -50,27 +59,33 @@ def open_source(arguments: argparse.Namespace) -> tuple[Checkpoint, Plan]:
     from podquant.config.rules import load_quantization_config
     from podquant.convert.plan import plan_conversion
 
-    rules = load_quantization_config(arguments.quantization_config_path)
-    path, name = locate(arguments)
-    checkpoint = Checkpoint.open(path)
-    plan = plan_conversion(checkpoint, rules, source_name=name, tp_size=arguments.tp_size)
-    if arguments.strict_rules:
+    rules = load_quantization_config(rules_path)
+    uri, name = _locate(model, revision, download_dir)
+    checkpoint = Checkpoint.open(uri)
+    plan = plan_conversion(
+        checkpoint, rules, source_name=name or checkpoint.store.uri.removeprefix("hf://"), tp_size=tp_size
+    )
+    if strict_rules:
         plan.refuse_unmatched()
     return checkpoint, plan
 
 
-def locate(arguments: argparse.Namespace) -> tuple[str, str]:
-    """The local directory of MODEL, and a name for it that is the same on every machine."""
-    if os.path.exists(arguments.model) or "://" in arguments.model or arguments.model.startswith((".", "/", "~")):
-        if arguments.revision is not None or arguments.download_dir is not None:
-            raise ConfigError(
-                f"--revision and --download-dir are for Hugging Face ids, but {arguments.model} is a local directory: "
-                "leave them out"
-            )
-        return arguments.model, os.path.basename(os.path.abspath(os.path.expanduser(arguments.model)))
-    from podquant.storage.hub import download_model
+def _locate(model: str, revision: str | None, download_dir: str | None) -> tuple[str, str]:
+    """Where MODEL is, and a name for it that is the same on every machine ("": as its store is called).
 
-    snapshot = download_model(arguments.model, revision=arguments.revision, directory=arguments.download_dir)
+    A Hugging Face id is read from the hub by ranges, unless it is to be downloaded or there is to be no connection.
+    """
+    if not is_hugging_face_id(model):
+        if revision is not None or download_dir is not None:
+            raise ConfigError(
+                f"--revision and --download-dir are for Hugging Face ids, but {model} is a directory: leave them out"
+            )
+        return model, os.path.basename(os.path.abspath(os.path.expanduser(model.rstrip("/"))))
+    from podquant.storage.hub import download_model, is_offline
+
+    if download_dir is None and not is_offline():
+        return f"hf://{model}" + (f"@{revision}" if revision else ""), ""
+    snapshot = download_model(model, revision=revision, directory=download_dir)
     return snapshot.path, snapshot.name
 
 

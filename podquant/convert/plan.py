@@ -23,8 +23,9 @@ from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import ConfigError, UnsupportedModelError
 from podquant.quantize.qarray import scales_shape
 
-UNIT_BYTES = 1 << 30
-"""Source bytes a unit holds at most, save for a tensor that is larger by itself."""
+LEAST_UNIT_BYTES, MOST_UNIT_BYTES, _UNITS_AT_LEAST = 64 << 20, 1 << 30, 32
+"""Source bytes of a unit: large models in units of 1 GiB, smaller ones in 32, so that hosts can share them, but none in
+crumbs. A function of the checkpoint alone, so that the files do not depend on who converts."""
 
 WRITER_BYTES = 16 << 20
 """What writing one file to a bucket holds: a chunk being filled and one under way. A local file holds nothing."""
@@ -104,14 +105,15 @@ def plan_conversion(
     *,
     source_name: str,
     tp_size: int = 1,
-    unit_bytes: int = UNIT_BYTES,
+    unit_bytes: int | None = None,
 ) -> Plan:
     """Decide a whole conversion; the same checkpoint and rules give the same plan.
 
     Args:
         source_name: what the manifest calls the source; nothing that depends on the machine.
         tp_size: slices to cut every weight into.
-        unit_bytes: source bytes a unit holds; decides which tensors share a file.
+        unit_bytes: source bytes a unit holds at most, save for a tensor that is larger by itself; decides which tensors
+            share a file. None for what suits the size of the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint lacks tensors, or contradicts its config.json.
@@ -131,7 +133,7 @@ def plan_conversion(
             _check_quantizable(checkpoint, info, decisions[name])
     modules = {name: decisions[name] for name in contents.modules}
     tensors = _plan_tensors(checkpoint, contents, modules, tp_size)
-    runs = list(_runs(tensors, unit_bytes))
+    runs = list(_runs(tensors, unit_bytes or _unit_bytes(tensors)))
     config = dict(checkpoint.config)
     section = quantization_config(modules, tied=contents.tied)
     if section is not None:
@@ -185,6 +187,11 @@ def _check_quantizable(checkpoint: Checkpoint, info: TensorInfo, decided: Module
             f"{where}: has the shape {list(info.shape)}; only matrices [out, in] can be quantized yet. "
             f"It was chosen by {decided.rule}: keep it with weight_dtype: null"
         )
+
+
+def _unit_bytes(tensors: Sequence[TensorPlan]) -> int:
+    total = sum(tensor.source.nbytes for tensor in tensors)
+    return min(MOST_UNIT_BYTES, max(LEAST_UNIT_BYTES, -(-total // _UNITS_AT_LEAST)))
 
 
 def _runs(tensors: Sequence[TensorPlan], unit_bytes: int) -> Iterator[tuple[TensorPlan, ...]]:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -73,3 +74,8 @@ def download_model(model: str, *, revision: str | None = None, directory: str | 
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise StorageError(f"{what} it could not be downloaded: {error}") from error
     return Snapshot(path, f"{model}@{path.rstrip('/').rpartition('/')[2]}")
+
+
+def is_offline() -> bool:
+    """Whether the user has set HF_HUB_OFFLINE: only what is in the cache may be used."""
+    return bool(HF_HUB_OFFLINE)

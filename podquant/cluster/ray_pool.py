@@ -1,0 +1,117 @@
+"""Reserves a pool of workers on a Ray cluster: so many on each host of a TPU slice, or on each node there is.
+
+Always a placement group with a bundle a host, so a host never runs more than its share, and Ray itself moves work off
+a host that died. Knows nothing of what workers do. They ask for CPUs, and a reserved slice holds its chips idle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.tpu import slice_placement_group
+
+from podquant.cluster.topology import TpuSlice
+from podquant.errors import ClusterError
+
+_SLICE_LABEL = "ray.io/tpu-slice-name"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Reserved workers. `release()` it when done; it goes with the driver in any case."""
+
+    group: PlacementGroup
+    workers_per_host: int
+    _handle: Any
+
+    @property
+    def hosts(self) -> set[str]:
+        """Addresses of the hosts that are alive. Asks the cluster."""
+        names = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in _alive_nodes()}
+        bundles = placement_group_table(self.group)["bundles_to_node_id"].values()
+        return {names[node] for node in bundles if node in names}
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._handle is None:
+            remove_placement_group(self.group)
+        else:
+            self._handle.shutdown()
+
+
+def reserve_slice(tpu: TpuSlice, workers_per_host: int, cpus_per_worker: int, *, seconds: float) -> Pool:
+    """All hosts of a free TPU slice; an autoscaler brings one up if there is none.
+
+    Raises:
+        ClusterError: none became free within `seconds`.
+    """
+    cpus = workers_per_host * cpus_per_worker
+    failure = ClusterError(
+        f"Ray cluster: expected a free TPU slice {tpu.accelerator_type} ({tpu.topology}, {tpu.num_hosts} hosts) with "
+        f"{workers_per_host} x {cpus_per_worker} free CPUs on each host, got none within {seconds:g} s. There is: "
+        f"{_described(_alive_nodes())}. Leave out the accelerator to run on the hosts as they are"
+    )
+    try:
+        handle = slice_placement_group(
+            topology=tpu.topology,
+            accelerator_version=tpu.generation.ray_name,
+            resources_per_bundle={"CPU": cpus, "TPU": tpu.chips_per_host},
+            head_reservation_timeout_s=seconds,
+        )
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        raise failure from error
+    group = handle.slice_placement_group
+    if not group.wait(seconds):
+        handle.shutdown()
+        raise failure
+    handle.release_head_pgs()
+    return Pool(group, workers_per_host, handle)
+
+
+def reserve_nodes(workers_per_host: int, cpus_per_worker: int, *, seconds: float) -> Pool:
+    """The hosts of TPU slices where there are any, whoever has their chips; else every node with CPUs enough.
+
+    Raises:
+        ClusterError: there is none, or they were not free within `seconds`.
+    """
+    cpus = workers_per_host * cpus_per_worker
+    nodes = _alive_nodes()
+    slices = sorted({node["Labels"][_SLICE_LABEL] for node in nodes if _SLICE_LABEL in node["Labels"]})
+    if slices:
+        nodes = [node for node in nodes if _SLICE_LABEL in node["Labels"]]
+    fit = [node for node in nodes if node["Resources"].get("CPU", 0) >= cpus]
+    wanted = f"{workers_per_host} x {cpus_per_worker} free CPUs on each {'TPU host' if slices else 'node'}"
+    if not fit or (slices and len(fit) < len(nodes)):
+        raise ClusterError(
+            f"Ray cluster: expected {wanted}, got {_described(nodes)}. Start Ray there with --num-cpus, or ask for "
+            "fewer workers a host or fewer threads a worker"
+        )
+    selector = {_SLICE_LABEL: f"in({','.join(slices)})"} if slices else {}
+    group = placement_group(
+        [{"CPU": cpus}] * len(fit), strategy="STRICT_SPREAD", bundle_label_selector=[selector] * len(fit)
+    )
+    if not group.wait(seconds):
+        remove_placement_group(group)
+        raise ClusterError(
+            f"Ray cluster: expected {wanted}, which other jobs hold since {seconds:g} s: {_described(nodes)}. Wait for "
+            "them, or ask for less"
+        )
+    return Pool(group, workers_per_host, None)
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _described(nodes: list[dict[str, Any]]) -> str:
+    """The first nodes with what they have."""
+    texts = []
+    for node in nodes[:4]:
+        resources = node["Resources"]
+        chips = f", {resources['TPU']:g} TPU chips" if "TPU" in resources else ""
+        texts.append(f"{node['NodeManagerAddress']} with {resources.get('CPU', 0):g} CPUs{chips}")
+    more = f" and {len(nodes) - 4} more" if len(nodes) > 4 else ""
+    return (", ".join(texts) or "no nodes") + more
