@@ -77,7 +77,7 @@ def run_job(job: ConvertJob, *, address: str | None, download_dir: str | None = 
     """
     from dataclasses import asdict
 
-    from podquant.convert.report import note_lines, quality_lines, size_text
+    from podquant.convert.report import note_lines, quality_lines, size_text, time_line
     from podquant.convert.run import check_target, convert
 
     check_target(job.target, overwrite=job.overwrite)
@@ -103,6 +103,7 @@ def run_job(job: ConvertJob, *, address: str | None, download_dir: str | None = 
                 on_progress=advance,
             )
     print(*quality_lines({name: asdict(figures) for name, figures in result.quality.items()}), sep="\n")
+    print(time_line(result.seconds))
     written = sum(file.size for file in result.manifest.files.values())
     before = f"; {result.num_units_resumed} units were done before" if result.num_units_resumed else ""
     print(

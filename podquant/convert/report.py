@@ -8,6 +8,7 @@ from typing import Any
 
 from podquant.artifact.manifest import Manifest, ModuleRule
 from podquant.convert.plan import Plan
+from podquant.convert.receipts import Seconds
 
 _NUMBER = re.compile(r"\d+")
 
@@ -78,6 +79,14 @@ def quality_lines(quality: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if len(groups) > 1:
         rows.append(_quality_row("all", list(quality.values())))
     return table(rows) if quality else []
+
+
+def time_line(seconds: Seconds) -> str:
+    """Where the time of the workers went: whether storage or processors are what more of would help."""
+    return (
+        f"time in all workers: reading {seconds.read:.1f} s and quantizing {seconds.quantize:.1f} s, in threads; "
+        f"writing {seconds.write:.1f} s, waiting for the threads {seconds.wait:.1f} s"
+    )
 
 
 def size_text(count: int) -> str:

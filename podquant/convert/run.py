@@ -20,7 +20,7 @@ from podquant.cluster.local import LocalHosts
 from podquant.convert.commit import commit
 from podquant.convert.integrity import corrupted_files
 from podquant.convert.plan import Plan
-from podquant.convert.receipts import Receipt, SourceRun
+from podquant.convert.receipts import Receipt, Seconds, SourceRun
 from podquant.convert.resume import check_staged, resume
 from podquant.convert.task import Setting, check_tied, do_unit, receipt_name
 from podquant.convert.units import Unit
@@ -39,11 +39,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """An artifact made: its manifest, what quantization did to each weight, and the units an earlier run had done."""
+    """An artifact made.
+
+    Attributes:
+        manifest: what it says about itself.
+        quality: what quantization did to each weight.
+        num_units_resumed: units that an earlier run had done.
+        seconds: where the time of all workers went, for the units of this run.
+    """
 
     manifest: Manifest
     quality: Mapping[str, Quality]
     num_units_resumed: int
+    seconds: Seconds
 
 
 def convert(
@@ -89,7 +97,7 @@ def convert(
     )
     with publication:
         receipts = resume(checkpoint, plan, publication, records, overwrite=overwrite)
-        num_resumed = len(receipts)
+        resumed = set(receipts)
         try:
             _check_space(publication.uri, plan, receipts)
             tied = _do_units(checkpoint, plan, setting, hosts or LocalHosts(), receipts, on_progress)
@@ -107,7 +115,8 @@ def convert(
     if replaces:
         replace_directory(publication.uri, place)
     quality = {name: figures for receipt in receipts.values() for name, figures in receipt.quality.items()}
-    return Result(manifest, quality, num_resumed)
+    seconds = sum((receipt.seconds for unit, receipt in receipts.items() if unit not in resumed), Seconds())
+    return Result(manifest, quality, len(resumed), seconds)
 
 
 def check_target(target: str, *, overwrite: bool) -> bool:

@@ -7,6 +7,7 @@ read together. Knows nothing of other units or of the manifest.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.reader import read_bytes
 from podquant.checkpoint.writer import SafetensorsWriter
 from podquant.convert.plan import windows_in_flight
-from podquant.convert.receipts import Receipt, SourceRun
+from podquant.convert.receipts import Receipt, Seconds, SourceRun
 from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.errors import CheckpointError, NonFiniteWeightError
 from podquant.quantize.qarray import QArray, scales_shape
@@ -83,11 +84,12 @@ class _Window:
 
 @dataclass(frozen=True)
 class _Done:
-    """A batch ready to be written, the bytes it was made of, and the memory to give back then."""
+    """A batch ready to be written, the bytes it was made of, the memory to give back then, and how long it took."""
 
     windows: list[_Window]
     source: Bytes
     buffers: _Buffers
+    seconds: Seconds
 
 
 class Workbench:
@@ -128,6 +130,7 @@ def convert_unit(
     """
     quality: dict[str, Quality] = {}
     read = _ReadRuns(store)
+    threads, writing, begun = Seconds(), 0.0, time.perf_counter()
     with ExitStack() as undo:
         files = {}
         for name in unit.files:
@@ -137,6 +140,8 @@ def convert_unit(
         scales: list[npt.NDArray[np.float32]] = []
         rows: list[QualityRows] = []
         for batch, done in _in_order(store, unit, bench):
+            ready = time.perf_counter()
+            threads += done.seconds
             read.add(batch[0].tensor.source.file, batch[0].offset, done.source)
             for window in done.windows:
                 tensor = window.rows.tensor
@@ -150,12 +155,16 @@ def convert_unit(
                     _append(writers, output, _parts(np.concatenate(scales), 0, unit.pieces(output)))
                     quality[tensor.source.name] = Quality.of(rows)
                     scales, rows = [], []
+            writing += time.perf_counter() - ready
             bench.buffers.put(done.buffers)
             on_progress(len(done.source))
+        ready = time.perf_counter()
         for writer in writers.values():
             writer.close()
+    writing += time.perf_counter() - ready
+    seconds = threads + Seconds(write=writing, wait=time.perf_counter() - begun - writing)
     written = {name: OutputFile(file.nbytes, file.crc32c) for name, file in files.items()}
-    return Receipt(unit.file, written, quality, read.runs)
+    return Receipt(unit.file, written, quality, read.runs, seconds)
 
 
 def check_equal(store: Store, first: TensorInfo, second: TensorInfo, window_bytes: int) -> tuple[SourceRun, ...]:
@@ -251,14 +260,16 @@ def _joins(batch: Batch, rows: _Rows, window_bytes: int) -> bool:
 def _do_batch(store: Store, batch: Batch, free: SimpleQueue[_Buffers]) -> _Done:
     """Read rows, quantize them where there is a scheme, and cut them. In a thread; the GIL is released in all three."""
     buffers = free.get()
+    begun = time.perf_counter()
     begin = batch[0].offset
     source = buffers.source[: batch[-1].offset + batch[-1].nbytes - begin]
     read_bytes(store, batch[0].tensor.source, begin, source)
+    read = time.perf_counter()
     windows = []
     for rows in batch:
         first = rows.offset - begin
         windows.append(_do_window(store, rows, source[first : first + rows.nbytes], buffers.codes[first // 2 :]))
-    return _Done(windows, source, buffers)
+    return _Done(windows, source, buffers, Seconds(read - begun, time.perf_counter() - read))
 
 
 def _do_window(store: Store, rows: _Rows, data: Bytes, free_codes: Bytes) -> _Window:
