@@ -55,8 +55,8 @@ class Overall:
     def done(self, task: Task[Any]) -> None:
         """One task more."""
         self._done += 1
-        self._bar.set_description(self._text())
         self._bar.update(task.bytes_in)
+        self._bar.set_description(self._text())
 
     def close(self) -> None:
         """Leave the bar as it is."""
