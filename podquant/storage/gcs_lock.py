@@ -20,7 +20,7 @@ from podquant.errors import StorageError
 from podquant.storage.gcs_client import GcsError
 from podquant.storage.gcs_objects import Bucket, ObjectInfo
 
-LEASE_SECONDS = 60.0
+LEASE_SECONDS = 30.0
 """A lock that has not been rewritten for so long is its holder's no more."""
 _BEATS = 12  # in a lease
 _LOOKS = 40

@@ -50,7 +50,7 @@ def test_a_live_holder_is_never_taken_for_dead(bucket: Bucket) -> None:
 
 
 def test_of_many_exactly_one_takes_over_a_dead_holders_lock(emulator: GcsEmulator, bucket: Bucket) -> None:
-    emulator.put("b", "out.lock", b"", age=61.0)
+    emulator.put("b", "out.lock", b"", age=6.0)
     locks = [GcsLock(bucket, "out.lock", lease_seconds=5.0) for _ in range(8)]
     barrier = threading.Barrier(8)
 
@@ -73,7 +73,7 @@ def test_of_many_exactly_one_takes_over_a_dead_holders_lock(emulator: GcsEmulato
 def test_a_lock_is_waited_for_until_its_lease_ends(
     emulator: GcsEmulator, bucket: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    emulator.put("b", "out.lock", b"", age=58.0)
+    emulator.put("b", "out.lock", b"", age=28.0)
     lock = GcsLock(bucket, "out.lock")
     begin = time.monotonic()
     lock.acquire(PLACE)
