@@ -16,54 +16,57 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-VOCABULARY, WIDTH, FFN, KV_WIDTH, LAYERS = 73_248, 4096, 11_008, 1024, 7
 FILES = 4
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": WIDTH,
-    "intermediate_size": FFN,
-    "num_hidden_layers": LAYERS,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 7,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "vocab_size": VOCABULARY,
+    "vocab_size": 73_248,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
 
 
-def tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, in Hugging Face's order."""
-    yield "model.embed_tokens.weight", (VOCABULARY, WIDTH)
-    for layer in range(LAYERS):
+    width, ffn = config["hidden_size"], config["intermediate_size"]
+    kv_width = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], width)
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for name, rows, columns in (
-            ("self_attn.q_proj", WIDTH, WIDTH),
-            ("self_attn.k_proj", KV_WIDTH, WIDTH),
-            ("self_attn.v_proj", KV_WIDTH, WIDTH),
-            ("self_attn.o_proj", WIDTH, WIDTH),
-            ("mlp.gate_proj", FFN, WIDTH),
-            ("mlp.up_proj", FFN, WIDTH),
-            ("mlp.down_proj", WIDTH, FFN),
+            ("self_attn.q_proj", width, width),
+            ("self_attn.k_proj", kv_width, width),
+            ("self_attn.v_proj", kv_width, width),
+            ("self_attn.o_proj", width, width),
+            ("mlp.gate_proj", ffn, width),
+            ("mlp.up_proj", ffn, width),
+            ("mlp.down_proj", width, ffn),
         ):
             yield f"{prefix}.{name}.weight", (rows, columns)
-        yield f"{prefix}.input_layernorm.weight", (WIDTH,)
-        yield f"{prefix}.post_attention_layernorm.weight", (WIDTH,)
-    yield "model.norm.weight", (WIDTH,)
+        yield f"{prefix}.input_layernorm.weight", (width,)
+        yield f"{prefix}.post_attention_layernorm.weight", (width,)
+    yield "model.norm.weight", (width,)
 
 
-def make_checkpoint(directory: Path) -> int:
-    """Write the checkpoint; returns its bytes. Values are normal with a scale of their own for each row."""
+def make_checkpoint(directory: Path, changes: Mapping[str, Any] = {}) -> int:
+    """Write the checkpoint, with these changes of its config; returns its bytes. Values are normal."""
+    config = {**CONFIG, **changes}
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    everything = list(tensors())
+    (directory / "config.json").write_text(json.dumps(config))
+    everything = list(tensors(config))
     total = sum(2 * int(np.prod(shape)) for _, shape in everything)
     groups: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(FILES)]
     done = 0

@@ -17,6 +17,7 @@ import re
 import threading
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qsl, unquote
@@ -390,8 +391,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--bucket", action="append", default=[])
+    parser.add_argument(
+        "--load", action="append", default=[], metavar="DIRECTORY=PREFIX", help="files to put into the first bucket"
+    )
     options = parser.parse_args()
     with GcsEmulator(*options.bucket, port=options.port) as emulator:
+        for directory, _, prefix in (place.partition("=") for place in options.load):
+            for path in Path(directory).iterdir():
+                emulator.put(options.bucket[0], f"{prefix}/{path.name}", path.read_bytes())
         print(emulator.url, flush=True)
         threading.Event().wait()
 
