@@ -5,13 +5,13 @@ Knows nothing of what the files hold.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Buffer
 
 from podquant.errors import StorageError
 from podquant.storage.gcs_client import GcsClient, shared_client
 from podquant.storage.gcs_objects import Bucket, ObjectInfo
+from podquant.storage.http_reading import gathered
 from podquant.storage.names import checked_name
 from podquant.storage.store import SCHEME_GCS
 
@@ -82,17 +82,9 @@ class GcsStore:
         self._client = None
 
     async def _read_ranges(self, info: ObjectInfo, offset: int, view: memoryview) -> int:
-        parts = [
-            asyncio.ensure_future(self._bucket.read_into(info, offset + start, view[start : start + _RANGE_BYTES]))
-            for start in range(0, len(view), _RANGE_BYTES)
-        ]
-        try:
-            return sum(await asyncio.gather(*parts))
-        except BaseException:  # nothing may still write to the caller's memory afterwards
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
-            raise
+        starts = range(0, len(view), _RANGE_BYTES)
+        parts = (self._bucket.read_into(info, offset + at, view[at : at + _RANGE_BYTES]) for at in starts)
+        return sum(await gathered(parts))
 
     def _info(self, name: str) -> ObjectInfo:
         if checked_name(name, self.uri) not in self._infos:

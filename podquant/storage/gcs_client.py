@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import email.utils
 import json
 import os
 import threading
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -26,6 +23,7 @@ from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from podquant.errors import StorageError, TransientStorageError
+from podquant.storage.http_reading import LoopThread, dropped, retry_after
 from podquant.storage.retry import RETRIED_STATUSES, GaveUpError, Patience, TransientError, retried
 
 # Before gcsfs is imported: its other file system asks for a bucket's type over gRPC, for a minute where none answers.
@@ -67,40 +65,17 @@ class _RefusedError(Exception):
         self.status = status
 
 
-class GcsClient:
+class GcsClient(LoopThread):
     """Asks the store and answers callers in any thread. One serves a whole process; `close()` ends its thread."""
 
     def __init__(self, patience: Patience | None = None) -> None:
         self.patience = patience or Patience()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="gcs", daemon=True)
-        self._thread.start()
+        super().__init__("gcs")
         self._files = GCSFileSystem(asynchronous=True, loop=self._loop, skip_instance_cache=True, **_token())
         self.base = self._files.base.rstrip("/")  # …/storage/v1
         self.upload_base = self.base.replace("/storage/v1", "/upload/storage/v1")
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(_IN_FLIGHT)
-
-    def run[T](self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, done by the client's thread."""
-        future = self.start(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def start[T](self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begin `work` in the client's thread."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def close(self) -> None:
-        """End the connections and the thread."""
-        if self._thread.is_alive():
-            self.run(self._end())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
 
     async def retry(self, action: str, place: str, attempt: Try, patience: Patience | None = None) -> Any:
         """What `attempt` returns, tried as long as the patience allows; `GcsError` says `action` and `place`."""
@@ -140,9 +115,7 @@ class GcsClient:
             except aiohttp.ClientSSLError as error:
                 raise _RefusedError(0, f"no secure connection: {error}") from error
             except (aiohttp.ClientError, ConnectionError) as error:
-                raise TransientError(
-                    f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                ) from error
+                raise dropped(error) from error
 
     async def _with_credentials(self, headers: Mapping[str, str]) -> dict[str, str]:
         sent = {"Accept-Encoding": "identity", **headers}
@@ -163,10 +136,7 @@ class GcsClient:
         return self._session
 
     async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await super()._end()
         if self._session is not None:
             await self._session.close()
 
@@ -251,17 +221,5 @@ async def _refusal(answer: aiohttp.ClientResponse) -> Exception:
         message = body[:200].decode(errors="replace").strip()
     message = (message or answer.reason or "no reason given").rstrip(".")
     if answer.status in RETRIED_STATUSES:
-        return TransientError(f"{message} (HTTP {answer.status})", _retry_after(answer.headers.get("Retry-After")))
+        return TransientError(f"{message} (HTTP {answer.status})", retry_after(answer.headers.get("Retry-After")))
     return _RefusedError(answer.status, message)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds from now; the header holds seconds or a date."""
-    if value is None:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None

@@ -20,6 +20,7 @@ import aiohttp
 import google_crc32c
 
 from podquant.storage.gcs_client import GcsClient, GcsError, GcsTransientError, bucket_url, object_url, read_json
+from podquant.storage.http_reading import RangeRead
 from podquant.storage.retry import Patience, TransientError
 
 WRITE_KEY = "podquant-write"
@@ -124,28 +125,12 @@ class Bucket:
 
         A connection that drops is taken up where it dropped.
         """
-        done = 0
         wanted = min(len(view), max(0, info.size - offset))
-
-        async def consume(answer: aiohttp.ClientResponse) -> None:
-            nonlocal done
-            start, stop = _content_range(answer)
-            if (start, stop) != (offset + done, offset + wanted):
-                raise TransientError(
-                    f"asked for bytes {offset + done:,} to {offset + wanted:,}, got {start:,} to {stop:,}"
-                )
-            async for chunk in answer.content.iter_any():
-                if done + len(chunk) > wanted:
-                    raise TransientError(f"more bytes than the {stop - start:,} announced")
-                view[done : done + len(chunk)] = chunk
-                done += len(chunk)
-            if done < wanted:
-                raise TransientError(f"the answer ended at byte {offset + done:,} of {stop:,}")
+        part = RangeRead(view[:wanted], offset)
 
         async def attempt() -> None:
-            headers = {"Range": f"bytes={offset + done}-{offset + wanted - 1}"}
             # A whole object (200) where a range was asked for would be far too many bytes.
-            await self.client.once("GET", url, consume, query=query, headers=headers, accept=frozenset({206}))
+            await self.client.once("GET", url, part.take, query=query, headers=part.headers(), accept=frozenset({206}))
 
         query = {"alt": "media", "generation": info.generation}
         url = object_url(self.client.base, self.name, info.name)
@@ -256,15 +241,6 @@ class Bucket:
             if answer["done"]:
                 return await self.check(ObjectInfo.parse(answer["resource"]), source.size, source.crc32c or 0)
             query["rewriteToken"] = answer["rewriteToken"]
-
-
-def _content_range(answer: aiohttp.ClientResponse) -> tuple[int, int]:
-    """First byte, and the byte after the last, of a partial answer."""
-    text = answer.headers.get("Content-Range", "")
-    first, _, last = text.removeprefix("bytes ").partition("/")[0].partition("-")
-    if not (first.isdigit() and last.isdigit()):
-        raise TransientError(f"an answer without its range (Content-Range: {text!r})")
-    return int(first), int(last) + 1
 
 
 async def _ignore(answer: aiohttp.ClientResponse) -> None:
