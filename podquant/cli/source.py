@@ -80,6 +80,8 @@ def _locate(model: str, revision: str | None, download_dir: str | None) -> tuple
             raise ConfigError(
                 f"--revision and --download-dir are for Hugging Face ids, but {model} is a directory: leave them out"
             )
+        if model.startswith("hf://"):
+            return model, ""
         return model, os.path.basename(os.path.abspath(os.path.expanduser(model.rstrip("/"))))
     from podquant.storage.hub import download_model, is_offline
 

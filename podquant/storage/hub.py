@@ -1,6 +1,6 @@
-"""Downloads the checkpoint of a Hugging Face id. Knows nothing of what is in it.
+"""Hugging Face ids: which files of a model matter, why one cannot be had, and its download.
 
-`HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean to huggingface_hub.
+Knows nothing of what is in it. `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean to huggingface_hub.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from podquant.errors import StorageError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = (
+FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.json",
@@ -33,6 +33,26 @@ _FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+"""Weights, configuration and tokenizer. A `*` matches a `/` too."""
+
+NOT_CACHED = "NotCached"
+UNREACHABLE = "Unreachable"
+REASONS = {
+    "GatedRepo": "it needs access: accept its terms on huggingface.co and set HF_TOKEN.",
+    "RepoNotFound": "it is not found: check the name, or set HF_TOKEN if it is private.",
+    "RevisionNotFound": "it has no revision {revision!r}: check --revision.",
+    NOT_CACHED: "it is not in the cache and cannot be downloaded: check the connection and HF_HUB_OFFLINE.",
+    UNREACHABLE: "it cannot be reached: {why}. Check the connection and HF_ENDPOINT; with HF_HUB_OFFLINE=1 it is taken "
+    "from the cache.",
+}
+"""By the hub's own word in the header `X-Error-Code`, and two of ours."""
+
+_CODES = {
+    GatedRepoError: "GatedRepo",  # before the error of which it is a kind
+    RepositoryNotFoundError: "RepoNotFound",
+    RevisionNotFoundError: "RevisionNotFound",
+    LocalEntryNotFoundError: NOT_CACHED,
+}
 
 
 @dataclass(frozen=True)
@@ -54,26 +74,27 @@ def download_model(model: str, *, revision: str | None = None, directory: str | 
     Raises:
         StorageError: no such local directory and no such model, no access, or no connection.
     """
+    check_id(model)
+    try:
+        path = snapshot_download(model, revision=revision, cache_dir=directory, allow_patterns=list(FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "")
+        raise refusal(model, revision, code, str(error)) from error
+    return Snapshot(path, f"{model}@{path.rstrip('/').rpartition('/')[2]}")
+
+
+def check_id(model: str) -> None:
+    """`StorageError` unless `model` has the form `org/name`."""
     if not _ID.fullmatch(model):
         raise StorageError(
             f"{model}: no such directory, and not a Hugging Face id (org/name) either. Check the path or the id."
         )
-    what = f"{model}: no such directory, and as a Hugging Face id"
-    try:
-        path = snapshot_download(model, revision=revision, cache_dir=directory, allow_patterns=list(_FILES))
-    except GatedRepoError as error:
-        raise StorageError(f"{what} it needs access: accept its terms on huggingface.co and set HF_TOKEN.") from error
-    except RepositoryNotFoundError as error:
-        raise StorageError(f"{what} it is not found: check the name, or set HF_TOKEN if it is private.") from error
-    except RevisionNotFoundError as error:
-        raise StorageError(f"{what} it has no revision {revision!r}: check --revision.") from error
-    except LocalEntryNotFoundError as error:
-        raise StorageError(
-            f"{what} it is not in the cache and cannot be downloaded: check the connection and HF_HUB_OFFLINE."
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise StorageError(f"{what} it could not be downloaded: {error}") from error
-    return Snapshot(path, f"{model}@{path.rstrip('/').rpartition('/')[2]}")
+
+
+def refusal(model: str, revision: str | None, code: str, why: str = "") -> StorageError:
+    """The error for a model that cannot be had; `why` is told where `code` is none of `REASONS`."""
+    reason = REASONS.get(code, "it could not be downloaded: {why}").format(revision=revision, why=why)
+    return StorageError(f"{model}: no such directory, and as a Hugging Face id {reason}")
 
 
 def is_offline() -> bool:

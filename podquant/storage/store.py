@@ -12,6 +12,7 @@ from typing import Protocol
 from podquant.storage.local import LocalStore
 
 SCHEME_GCS = "gs://"
+SCHEME_HUB = "hf://"
 
 
 class Store(Protocol):
@@ -76,9 +77,13 @@ class Writer(Protocol):
 
 
 def open_store(uri: str) -> Store:
-    """The files at `uri`: a local directory (a path or `file://`), or `gs://bucket/path`."""
+    """The files at `uri`: a local directory (a path or `file://`), `gs://bucket/path`, or `hf://org/name@revision`."""
     if uri.startswith(SCHEME_GCS):
         from podquant.storage.gcs import GcsStore  # noqa: PLC0415  gcsfs takes a second to import
 
         return GcsStore(uri)
+    if uri.startswith(SCHEME_HUB):
+        from podquant.storage.hub_store import HubStore  # noqa: PLC0415  huggingface_hub and aiohttp take as long
+
+        return HubStore(uri)
     return LocalStore(uri)
