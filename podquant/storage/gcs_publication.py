@@ -14,11 +14,12 @@ from types import TracebackType
 from typing import Self
 
 from podquant.errors import StorageError
+from podquant.storage.chunks import CHUNK_BYTES
 from podquant.storage.gcs import GcsStore, listed, split_uri
 from podquant.storage.gcs_client import GcsClient, GcsError, shared_client
 from podquant.storage.gcs_lock import LEASE_SECONDS, GcsLock
 from podquant.storage.gcs_objects import Bucket, ObjectInfo
-from podquant.storage.gcs_upload import CHUNK_BYTES, GcsWriter
+from podquant.storage.gcs_upload import GcsWriter
 from podquant.storage.names import checked_name
 from podquant.storage.store import Store, Writer
 

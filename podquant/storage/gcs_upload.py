@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from podquant.errors import StorageError
+from podquant.storage.chunks import CHUNK_BYTES
 from podquant.storage.gcs_client import GcsError, bucket_url
 from podquant.storage.gcs_objects import Bucket, ObjectInfo, encode_crc32c
 from podquant.storage.retry import TransientError
 
-CHUNK_BYTES = 8 << 20
-"""Of an upload; the store wants multiples of 256 KiB."""
 _ABANDON_SECONDS = 5.0
 _CHECKSUM_BYTES = 1 << 20  # copied, then checksummed, at a time: few enough to be still in the CPU's cache
 

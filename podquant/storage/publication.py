@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
+from podquant.storage.chunks import chunk_bytes
 from podquant.storage.local_publication import LocalPublication
 from podquant.storage.store import SCHEME_GCS, Store, Writer
 
@@ -70,15 +71,16 @@ class Publication(Protocol):
         """Let others in again, and unless it was published remove what was written."""
 
 
-def open_publication(uri: str, *, keep: bool = False) -> Publication:
+def open_publication(uri: str, *, keep: bool = False, files_at_a_time: int = 1) -> Publication:
     """A publication to `uri`: a local directory (a path or `file://`), or `gs://bucket/path`.
 
     Args:
         keep: what was staged stays when the run ends unpublished, and what earlier runs left counts as staged. Which
             of it fits is the caller's to know; to start anew, open without.
+        files_at_a_time: how many a process writes at once, in chunks that together stay within its memory.
     """
     if uri.startswith(SCHEME_GCS):
         from podquant.storage.gcs_publication import GcsPublication  # noqa: PLC0415  gcsfs takes a second to import
 
-        return GcsPublication(uri, keep=keep)
+        return GcsPublication(uri, keep=keep, chunk_bytes=chunk_bytes(files_at_a_time))
     return LocalPublication(uri, keep=keep)
