@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from podquant.artifact.manifest import Piece
 from podquant.artifact.naming import folder_of, module_of
@@ -61,10 +62,11 @@ def cut_of_scales(cut: Cut | None, scales: Sequence[int], block: tuple[int, int]
     return Cut(0, _bounds(scales[0], -(-size // rows), len(cut.bounds) - 1))
 
 
-def pieces_of(file: str, shape: Sequence[int], cut: Cut | None, tp_size: int) -> tuple[Piece, ...]:
+@lru_cache(maxsize=256)  # a unit's experts are alike, and there are tens of thousands of them
+def pieces_of(file: str, shape: tuple[int, ...], cut: Cut | None, tp_size: int) -> tuple[Piece, ...]:
     """The pieces of a tensor that at tp_size 1 lies in `file`."""
     if cut is None:
-        return (Piece(folder_of(None, tp_size) + file, None, (0,) * len(shape), tuple(shape)),)
+        return (Piece(folder_of(None, tp_size) + file, None, (0,) * len(shape), shape),)
     return tuple(Piece(folder_of(rank, tp_size) + file, rank, *cut.window(rank, shape)) for rank in range(tp_size))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from podquant.cli.progress import progress
 from podquant.cli.signals import stopping
-from podquant.cli.source import add_source_arguments, open_source, positive
+from podquant.cli.source import add_source_arguments, num_threads, open_source, positive
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         cluster=ClusterOptions(
             accelerator=arguments.accelerator,
             workers_per_host=arguments.workers_per_host or 1,
-            threads_per_worker=arguments.threads,
+            threads_per_worker=num_threads(arguments, is_here=arguments.address is None),
         ),
         name="command line",
     )
@@ -78,7 +78,7 @@ def run_job(job: ConvertJob, *, address: str | None, download_dir: str | None = 
     from dataclasses import asdict
 
     from podquant.convert.report import note_lines, quality_lines, size_text, time_line
-    from podquant.convert.run import check_target, convert
+    from podquant.convert.run import check_source, check_target, convert
 
     check_target(job.target, overwrite=job.overwrite)
     checkpoint, plan = open_source(
@@ -90,6 +90,7 @@ def run_job(job: ConvertJob, *, address: str | None, download_dir: str | None = 
         strict_rules=job.strict_rules,
     )
     with closing(checkpoint):
+        check_source(checkpoint)
         for line in note_lines(plan):
             print(line, file=sys.stderr)
         with _hosts(job.cluster, address, plan.bytes_in) as (hosts, shown), stopping(shown) as advance:

@@ -6,14 +6,14 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from podquant.config.job import is_hugging_face_id
+from podquant.config.job import ClusterOptions, is_hugging_face_id
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from podquant.checkpoint.index import Checkpoint
     from podquant.convert.plan import Plan
 
-
+_HOST_THREADS = ClusterOptions().threads_per_worker
 _MOST_THREADS = 8  # by default: each takes some GB/s, more than most storage gives
 
 
@@ -36,9 +36,17 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         metavar="N",
         type=positive,
-        default=min(len(os.sched_getaffinity(0)), _MOST_THREADS),
-        help="threads that read and quantize (%(default)s)",
+        help=f"threads of a process that read and quantize ({_own_threads()} here, {_HOST_THREADS} on hosts)",
     )
+
+
+def num_threads(arguments: argparse.Namespace, *, is_here: bool) -> int:
+    """As asked for; else what suits this machine if it is the one that works, and hosts of a cluster otherwise."""
+    return arguments.threads or (_own_threads() if is_here else _HOST_THREADS)
+
+
+def _own_threads() -> int:
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 def open_source(

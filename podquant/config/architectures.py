@@ -1,6 +1,7 @@
 """The architectures podquant runs, by the class name in config.json. How each differs is `model.families`' business.
 
-It stands here so that converting can refuse, before an hour of work, what serving would refuse after it.
+It stands here so that converting can refuse, before an hour of work, what serving would refuse after it. Planning
+refuses none.
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ from podquant.errors import UnsupportedModelError
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
+def unsupported_architecture(config: Mapping[str, Any]) -> str | None:
+    """The architecture that config.json names, if podquant does not run it."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names and names[0] not in ARCHITECTURES else None
+
+
 def refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     """Raise UnsupportedModelError if config.json names an architecture that podquant does not run."""
-    names = config.get("architectures")
-    if isinstance(names, list) and names and names[0] not in ARCHITECTURES:
+    name = unsupported_architecture(config)
+    if name is not None:
         raise UnsupportedModelError(
-            f"{where}: architecture {names[0]!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )

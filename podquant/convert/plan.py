@@ -15,8 +15,10 @@ from podquant.artifact.naming import scales_of, weights_file
 from podquant.artifact.slices import cut_of, cut_of_scales
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
+from podquant.config.architectures import unsupported_architecture
 from podquant.config.rules import QuantizationConfig, UnmatchedRule
 from podquant.convert.compressed_tensors import quantization_config
+from podquant.convert.memory import worker_nbytes
 from podquant.convert.source import Contents, read_contents
 from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
@@ -26,12 +28,6 @@ from podquant.quantize.qarray import scales_shape
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, _UNITS_AT_LEAST = 64 << 20, 1 << 30, 32
 """Source bytes of a unit: large models in units of 1 GiB, smaller ones in 32, so that hosts can share them, but none in
 crumbs. A function of the checkpoint alone, so that the files do not depend on who converts."""
-
-WRITER_BYTES = 16 << 20
-"""What writing one file to a bucket holds: a chunk being filled and one under way. A local file holds nothing."""
-
-CLIENT_BYTES = 48 << 20
-"""What connections to a bucket hold, 16 at a time, in the sockets' and the client's buffers."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,16 @@ class Plan:
         """Bytes written, less the few of the manifest and the reports."""
         return sum(unit.bytes_out for unit in self.units) + sum(self.copied.values())
 
+    @property
+    def queue(self) -> list[Unit]:
+        """The units in the order to give them out: the largest first, so that none is begun when the others end."""
+        return sorted(self.units, key=lambda unit: unit.bytes_in, reverse=True)
+
+    @property
+    def unsupported(self) -> str | None:
+        """The architecture, if podquant does not run it: planned all the same, but `convert` refuses it."""
+        return unsupported_architecture(self.config)
+
     def refuse_unmatched(self) -> None:
         """Raise ConfigError, naming them all, if a rule decides nothing in this model."""
         if self.unmatched:
@@ -81,22 +87,8 @@ class Plan:
             )
 
     def peak_memory(self, threads: int, window_bytes: int) -> int:
-        """Bytes a worker process holds at most, over what the interpreter and its libraries take.
-
-        Each window in flight holds its source bytes and its codes, and once more what is cut along its rows; scales and
-        row statistics wait for the tensor's end; each file of a unit has a writer.
-        """
-        window = max((tensor.window_nbytes(window_bytes) for tensor in self.tensors), default=0)
-        window = max(window, min(window_bytes, max((unit.bytes_in for unit in self.units), default=0)))
-        held = max((tensor.held_nbytes for tensor in self.tensors), default=0)
-        halves = 3 if self.tp_size == 1 else 5
-        writers = max((len(unit.sizes) for unit in self.units), default=0)
-        return windows_in_flight(threads) * window * halves // 2 + held + writers * WRITER_BYTES + CLIENT_BYTES
-
-
-def windows_in_flight(threads: int) -> int:
-    """Windows being read, quantized or written at a time: one for each thread, one ready and one being written."""
-    return threads + 2
+        """Bytes a worker process holds at most, over what the interpreter and its libraries take; see `memory`."""
+        return worker_nbytes(self.units, threads=threads, window_bytes=window_bytes)
 
 
 def plan_conversion(

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from podquant.artifact.manifest import Manifest, ModuleRule
+from podquant.convert.forecast import Forecast
 from podquant.convert.plan import Plan
 from podquant.convert.receipts import Seconds
 
 _NUMBER = re.compile(r"\d+")
 
 
-def plan_lines(plan: Plan, *, threads: int, window_bytes: int) -> list[str]:
-    """What a conversion would do: modules with their schemes and rules, units, bytes and memory."""
+def plan_lines(plan: Plan, *, threads: int, window_bytes: int, spread: Forecast | None = None) -> list[str]:
+    """What a conversion would do: modules with their schemes and rules, units, bytes and memory, on hosts if asked."""
     source = plan.source
     lines = [f"source   {source.name}: {len(source.files)} files, {size_text(plan.bytes_in)} to convert"]
     lines += ["", *_module_lines(plan.modules), ""]
@@ -29,14 +30,18 @@ def plan_lines(plan: Plan, *, threads: int, window_bytes: int) -> list[str]:
         "",
         f"reads {size_text(plan.bytes_in)}, writes {size_text(plan.bytes_out)}; "
         f"peak memory {size_text(plan.peak_memory(threads, window_bytes))} with {threads} threads",
-        *note_lines(plan),
     ]
+    if spread is not None:
+        lines += ["", *_forecast_lines(spread), ""]
+    lines += note_lines(plan)
     return lines
 
 
 def note_lines(plan: Plan) -> list[str]:
     """What a user should know of a plan before it is carried out."""
     lines = [f"warning: {rule}" for rule in plan.unmatched]
+    if plan.unsupported is not None:
+        lines.append(f"warning: podquant does not run {plan.unsupported} yet: convert refuses it")
     if plan.redundant is not None:
         left_out, kept = plan.redundant
         lines.append(f"note: {left_out.name} is left out: config.json ties it to {kept.name}")
@@ -109,6 +114,23 @@ def table(rows: Sequence[tuple[str, ...]], *, right_from: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _forecast_lines(spread: Forecast) -> list[str]:
+    """What the hosts of a cluster would do; reads and writes are those of the busiest host."""
+    titles = ("hosts", "workers", "units", "at most", "reads", "writes", "busiest/mean", "memory/worker", "memory/host")
+    row = (
+        str(spread.num_hosts),
+        str(spread.num_hosts * spread.workers_per_host),
+        str(spread.num_units),
+        f"{spread.most_units}/worker",
+        f"{size_text(spread.bytes_in)}/host",
+        f"{size_text(spread.bytes_out)}/host",
+        f"{spread.balance:.2f}",
+        size_text(spread.worker_memory),
+        size_text(spread.host_memory),
+    )
+    return table([titles, row], right_from=0)
 
 
 def _rank_lines(plan: Plan) -> list[str]:

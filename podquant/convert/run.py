@@ -17,8 +17,10 @@ from podquant.artifact.naming import MANIFEST
 from podquant.checkpoint.index import Checkpoint
 from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
 from podquant.cluster.local import LocalHosts
+from podquant.config.architectures import refuse_unsupported
 from podquant.convert.commit import commit
 from podquant.convert.integrity import corrupted_files
+from podquant.convert.memory import files_at_a_time
 from podquant.convert.plan import Plan
 from podquant.convert.receipts import Receipt, Seconds, SourceRun
 from podquant.convert.resume import check_staged, resume
@@ -80,6 +82,7 @@ def convert(
         on_progress: told the source bytes done since it was last called; what it raises ends the conversion.
 
     Raises:
+        UnsupportedModelError: podquant does not run the architecture.
         ArtifactExistsError: `target` is taken (or, to overwrite, holds something that is no artifact), or another
             conversion was begun there.
         StorageError: the disk is too small or fills up, another run writes there, bytes cannot be read or written, or
@@ -88,9 +91,12 @@ def convert(
         NonFiniteWeightError: names the tensor, the row and the file.
         ClusterError: there are no hosts, or they die one after another.
     """
+    check_source(checkpoint)
     replaces = check_target(target, overwrite=overwrite)
     place = open_publication(target).uri
-    publication = open_publication(f"{place}.new" if replaces else place, keep=True)
+    publication = open_publication(
+        f"{place}.new" if replaces else place, keep=True, files_at_a_time=files_at_a_time(plan.tp_size)
+    )
     records = open_records(f"{publication.uri}.receipts")
     setting = Setting(
         checkpoint.store.uri, publication.staging, records, threads, window_bytes or checkpoint.store.window_bytes
@@ -117,6 +123,11 @@ def convert(
     quality = {name: figures for receipt in receipts.values() for name, figures in receipt.quality.items()}
     seconds = sum((receipt.seconds for unit, receipt in receipts.items() if unit not in resumed), Seconds())
     return Result(manifest, quality, len(resumed), seconds)
+
+
+def check_source(checkpoint: Checkpoint) -> None:
+    """Refuse an architecture that can be planned but that podquant does not run. `convert` does this itself."""
+    refuse_unsupported(checkpoint.config, f"{checkpoint.store.uri}/config.json")
 
 
 def check_target(target: str, *, overwrite: bool) -> bool:
@@ -151,7 +162,7 @@ def _do_units(
         check = Task(key, check_tied, (setting, plan.redundant, versions), bytes_in=plan.redundant[0].nbytes)
         tied = next(iter(_run(hosts, [check], lambda count: on_progress(0))))
     todo = []
-    for unit in plan.units:
+    for unit in plan.queue:
         if unit.file in receipts:
             on_progress(unit.bytes_in)
         else:

@@ -13,7 +13,6 @@ from typing import Any
 from podquant.artifact.naming import module_of, scales_of
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
-from podquant.config.architectures import refuse_unsupported
 from podquant.config.modules import kind_of
 from podquant.errors import CheckpointError, UnsupportedModelError
 
@@ -43,11 +42,10 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     """Sort out a checkpoint's tensors; no weight is read.
 
     Raises:
-        UnsupportedModelError: an architecture podquant does not run, or a checkpoint that is already quantized.
+        UnsupportedModelError: the checkpoint is already quantized.
         CheckpointError: tensors are missing, or contradict config.json.
     """
     where, config = checkpoint.store.uri, checkpoint.config
-    refuse_unsupported(config, f"{where}/config.json")
     _refuse_quantized(where, config)
     matrices = {
         module: info

@@ -6,8 +6,9 @@ Plain frozen values that can be sent to another host. Knows nothing of how a pla
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from podquant.artifact.manifest import Piece
 from podquant.artifact.naming import HEADER_METADATA
@@ -63,8 +64,16 @@ class TensorPlan:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes that wait for the tensor's end: scales, and seven float64 statistics a row."""
-        return sum(each.nbytes for each in self.outputs[1:]) + (self.source.shape[0] * 56 if self.scheme else 0)
+        """Bytes that wait for the tensor's end: scales, and seven float64 statistics a row. There scales are joined."""
+        rows = self.source.shape[0] if self.scheme else 0
+        return 2 * sum(each.nbytes for each in self.outputs[1:]) + rows * (7 + 1) * 8
+
+    @property
+    def copied_share(self) -> float:
+        """Bytes copied to be written, for one of source: some if rows are cut; slices of whole rows are not copied."""
+        if not self.outputs or self.outputs[0].cut is None or self.outputs[0].cut.axis == 0:
+            return 0
+        return self.outputs[0].dtype.itemsize / self.source.dtype.itemsize
 
     def _window_rows(self, window_bytes: int) -> int:
         row_bytes = max(1, self.source.nbytes // max(1, self.source.shape[0]))
@@ -106,10 +115,17 @@ class Unit:
                 files.setdefault(piece.file, []).append((output.name, output.dtype, piece.shape))
         return {name: files[name] for name in sorted(files)}
 
-    @property
-    def sizes(self) -> dict[str, int]:
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
         """Bytes of each output file, header and all."""
-        return {name: _file_nbytes(entries) for name, entries in self.files.items()}
+        sizes: dict[str, int] = {}
+        before: list[Entry] = []
+        size = 0
+        for name, entries in self.files.items():
+            if entries != before:  # most ranks hold what the one before holds, and encoding takes long
+                size, before = _file_nbytes(entries), entries
+            sizes[name] = size
+        return sizes
 
     @property
     def bytes_in(self) -> int:

@@ -25,7 +25,7 @@ from podquant.artifact.manifest import OutputFile, Piece
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.reader import read_bytes
 from podquant.checkpoint.writer import SafetensorsWriter
-from podquant.convert.plan import windows_in_flight
+from podquant.convert.memory import codes_nbytes, source_nbytes, windows_in_flight
 from podquant.convert.receipts import Receipt, Seconds, SourceRun
 from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.errors import CheckpointError, NonFiniteWeightError
@@ -99,11 +99,10 @@ class Workbench:
         """For units of these tensors: `threads` read and quantize; `window_bytes` of source make a window."""
         self.window_bytes = window_bytes
         self.depth = windows_in_flight(threads)
-        size = max((tensor.window_nbytes(window_bytes) for tensor in tensors), default=0)
-        size = max(size, window_bytes)
+        size = source_nbytes(tensors, window_bytes)
         self.buffers: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(self.depth):
-            self.buffers.put(_Buffers(np.empty(size, np.uint8), np.empty(size // 2, np.uint8)))
+            self.buffers.put(_Buffers(np.empty(size, np.uint8), np.empty(codes_nbytes(size), np.uint8)))
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
     def __enter__(self) -> Self:

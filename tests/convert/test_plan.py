@@ -13,9 +13,11 @@ import pytest
 
 from podquant.checkpoint.header import TensorInfo
 from podquant.config.scheme import Scheme
-from podquant.convert.plan import CLIENT_BYTES, WRITER_BYTES, TensorPlan, windows_in_flight
+from podquant.convert.memory import CLIENT_BYTES, windows_in_flight
+from podquant.convert.units import TensorPlan
 from podquant.dtypes import BY_NAME
 from podquant.errors import ConfigError, UnsupportedModelError
+from podquant.storage.chunks import uploads_nbytes
 
 BLOCKS = """
 quantization:
@@ -84,9 +86,24 @@ def test_peak_memory_does_not_grow_with_the_tensor(source: Any, make_source: Cal
     _, small = source.plan("int8.yaml")
     _, large = make_source({"model.embed_tokens.weight": np.zeros((9600, 32), np.float16)}).plan("int8.yaml")
     window, in_flight = 64 * 32, windows_in_flight(3)
-    statistics = 9600 * (56 + 4)
-    assert large.peak_memory(3, window) <= in_flight * window * 3 // 2 + statistics + WRITER_BYTES + CLIENT_BYTES
+    held = 9600 * (64 + 2 * 4)
+    assert large.peak_memory(3, window) <= in_flight * window * 3 // 2 + held + uploads_nbytes(1) + CLIENT_BYTES
     assert small.peak_memory(3, window) <= large.peak_memory(3, window)
+
+
+def test_any_architecture_is_planned_and_marked(source: Any, make_source: Callable[..., Any]) -> None:
+    assert source.plan("int8.yaml")[1].unsupported is None
+    _, plan = make_source(architectures=["DeepseekV3ForCausalLM"]).plan("int8.yaml")
+    assert plan.unsupported == "DeepseekV3ForCausalLM"
+    _, plan = make_source(architectures=["Qwen3ForCausalLM"]).plan("int8.yaml")
+    assert plan.unsupported is None
+
+
+def test_the_largest_units_are_begun_first(source: Any) -> None:
+    _, plan = source.plan("int8.yaml", unit_bytes=10_000)
+    sizes = [unit.bytes_in for unit in plan.queue]
+    assert sizes == sorted(sizes, reverse=True) != [unit.bytes_in for unit in plan.units]
+    assert set(plan.queue) == set(plan.units)
 
 
 def test_every_module_has_its_decision(source: Any) -> None:

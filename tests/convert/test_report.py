@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from podquant.convert.report import plan_lines, quality_lines, size_text
+from podquant.convert.forecast import forecast
+from podquant.convert.report import note_lines, plan_lines, quality_lines, size_text
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,20 @@ def test_a_plan_tells_modules_units_and_memory(source: Any) -> None:
     assert "lm_head                          1      kept" in text
     assert f"writes {size_text(plan.bytes_out)}" in text
     assert "warning" not in text
+    assert "hosts" not in text
+
+
+def test_a_plan_tells_what_hosts_would_do(source: Any) -> None:
+    _, plan = source.plan("int8.yaml", unit_bytes=20_000)
+    spread = forecast(plan, num_hosts=2, workers_per_host=3, threads=4, window_bytes=1 << 21)
+    lines = plan_lines(plan, threads=4, window_bytes=1 << 21, spread=spread)
+    (at,) = (number for number, line in enumerate(lines) if line.split()[:1] == ["hosts"])
+    titles = re.split(" {2,}", lines[at].strip())
+    assert titles[:7] == ["hosts", "workers", "units", "at most", "reads", "writes", "busiest/mean"]
+    assert titles[7:] == ["memory/worker", "memory/host"]
+    assert lines[at + 1].split()[:4] == ["2", "6", str(len(plan.units)), f"{spread.most_units}/worker"]
+    memory = [*size_text(spread.worker_memory).split(), *size_text(3 * spread.worker_memory).split()]
+    assert lines[at + 1].split()[-4:] == memory
 
 
 def test_a_plan_warns(make_source: Callable[..., Any]) -> None:
@@ -35,6 +51,14 @@ def test_a_plan_warns(make_source: Callable[..., Any]) -> None:
     assert "warning: rules.yaml:4" in text
     assert "note: lm_head.weight is left out: config.json ties it to model.embed_tokens.weight" in text
     assert "warning: nothing is quantized" in text
+    assert "podquant does not run" not in text
+
+
+def test_an_architecture_that_is_not_run_is_named(make_source: Callable[..., Any]) -> None:
+    source = make_source(architectures=["DeepseekV3ForCausalLM"])
+    assert "warning: podquant does not run DeepseekV3ForCausalLM yet: convert refuses it" in note_lines(
+        source.plan("int8.yaml")[1]
+    )
 
 
 def test_quality_is_summed_up_by_kind_of_weight() -> None:

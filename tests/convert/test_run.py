@@ -20,7 +20,13 @@ import pytest
 from podquant.artifact.reader import Artifact
 from podquant.artifact.verify import verify_artifact
 from podquant.convert.run import convert
-from podquant.errors import ArtifactExistsError, CheckpointError, NonFiniteWeightError, StorageError
+from podquant.errors import (
+    ArtifactExistsError,
+    CheckpointError,
+    NonFiniteWeightError,
+    StorageError,
+    UnsupportedModelError,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Read = Callable[[Path], dict[str, Array]]
@@ -125,6 +131,16 @@ def test_progress_counts_every_source_byte(source: Any, tmp_path: Path) -> None:
     convert(checkpoint, plan, str(tmp_path / "out"), threads=2, window_bytes=512, on_progress=counts.append)
     assert sum(counts) == plan.bytes_in
     assert len(counts) > 50
+
+
+def test_an_architecture_that_is_not_run_is_refused_before_anything_is_written(
+    make_source: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = make_source(architectures=["GPT2LMHeadModel"])
+    message = f"{re.escape(str(source.path))}/config.json: architecture 'GPT2LMHeadModel' is not supported"
+    with pytest.raises(UnsupportedModelError, match=message):
+        convert(*source.plan("int8.yaml"), str(tmp_path / "out"), threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_redundant_tied_head_is_left_out(

@@ -1,0 +1,91 @@
+"""plan from the command line: on hosts, and for architectures that convert refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from podquant.cli.main import main
+from podquant.config.job import ClusterOptions
+
+RULES = ("--quantization-config-path", "int8.yaml")
+THREADS = ClusterOptions().threads_per_worker
+
+
+def write_model(place: Path, architecture: str) -> str:
+    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head")
+    place.mkdir()
+    save_file({f"{name}.weight": np.ones((16, 8), np.float16) for name in names}, place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps({"architectures": [architecture], "num_hidden_layers": 1}))
+    return str(place)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A checkpoint of one layer."""
+    return write_model(tmp_path / "model", "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts", "workers"),
+    [
+        (["--topology", "v5e:4x4"], "4", "4"),
+        (["--topology", "v6e-256", "--workers-per-host", "2"], "64", "128"),
+        (["--hosts", "3"], "3", "3"),
+    ],
+)
+def test_hosts_are_forecast_with_the_threads_of_hosts(
+    model: str, capsys: pytest.CaptureFixture[str], flags: list[str], hosts: str, workers: str
+) -> None:
+    assert main(["plan", model, *RULES, *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.split()[:2] == ["hosts", "workers"])
+    assert lines[at + 1].split()[:4] == [hosts, workers, "1", "1/worker"]
+    assert any(line.endswith(f"with {THREADS} threads") for line in lines)
+
+
+def test_one_process_is_forecast_with_its_own_threads(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", model, *RULES, "--threads", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "with 3 threads" in out
+    assert "workers" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers-per-host", "2"], "--workers-per-host is for many hosts: give --topology or --hosts as well"),
+        (["--topology", "v9:4x4"], "accelerator 'v9:4x4': expected a generation"),
+    ],
+)
+def test_what_is_no_cluster_is_one_line(
+    model: str, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["plan", model, *RULES, *flags]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_topology_and_hosts_exclude_each_other(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", model, *RULES, "--topology", "v5e:4x4", "--hosts", "4"])
+    assert caught.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_an_architecture_that_is_not_run_is_planned_but_not_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model", "DeepseekV3ForCausalLM")
+    assert main(["plan", model, *RULES]) == 0
+    assert "warning: podquant does not run DeepseekV3ForCausalLM yet" in capsys.readouterr().out
+    assert main(["convert", model, str(tmp_path / "out"), *RULES]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {model}/config.json: architecture 'DeepseekV3ForCausalLM' is not supported; ")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
