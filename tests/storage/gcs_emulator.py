@@ -280,8 +280,8 @@ class GcsEmulator:
         await response.prepare(request)
         for offset in range(0, limit, _PIECE):
             piece = data[offset : min(limit, offset + _PIECE)]
+            record.bytes_out += len(piece)  # before the one who gets it can look
             await response.write(piece)
-            record.bytes_out += len(piece)
         if fault is not None and fault.kind == "stall":
             await asyncio.sleep(fault.seconds)
         if fault is not None and fault.kind == "truncate" and request.transport is not None:
