@@ -6,6 +6,7 @@ a host that died. Knows nothing of what workers do. They ask for CPUs, and a res
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from podquant.cluster.topology import TpuSlice
 from podquant.errors import ClusterError
 
 _SLICE_LABEL = "ray.io/tpu-slice-name"
+_LOOK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -78,28 +80,37 @@ def reserve_nodes(workers_per_host: int, cpus_per_worker: int, *, seconds: float
         ClusterError: there is none, or they were not free within `seconds`.
     """
     cpus = workers_per_host * cpus_per_worker
+    deadline = time.monotonic() + seconds
+    while True:  # a host that dies meanwhile would be waited for in vain: look again who is there
+        fit, slices = _fit_nodes(workers_per_host, cpus_per_worker)
+        selector = {_SLICE_LABEL: f"in({','.join(slices)})"} if slices else {}
+        group = placement_group(
+            [{"CPU": cpus}] * len(fit), strategy="STRICT_SPREAD", bundle_label_selector=[selector] * len(fit)
+        )
+        if group.wait(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
+            return Pool(group, workers_per_host, None)
+        remove_placement_group(group)
+        if time.monotonic() >= deadline:
+            raise ClusterError(
+                f"Ray cluster: expected {workers_per_host} x {cpus_per_worker} free CPUs on each of {len(fit)} hosts, "
+                f"which other jobs hold since {seconds:g} s: {_described(fit)}. Wait for them, or ask for less"
+            )
+
+
+def _fit_nodes(workers_per_host: int, cpus_per_worker: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The hosts to run on, and the TPU slices that they make up; ClusterError if one of a slice has too few CPUs."""
     nodes = _alive_nodes()
     slices = sorted({node["Labels"][_SLICE_LABEL] for node in nodes if _SLICE_LABEL in node["Labels"]})
     if slices:
         nodes = [node for node in nodes if _SLICE_LABEL in node["Labels"]]
-    fit = [node for node in nodes if node["Resources"].get("CPU", 0) >= cpus]
-    wanted = f"{workers_per_host} x {cpus_per_worker} free CPUs on each {'TPU host' if slices else 'node'}"
+    fit = [node for node in nodes if node["Resources"].get("CPU", 0) >= workers_per_host * cpus_per_worker]
     if not fit or (slices and len(fit) < len(nodes)):
+        what = f"{workers_per_host} x {cpus_per_worker} free CPUs on each {'TPU host' if slices else 'node'}"
         raise ClusterError(
-            f"Ray cluster: expected {wanted}, got {_described(nodes)}. Start Ray there with --num-cpus, or ask for "
+            f"Ray cluster: expected {what}, got {_described(nodes)}. Start Ray there with --num-cpus, or ask for "
             "fewer workers a host or fewer threads a worker"
         )
-    selector = {_SLICE_LABEL: f"in({','.join(slices)})"} if slices else {}
-    group = placement_group(
-        [{"CPU": cpus}] * len(fit), strategy="STRICT_SPREAD", bundle_label_selector=[selector] * len(fit)
-    )
-    if not group.wait(seconds):
-        remove_placement_group(group)
-        raise ClusterError(
-            f"Ray cluster: expected {wanted}, which other jobs hold since {seconds:g} s: {_described(nodes)}. Wait for "
-            "them, or ask for less"
-        )
-    return Pool(group, workers_per_host, None)
+    return fit, slices
 
 
 def _alive_nodes() -> list[dict[str, Any]]:
