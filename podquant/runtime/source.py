@@ -5,6 +5,8 @@ All three look alike to the loader, and the last gives bit for bit what converti
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -38,6 +40,10 @@ class WeightSource(Protocol):
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors on disk."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what will be loaded: equal where the weights are equal. No tensor is read for it."""
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How a module's weight comes: quantized under a scheme, or plain."""
@@ -97,6 +103,13 @@ class CheckpointSource:
     def num_bytes(self) -> int:
         return sum(info.nbytes for info in self._checkpoint.tensors.values())
 
+    @property
+    def fingerprint(self) -> str:
+        files = sorted((name, info.size, info.header_sha256) for name, info in self._checkpoint.files.items())
+        decisions = self.resolution.decisions if self.resolution else {}
+        schemes = sorted((module, repr(decided.scheme)) for module, decided in decisions.items())
+        return hashlib.sha256(json.dumps([files, schemes]).encode()).hexdigest()
+
     def scheme_of(self, module: str) -> Scheme | None:
         decision = self.resolution.decisions.get(module) if self.resolution else None
         return decision.scheme if decision else None
@@ -140,6 +153,10 @@ class ArtifactSource:
     @property
     def num_bytes(self) -> int:
         return sum(file.size for file in self._artifact.manifest.files.values())
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._artifact.manifest.encode()).hexdigest()
 
     def scheme_of(self, module: str) -> Scheme | None:
         tensor = self._artifact.tensors.get(weight_of(module))
