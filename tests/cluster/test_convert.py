@@ -274,7 +274,7 @@ except ClusterError as error:
             3,
             r"expected a free TPU slice v5litepod-16 .* with 1 x 3 free CPUs on each host, got none within 2",
         ),
-        ("", 3, r"expected 1 x 3 free CPUs on each TPU host, got 127.0.0.11 with 2 CPUs, 4 TPU chips, 127.0.0.12 "),
+        ("", 3, r"expected 1 x 3 free CPUs on each TPU host, got 127.0.0.1. with 2 CPUs, 4 TPU chips, 127.0.0.1. "),
     ],
 )
 def test_hosts_that_are_not_there(hosts: RayCluster, accelerator: str, cpus: int, message: str) -> None:
