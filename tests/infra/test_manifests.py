@@ -1,0 +1,395 @@
+"""What infra/ asks Google Cloud for is what podquant asks Ray for: a drift of either side fails here.
+
+Pods are checked against Kubernetes' own schemas. KubeRay's CRDs come in no package, so RayCluster and RayJob are
+checked against schemas written from KubeRay's documentation, of the fields used here and no others: a misspelt field,
+which a cluster would drop in silence, is refused. Nothing here talks to a cluster or to Google.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+from ray._private import ray_constants
+from ray._private.accelerators.tpu import TPUAcceleratorManager, infer_tpu_pod_type_from_topology
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from podquant.cli.convert import _FORWARDED
+from podquant.cli.options import ServeOptions
+from podquant.cluster.ray_hosts import OFF_CHIPS
+from podquant.cluster.ray_pool import _SLICE_LABEL
+from podquant.cluster.topology import TpuSlice, parse_slice
+from podquant.config.job import ConvertJob, load_convert_job
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+SLICES = ("v6e-16", "v5e-16")
+CLUSTERS = [f"{kind}-{name}" for kind in ("raycluster", "rayjob") for name in SLICES]
+KUBERNETES = "1.33"  # later ones take what this one takes
+GKE_ACCELERATORS = {"v6e": "tpu-v6e-slice", "v5litepod": "tpu-v5-lite-podslice"}  # cloud.google.com/kubernetes-engine
+SERVE = {entry.name: entry.default for entry in dataclasses.fields(ServeOptions)}
+DOCKERFILE = (INFRA / "Dockerfile").read_text()
+
+_TEXT = {"type": "string", "minLength": 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+
+
+def _mapping(required: str, **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required.split(),
+        "additionalProperties": False,
+    }
+
+
+def _resource(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return _mapping(
+        "apiVersion kind metadata spec",
+        apiVersion={"const": "ray.io/v1"},
+        kind={"const": kind},
+        metadata=_mapping("name", name={**_TEXT, "maxLength": 41}, labels=_TEXTS),  # names of pods are made of it
+        spec=spec,
+    )
+
+
+_TEMPLATE = _mapping("spec", spec={"type": "object"})
+_HEAD = _mapping("template", serviceType={"enum": ["ClusterIP"]}, rayStartParams=_TEXTS, template=_TEMPLATE)
+_WORKERS = _mapping(
+    "groupName minReplicas maxReplicas template",
+    groupName={**_TEXT, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"},
+    replicas=_COUNT,
+    minReplicas=_COUNT,
+    maxReplicas=_COUNT,
+    numOfHosts={"type": "integer", "minimum": 1},
+    rayStartParams=_TEXTS,
+    template=_TEMPLATE,
+)
+_CLUSTER = _mapping(
+    "headGroupSpec",
+    rayVersion=_TEXT,
+    authOptions=_mapping("mode", mode={"enum": ["disabled", "token"]}),
+    headGroupSpec=_HEAD,
+    workerGroupSpecs={"type": "array", "items": _WORKERS},
+)
+_JOB = _mapping(
+    "entrypoint rayClusterSpec",
+    entrypoint=_TEXT,
+    rayClusterSpec=_CLUSTER,
+    submitterPodTemplate=_TEMPLATE,
+    shutdownAfterJobFinishes={"type": "boolean"},
+    ttlSecondsAfterFinished=_COUNT,
+    backoffLimit=_COUNT,
+)
+SCHEMAS = {"RayCluster": _resource("RayCluster", _CLUSTER), "RayJob": _resource("RayJob", _JOB)}
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((INFRA / "kuberay" / f"{name}.yaml").read_text()))
+
+
+def cluster_of(name: str) -> dict[str, Any]:
+    spec = documents(name)[-1]["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def slice_of(name: str) -> TpuSlice:
+    return parse_slice(name.partition("-")[2])
+
+
+def pods_of(name: str) -> dict[str, dict[str, Any]]:
+    """The specs of the head, of a host of the slice and, of a job, of its submitter."""
+    cluster = cluster_of(name)
+    (group,) = cluster["workerGroupSpecs"]
+    pods = {"head": cluster["headGroupSpec"]["template"]["spec"], "host": group["template"]["spec"]}
+    if submitter := documents(name)[-1]["spec"].get("submitterPodTemplate"):
+        pods["submitter"] = submitter["spec"]
+    return pods
+
+
+def ports_of(pod: dict[str, Any]) -> dict[str, int]:
+    (container,) = pod["containers"]
+    return {port["name"]: port["containerPort"] for port in container.get("ports", [])}
+
+
+def validate(document: dict[str, Any]) -> None:
+    if document["kind"] in SCHEMAS:
+        jsonschema.validate(document, SCHEMAS[document["kind"]])
+    else:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def validate_pod(spec: dict[str, Any]) -> None:
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", [*CLUSTERS, "service-account"])
+def test_documents_are_valid(name: str) -> None:
+    for document in documents(name):
+        validate(document)
+
+
+def test_every_manifest_is_tested() -> None:
+    assert {path.stem for path in (INFRA / "kuberay").iterdir()} == {*CLUSTERS, "service-account"}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_pods_are_valid(name: str) -> None:
+    for spec in pods_of(name).values():
+        validate_pod(spec)
+
+
+def test_what_a_cluster_would_drop_is_refused() -> None:
+    job = documents("rayjob-v6e-16")[-1]
+    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["numOfHost"] = 4
+    with pytest.raises(jsonschema.ValidationError, match="'numOfHost' was unexpected"):
+        validate(job)
+    pod = copy.deepcopy(pods_of("rayjob-v6e-16")["host"])
+    pod["containers"][0]["securityContext"]["runAsNonroot"] = True
+    with pytest.raises(kubernetes_validate.ValidationError, match="'runAsNonroot' was unexpected"):
+        validate_pod(pod)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_slice_is_the_one_that_podquant_reserves(name: str) -> None:
+    tpu, pod = slice_of(name), pods_of(name)["host"]
+    (group,) = cluster_of(name)["workerGroupSpecs"]
+    assert group["numOfHosts"] == tpu.num_hosts
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 1
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": GKE_ACCELERATORS[tpu.generation.name],
+        "cloud.google.com/gke-tpu-topology": tpu.topology,
+    }
+    (container,) = pod["containers"]
+    resources = container["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert resources["limits"]["google.com/tpu"] == str(tpu.chips_per_host)  # KubeRay makes Ray's TPU of it
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_ray_finds_there_what_podquant_asks_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tpu = slice_of(name)
+    (group,) = cluster_of(name)["workerGroupSpecs"]
+    for variable in [variable for variable in os.environ if variable.startswith("TPU_")]:
+        monkeypatch.delenv(variable)
+    granted = {  # by GKE's device plugin, then by its webhook
+        "TPU_ACCELERATOR_TYPE": tpu.accelerator_type,
+        "TPU_TOPOLOGY": group["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"],
+        "TPU_NAME": f"{group['groupName']}-0",
+        "TPU_WORKER_ID": "0",
+    }
+    for variable, value in granted.items():
+        monkeypatch.setenv(variable, value)
+    labels = TPUAcceleratorManager.get_current_node_accelerator_labels()
+    assert labels[_SLICE_LABEL] == granted["TPU_NAME"]
+    # The two labels and the resource by which slice_placement_group finds a slice.
+    pod_type = infer_tpu_pod_type_from_topology(tpu.topology, tpu.generation.ray_name)
+    assert labels[ray._raylet.RAY_NODE_TPU_POD_TYPE_KEY] == pod_type
+    assert labels[ray._raylet.RAY_NODE_TPU_WORKER_ID_KEY] == "0"
+    assert TPUAcceleratorManager.get_current_node_additional_resources() == {
+        granted["TPU_NAME"]: 1,
+        f"TPU-{pod_type}-head": 1,
+    }
+    (container,) = pods_of(name)["host"]["containers"]
+    assert not [entry["name"] for entry in container["env"] if entry["name"].startswith("TPU_")]
+    assert group["rayStartParams"] == {}  # resources or labels given here would replace what is found
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_head_has_no_work_to_give(name: str) -> None:
+    head = cluster_of(name)["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    (container,) = head["template"]["spec"]["containers"]
+    assert "google.com/tpu" not in container["resources"]["limits"]
+    assert {"name": "JAX_PLATFORMS", "value": OFF_CHIPS["JAX_PLATFORMS"]} in container["env"]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_environment_variables_are_read_by_somebody(name: str) -> None:
+    for pod in pods_of(name).values():
+        for entry in pod["containers"][0].get("env", []):
+            variable = entry["name"]
+            assert variable.startswith(_FORWARDED) or variable.lower() in jax.config.values, variable
+            assert "value" in entry or set(entry["valueFrom"]) == {"secretKeyRef"}, variable
+            assert "TOKEN" not in variable or "value" not in entry, f"{variable}: a secret in a manifest"
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_ports_are_the_defaults(name: str) -> None:
+    pods = pods_of(name)
+    assert ports_of(pods["host"]) == {"http": SERVE["port"]}
+    assert ports_of(pods["head"]) == {
+        "gcs": ray_constants.DEFAULT_PORT,
+        "dashboard": ray_constants.DEFAULT_DASHBOARD_PORT,
+        "client": 10001,  # `ray start --head` has it as a literal
+    }
+    assert f"EXPOSE {SERVE['port']}\n" in DOCKERFILE
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_nobody_is_root_or_unknown(name: str) -> None:
+    assert cluster_of(name)["authOptions"] == {"mode": "token"}
+    (account,) = documents("service-account")
+    user, group = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)[-1]
+    for kind, pod in pods_of(name).items():
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert (context["runAsUser"], context["runAsGroup"]) == (int(user), int(group))
+        assert int(user) > 0
+        (container,) = pod["containers"]
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert "ephemeral-storage" in container["resources"]["limits"]
+        if kind != "submitter":  # it opens no bucket
+            assert pod["serviceAccountName"] == account["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_volumes_fit(name: str) -> None:
+    for pod in pods_of(name).values():
+        (container,) = pod["containers"]
+        mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        assert mounted == set(volumes)
+        limit = int(container["resources"]["limits"]["ephemeral-storage"].removesuffix("Gi"))
+        sizes = [volume["emptyDir"]["sizeLimit"] for volume in volumes.values() if "emptyDir" in volume]
+        assert sum(int(size.removesuffix("Gi")) for size in sizes) < limit
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_server_has_time_to_drain(name: str) -> None:
+    assert pods_of(name)["host"]["terminationGracePeriodSeconds"] > SERVE["drain_seconds"] + 5
+
+
+def job_of(name: str, directory: Path) -> tuple[ConvertJob, dict[str, Any]]:
+    """The job as podquant reads it, and its serve section as it is written."""
+    config, _ = documents(name)
+    written = yaml.safe_load(config["data"]["job.yaml"])
+    serve = written.pop("serve")
+    path = directory / "job.yaml"
+    path.write_text(yaml.safe_dump(written))
+    return load_convert_job(str(path)), serve
+
+
+@pytest.mark.parametrize("name", [f"rayjob-{name}" for name in SLICES])
+def test_the_job_is_one_that_podquant_can_do_there(name: str, tmp_path: Path) -> None:
+    tpu = slice_of(name)
+    job, serve = job_of(name, tmp_path)
+    assert job.cluster.accelerator is not None
+    assert parse_slice(job.cluster.accelerator) == tpu
+    assert job.tp_size == tpu.num_chips
+    (container,) = pods_of(name)["host"]["containers"]
+    assert job.cluster.workers_per_host * job.cluster.threads_per_worker <= int(container["resources"]["limits"]["cpu"])
+    assert serve == {"host": "0.0.0.0", "port": SERVE["port"]}
+
+
+@pytest.mark.parametrize("name", [f"rayjob-{name}" for name in SLICES])
+def test_the_entrypoint_is_in_the_image_and_its_file_in_the_pod(name: str) -> None:
+    config, job = documents(name)
+    python, script, file = shlex.split(job["spec"]["entrypoint"])
+    assert (python, script) == ("python", "/app/jobs/quantize_and_serve.py")
+    assert "COPY jobs /app/jobs\n" in DOCKERFILE
+    head = pods_of(name)["head"]
+    (mount,) = [mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "job"]
+    (volume,) = [volume for volume in head["volumes"] if volume["name"] == "job"]
+    assert file == f"{mount['mountPath']}/job.yaml"
+    assert volume["configMap"]["name"] == config["metadata"]["name"]
+    assert list(config["data"]) == ["job.yaml"]
+    if not (ROOT / "jobs" / Path(script).name).exists():
+        pytest.skip(f"{script} is not written yet")
+
+
+def test_ray_is_of_one_version() -> None:
+    (version,) = re.findall(r"^ARG RAY_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert {cluster_of(name)["rayVersion"] for name in CLUSTERS} == {version}
+    pinned = re.findall(r"ray\[default\]==([\d.]+)", (INFRA / "tpu-vm" / "cluster.yaml").read_text())
+    assert pinned == [version, version]
+    assert f'"ray[default]=={version}"' in (INFRA / "README.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (asked,) = [entry for text in project["dependencies"] if (entry := Requirement(text)).name == "ray"]
+    assert Version(version) in asked.specifier
+    assert Version(version) >= Version("2.52")  # the first with RAY_AUTH_MODE
+
+
+def test_the_image_takes_only_what_it_names() -> None:
+    allowed = (INFRA / "Dockerfile.dockerignore").read_text().split()
+    assert allowed[0] == "*"
+    copied = [
+        line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY ") and "--from" not in line
+    ]
+    sources = {source for line in copied for source in line}
+    assert {f"!{source}" for source in sources} == {line for line in allowed if line.startswith("!")}
+    assert all((ROOT / source).exists() for source in sources)
+    stages = re.findall(r"^FROM python:(3\.\d+)-slim\S*", DOCKERFILE, re.MULTILINE)
+    assert set(stages) == {"3.13"}
+
+
+@pytest.fixture
+def launcher() -> dict[str, Any]:
+    """cluster.yaml as `ray up` fills it in."""
+    config = yaml.safe_load((INFRA / "tpu-vm" / "cluster.yaml").read_text())
+    prepared: dict[str, Any] = prepare_config(config)
+    return prepared
+
+
+def test_the_launcher_takes_its_file(launcher: dict[str, Any]) -> None:
+    validate_config(launcher)
+    assert launcher["provider"]["availability_zone"].startswith(launcher["provider"]["region"] + "-")
+
+
+def test_the_launcher_makes_the_slice(launcher: dict[str, Any]) -> None:
+    head, slice_type = launcher["available_node_types"].values()
+    node = slice_type["node_config"]
+    tpu = parse_slice(node["acceleratorType"])
+    assert tpu == parse_slice("v6e-16")
+    assert node["acceleratorType"] == tpu.accelerator_type
+    assert node["runtimeVersion"] == "v2-alpha-tpuv6e"  # cloud.google.com/tpu/docs/runtimes
+    assert slice_type["resources"]["TPU"] == tpu.chips_per_host
+    assert "CPU" not in slice_type["resources"]  # counted by Ray
+    assert slice_type["min_workers"] == slice_type["max_workers"] == launcher["max_workers"] == 1
+    assert head["resources"]["CPU"] == 0
+
+
+def test_the_launcher_starts_ray_as_the_manifests_do(launcher: dict[str, Any]) -> None:
+    head, worker = launcher["head_start_ray_commands"][-1], launcher["worker_start_ray_commands"][-1]
+    assert f"--port={ray_constants.DEFAULT_PORT} " in head
+    assert f"--dashboard-port={ray_constants.DEFAULT_DASHBOARD_PORT} " in head
+    assert "--dashboard-host=127.0.0.1 " in head
+    assert f"--address=$RAY_HEAD_IP:{ray_constants.DEFAULT_PORT} " in worker
+    assert "JAX_PLATFORMS=cpu ray start" in head
+    assert "JAX_PLATFORMS=tpu,cpu ray start" in worker
+    commands = "\n".join(launcher["setup_commands"])
+    assert "RAY_AUTH_MODE=token" in commands
+    assert launcher["file_mounts"].keys() == {"~/podquant-src", "~/.ray/auth_token"}
+    (python,) = re.findall(r"uv venv --python (\S+)", commands)
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert Version(python) in Requirement(f"python{requires}").specifier
+
+
+def test_the_readme_names_what_is_there() -> None:
+    text = (INFRA / "README.md").read_text()
+    for path in re.findall(r"(?<![\w/.~-])(?:infra|configs|jobs|tests)/[\w./*-]+\w", text):
+        assert list(ROOT.glob(path)) or path == "jobs/quantize_and_serve.py", path
+    for name in SLICES:
+        tpu = parse_slice(name)
+        (pool,) = re.findall(rf"node-pools create {name} .*?(?=\n\n|\Z)", text.replace("\\\n", " "), re.DOTALL)
+        assert f"--tpu-topology={tpu.topology}" in pool
+        assert f"--max-nodes={tpu.num_hosts}" in pool
+        (machine,) = re.findall(r"--machine-type=(\S+)", pool)
+        assert f"a {machine}:" in (INFRA / "kuberay" / f"raycluster-{name}.yaml").read_text()
+    assert f"http://127.0.0.1:{SERVE['port']}/v1/chat/completions" in text
