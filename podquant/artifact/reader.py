@@ -18,6 +18,7 @@ from podquant.artifact.naming import CONFIG, MANIFEST, QUALITY
 from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.reader import read_rows, read_whole
 from podquant.errors import ArtifactError
+from podquant.storage.runs import Run, Whole
 from podquant.storage.store import Store, open_store
 
 _FIGURES = ("sqnr_db", "max_error_ratio", "zeros_share", "scale_min", "scale_max")
@@ -78,36 +79,55 @@ class Artifact:
         """Every tensor: global shape, dtype, and for codes their scheme and the name of their scales."""
         return self.manifest.tensors
 
-    def read_rows(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+    def read_rows(
+        self, name: str, start: int, stop: int, out: Array | None = None, columns: tuple[int, int] | None = None
+    ) -> Array:
         """Rows `start` to `stop` (along axis 0) of a tensor, put together from its pieces if it is cut.
 
         Args:
             out: filled and returned when given: C-contiguous, of the rows' shape and the tensor's NumPy dtype. Bytes
                 of a tensor that is not cut, or is cut along axis 0, go straight there. Several threads may read.
+            columns: only these along axis 1, of a tensor that is cut there: no other piece is touched.
 
         Raises:
-            ArtifactError: no such tensor or rows.
+            ArtifactError: no such tensor or rows, or a piece has only some of the columns.
             StorageError: the bytes cannot be read.
         """
         tensor = self._tensor(name)
         if not tensor.shape or not 0 <= start <= stop <= tensor.shape[0]:
             raise ArtifactError(f"{self.uri}: {name}: no rows [{start}, {stop}) in shape {list(tensor.shape)}")
-        if len(tensor.pieces) == 1:
-            return read_rows(self.store, self._info(name, tensor.pieces[0]), start, stop, out)
+        pieces, shift, inner = tensor.pieces, 0, tensor.shape[1:]
+        if columns is not None:
+            bounds = self.column_bounds(name)
+            if not set(columns) <= set(bounds):
+                raise ArtifactError(
+                    f"{self.uri}: {name}: columns {list(columns)} are not whole pieces of {list(bounds)}"
+                )
+            shift, inner = columns[0], (columns[1] - columns[0],)
+            pieces = tuple(piece for piece in pieces if columns[0] <= piece.start[1] < columns[1])
+        if len(pieces) == 1:
+            return read_rows(self.store, self._info(name, pieces[0]), start, stop, out)
         if out is None:
-            out = np.empty((stop - start, *tensor.shape[1:]), tensor.dtype.numpy)
-        for piece in tensor.pieces:
+            out = np.empty((stop - start, *inner), tensor.dtype.numpy)
+        for piece in pieces:
             first, last = max(start, piece.start[0]), min(stop, piece.start[0] + piece.shape[0])
             if first >= last:
                 continue
             info, rows = self._info(name, piece), (first - piece.start[0], last - piece.start[0])
             window = out[first - start : last - start]
-            if piece.shape[1:] == tensor.shape[1:]:
+            if piece.shape[1:] == inner:
                 read_rows(self.store, info, *rows, out=window)
             else:
                 box = tuple(slice(s, s + n) for s, n in zip(piece.start[1:], piece.shape[1:], strict=True))
+                box = (slice(box[0].start - shift, box[0].stop - shift), *box[1:])
                 window[(slice(None), *box)] = read_rows(self.store, info, *rows)
         return out
+
+    def column_bounds(self, name: str) -> tuple[int, ...]:
+        """Where along axis 1 the pieces of a matrix begin and end: rows between two neighbours lie side by side."""
+        tensor = self._tensor(name)
+        ends = {piece.start[1] + piece.shape[1] for piece in tensor.pieces}
+        return tuple(sorted({0} | ends))
 
     def read_tensor(self, name: str) -> Array:
         """A whole tensor; for small ones."""
@@ -129,6 +149,13 @@ class Artifact:
         top = Fields(decode_json(self.store.read(QUALITY), where), where)
         return {name: {key: fields.number(key) for key in _FIGURES} for name, fields in top.objects("tensors")}
 
+    @property
+    def wholes(self) -> dict[str, Whole]:
+        """Every file of the manifest as it should be, with the header that was read of it."""
+        return {
+            name: Whole(file.size, file.crc32c, self._head(name)) for name, file in sorted(self.manifest.files.items())
+        }
+
     def data_offset(self, file: str) -> int:
         """Where in a file of tensors the first one begins."""
         return self._headers[file].data_offset
@@ -141,6 +168,10 @@ class Artifact:
         if name not in self.tensors:
             raise ArtifactError(f"{self.uri}: no tensor {name!r}")
         return self.tensors[name]
+
+    def _head(self, file: str) -> Run | None:
+        header = self._headers.get(file)
+        return None if header is None else Run(file, 0, header.data_offset, header.crc32c)
 
     def _info(self, name: str, piece: Piece) -> TensorInfo:
         return self._headers[piece.file].tensors[name]

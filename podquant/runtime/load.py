@@ -1,14 +1,20 @@
-"""Weights from a source onto the devices of a mesh, in row windows.
+"""Weights from a source onto the devices of a mesh, which may belong to several processes.
 
-Each byte is read once. The host holds one window at a time; the devices hold the arrays the programs take and a window,
-and never a weight in its original dtype beside its quantized one.
+Every process walks through the same windows and reads of each what its own devices are to read, so that each byte is
+read once. Threads read, and quantize where that is asked for, while earlier windows are on their way. A host holds the
+windows in flight; the devices hold the arrays the programs take and a window, and never a weight in its original dtype
+beside its quantized one. A process that fails to read goes on with zeros until all have heard of it, so that none waits
+for another in vain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -17,59 +23,113 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
 
-from podquant.artifact.naming import weight_of
-from podquant.model.config import ModelConfig
-from podquant.quantize.qarray import QArray
-from podquant.runtime.programs import Leaf, Model
+from podquant.runtime.agreement import agree, check_files
+from podquant.runtime.mesh import Exchange, exchange_over
+from podquant.runtime.place import place
+from podquant.runtime.programs import Model
 from podquant.runtime.source import WeightSource, require
+from podquant.runtime.windows import (
+    LIMITS,
+    Limits,
+    Window,
+    disk_names,
+    disk_shape,
+    local_devices,
+    modules_of,
+    plan_windows,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-WINDOW_BYTES = 32 << 20
-"""Bytes of source rows read at one time."""
+Blocks = tuple[Array, ...]
+"""What a device gets of a window: rows for each leaf of its stream."""
+
+_THREADS = 8
+"""That read: a bucket gives each of them some 100 MB/s."""
+
+_MOST_AHEAD = 64
+"""Windows ahead, however small they are."""
 
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
+def load_weights(
+    model: Model,
+    source: WeightSource,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    *,
+    exchange: Exchange | None = None,
+    limits: Limits = LIMITS,
+) -> tuple[jax.Array, ...]:
+    """Load every weight of a model. All processes of its mesh call this together, each with the source opened anew.
+
+    What was read is checked against the checksums that an artifact, or the storage of a checkpoint, has of its files;
+    bytes that no weight needs are read for that alone. `source.store.bytes_read` is what this process read in all.
+
+    Args:
+        model: laid out over its mesh, with the schemes of `source`.
+        source: where the weights come from.
+        on_progress: called with the bytes of each window, those that other processes read included.
+        exchange: gives every process the bytes of all; None: over the mesh.
+        limits: how much is read at a time.
+
+    Returns:
+        The arrays in the order of `model.leaves`.
+
+    Raises:
+        CheckpointError: a tensor is missing or has the wrong shape; found before anything is read.
+        NonFiniteWeightError: quantizing on the way met NaN or Inf.
+        ArtifactError: bytes of an artifact are not those its manifest has a checksum of; names the file.
+        StorageError: bytes could not be read, or are not those the storage has a checksum of.
+    """
+    for leaf in model.leaves:
+        if leaf.path[-1] != "weight_scale":
+            for name in disk_names(model, leaf.path[:-1]):
+                require(source, f"{name}.{leaf.path[-1]}", disk_shape(model.config, leaf))
+    exchange = exchange or exchange_over(model.mesh)
+    modules = list(modules_of(model).values())
+    loaded: dict[int, jax.Array] = {}
+    with _Reader(model, source, limits) as reader:
+        windows = reader.read(plan_windows(model, source, limits))
+        for leaves, (_, group) in zip(modules, groupby(windows, lambda read: _module_of(modules, read)), strict=True):
+            _load_module(model, list(leaves.values()), group, loaded, on_progress)
+            agree(exchange, reader.failure)
+    check_files(source, exchange)
+    return tuple(loaded[index] for index in range(len(model.leaves)))
+
+
 @dataclass(frozen=True)
-class _Run:
-    """Rows that lie one behind the other on disk and on the devices."""
+class _Read:
+    """A window, and the blocks of this process's devices once they are read."""
 
-    device: int
-    disk: int
-    rows: int
+    window: Window
+    blocks: list[Future[Blocks]]
+    nbytes: int
 
 
-class _Buffer:
-    """One array of weights while it is being filled: the piece of each device, updated in place."""
+def _module_of(modules: list[dict[str, int]], read: _Read) -> int:
+    return next(i for i, leaves in enumerate(modules) if read.window.stream.leaves[0] in leaves.values())
 
-    def __init__(self, leaf: Leaf, sharding: NamedSharding) -> None:
-        self.leaf = leaf
-        self.sharding = sharding
-        zeros = _zeros(leaf.shape, leaf.dtype, sharding)()
-        self.pieces: dict[jax.Device, tuple[tuple[slice, ...], jax.Array]] = {}
-        for shard in zeros.addressable_shards:
-            bounds = tuple(slice(*s.indices(n)) for s, n in zip(shard.index, leaf.shape, strict=True))
-            self.pieces[shard.device] = (bounds, shard.data)
 
-    def write(self, block: Array, at: tuple[int, ...]) -> None:
-        """Place `block`, its first element at global index `at`, onto every device that has a part of it."""
-        for device, (bounds, piece) in self.pieces.items():
-            wanted = [
-                (max(b.start, start), min(b.stop, start + size))
-                for b, start, size in zip(bounds, at, block.shape, strict=True)
-            ]
-            if any(first >= last for first, last in wanted):
-                continue
-            part = block[tuple(slice(first - s, last - s) for (first, last), s in zip(wanted, at, strict=True))]
-            offsets = tuple(np.int32(first - b.start) for (first, _), b in zip(wanted, bounds, strict=True))
-            piece = _update(piece, jax.device_put(np.ascontiguousarray(part), device), offsets)
-            self.pieces[device] = (bounds, piece)
-
-    def finish(self) -> jax.Array:
-        """The whole array."""
-        arrays = [piece for _, piece in self.pieces.values()]
-        return jax.make_array_from_single_device_arrays(self.leaf.shape, self.sharding, arrays)
+def _load_module(
+    model: Model,
+    leaves: list[int],
+    windows: Iterable[_Read],
+    loaded: dict[int, jax.Array],
+    on_progress: Callable[[int], None],
+) -> None:
+    """Fill a module's leaves, stacked layers and all; one window is placed while the next is transferred."""
+    devices = [model.mesh.devices.flat[d] for d in local_devices(model, jax.process_index())]
+    for index in leaves:
+        leaf = model.leaves[index]
+        loaded[index] = _zeros(leaf.shape, leaf.dtype, model.shardings[index])()
+    for read in windows:
+        blocks = [future.result() for future in read.blocks]
+        for position, index in enumerate(read.window.stream.leaves):
+            moved = [jax.device_put(block[position], device) for block, device in zip(blocks, devices, strict=True)]
+            jax.block_until_ready([loaded[each] for each in leaves])
+            loaded[index] = place(model, index, loaded[index], read.window, moved)
+        on_progress(read.window.nbytes)
 
 
 @cache
@@ -78,93 +138,107 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _update(piece: jax.Array, block: jax.Array, offsets: tuple[jax.Array, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(piece, block, offsets)
+class _Reader:
+    """Threads that read the blocks of this process's devices ahead of their turn; a context manager.
 
-
-def load_weights(
-    model: Model, source: WeightSource, on_progress: Callable[[int], None] = lambda num_bytes: None
-) -> tuple[jax.Array, ...]:
-    """Load every weight of a model.
-
-    Args:
-        model: laid out over its mesh, with the schemes of `source`.
-        source: where the weights come from.
-        on_progress: called with the bytes of each piece read.
-
-    Returns:
-        The arrays in the order of `model.leaves`.
-
-    Raises:
-        CheckpointError: a tensor is missing or has the wrong shape; found before anything is read.
-        NonFiniteWeightError: quantizing on the way met NaN or Inf.
+    Attributes:
+        failure: the first error; blocks read after it are zeros.
     """
-    modules: dict[tuple[str | int, ...], dict[str, int]] = {}
-    for index, leaf in enumerate(model.leaves):
-        modules.setdefault(leaf.path[:-1], {})[str(leaf.path[-1])] = index
-    for leaf in model.leaves:
-        if leaf.path[-1] != "weight_scale":
-            for name in _disk_names(model, leaf.path[:-1]):
-                require(source, f"{name}.{leaf.path[-1]}", _disk_shape(model.config, leaf))
-    loaded: dict[int, jax.Array] = {}
-    for path, leaves in modules.items():
-        buffers = {name: _Buffer(model.leaves[i], model.shardings[i]) for name, i in leaves.items()}
-        for layer, name in enumerate(_disk_names(model, path)):
-            _load_module(model, source, name, layer, buffers, on_progress)
-        loaded |= {i: buffers[name].finish() for name, i in leaves.items()}
-    return tuple(loaded[i] for i in range(len(model.leaves)))
+
+    def __init__(self, model: Model, source: WeightSource, limits: Limits) -> None:
+        self._model = model
+        self._source = source
+        self._limits = limits
+        self._devices = local_devices(model, jax.process_index())
+        self._alone = len(self._devices) == model.mesh.size
+        self._threads = ThreadPoolExecutor(_THREADS, "load")
+        self.failure: Exception | None = None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, windows: Iterable[Window]) -> Iterator[_Read]:
+        """The windows in order, read as far ahead as the limits allow.
+
+        Raises:
+            Exception: reading failed, if there is no other process that has to hear of it first.
+        """
+        ahead: deque[_Read] = deque()
+        held = 0
+        for window in windows:
+            nbytes = self._held_bytes(window)
+            while ahead and (held + nbytes > self._limits.ahead_bytes or len(ahead) == _MOST_AHEAD):
+                held -= ahead[0].nbytes
+                yield self._next(ahead)
+            blocks = [self._threads.submit(self._read, window, device) for device in self._devices]
+            ahead.append(_Read(window, blocks, nbytes))
+            held += nbytes
+        while ahead:
+            yield self._next(ahead)
+
+    def _next(self, ahead: deque[_Read]) -> _Read:
+        read = ahead.popleft()
+        for future in read.blocks:
+            future.result()
+        if self.failure is not None and self._alone:
+            raise self.failure
+        return read
+
+    def _held_bytes(self, window: Window) -> int:
+        """Of host memory: what is read, and what is made of it."""
+        size = int(np.prod(window.block_shape))
+        widths = [self._model.leaves[index].dtype.itemsize for index in window.stream.leaves[:1]]
+        return len(self._devices) * size * (window.stream.itemsize + sum(widths))
+
+    def _read(self, window: Window, device: int) -> Blocks:
+        stream = window.stream
+        first, last = window.rows_of(device)
+        values: Blocks = ()
+        if first < last and self.failure is None:
+            try:
+                values = _read_rows(self._source, window, device)
+            except Exception as error:  # whatever it is, the other processes are told
+                self.failure = self.failure or error
+        blocks = []
+        for position, index in enumerate(stream.leaves):
+            dtype = self._model.leaves[index].dtype
+            if values and len(values[position]) == window.rows:
+                blocks.append(_as_dtype(values[position], dtype))
+                continue
+            block = np.zeros((window.rows, *self._inner_shape(window, position)), dtype)
+            if values:
+                block[: len(values[position])] = _as_dtype(values[position], dtype)
+            blocks.append(block)
+        return tuple(blocks)
+
+    def _inner_shape(self, window: Window, position: int) -> tuple[int, ...]:
+        """Of a row of a block."""
+        if position == 0:
+            return window.block_shape[1:]
+        scheme = self._source.scheme_of(window.stream.module)
+        block = scheme.weight_block_size if scheme else None
+        return (1 if block is None else -(-window.block_shape[1] // block[1]),)
 
 
-def _load_module(
-    model: Model,
-    source: WeightSource,
-    module: str,
-    layer: int,
-    buffers: Mapping[str, _Buffer],
-    on_progress: Callable[[int], None],
-) -> None:
-    for name, buffer in buffers.items():
-        leaf = buffer.leaf
-        stacked = leaf.axes[0] == "layers"
-        if len(leaf.axes) - stacked == 1:
-            values = source.read_tensor(f"{module}.{name}")
-            on_progress(values.nbytes)
-            for run in _runs(model, leaf, 0, len(values)):
-                block = _as_dtype(values[run.disk : run.disk + run.rows], leaf.dtype)
-                buffer.write(block[None] if stacked else block, (layer, run.device) if stacked else (run.device,))
-        elif name == "weight":
-            for start, window in _windows(source, module):
-                on_progress(window.codes.nbytes if isinstance(window, QArray) else window.nbytes)
-                _place(model, layer, start, window, buffers)
+def _read_rows(source: WeightSource, window: Window, device: int) -> Blocks:
+    """A device's rows of the tensor, and of the scales if it is quantized on the way."""
+    stream = window.stream
+    first, last = window.rows_of(device)
+    if stream.quantizes:
+        rows = source.read_quantized(stream.module, first, last)
+        # On the devices every output channel has its own row of scales: shards then need no alignment to blocks.
+        return rows.codes, _repeated(rows.scales, stream.step, last - first)
+    values = source.read_rows(
+        stream.tensor, first // stream.repeat, -(-last // stream.repeat), window.columns_of(device)
+    )
+    return (_repeated(values, stream.repeat, last - first),)
 
 
-def _windows(source: WeightSource, module: str) -> Iterator[tuple[int, Array | QArray]]:
-    shape = source.shape_of(weight_of(module))
-    assert shape is not None  # load_weights has checked
-    scheme = source.scheme_of(module)
-    step = scheme.weight_block_size[0] if scheme and scheme.weight_block_size else 1
-    rows = max(1, WINDOW_BYTES // (2 * shape[1]) // step) * step
-    for start in range(0, shape[0], rows):
-        yield start, source.read_weight(module, start, min(start + rows, shape[0]))
-
-
-def _place(model: Model, layer: int, start: int, window: Array | QArray, buffers: Mapping[str, _Buffer]) -> None:
-    weight = buffers["weight"]
-    stacked = weight.leaf.axes[0] == "layers"
-    values = window.codes if isinstance(window, QArray) else window
-    blocks = {"weight": values}
-    if isinstance(window, QArray):
-        scales = window.scales
-        if window.block is not None:
-            # On the devices every output channel has its own row of scales: shards then need no alignment to blocks.
-            scales = np.repeat(scales, window.block[0], axis=0)[: len(values)]
-        blocks["weight_scale"] = scales
-    for name, block in blocks.items():
-        leaf = buffers[name].leaf
-        for run in _runs(model, leaf, start, start + len(block)):
-            part = _as_dtype(block[run.disk - start : run.disk - start + run.rows], leaf.dtype)
-            buffers[name].write(part[None] if stacked else part, (layer, run.device, 0) if stacked else (run.device, 0))
+def _repeated(values: Array, times: int, num_rows: int) -> Array:
+    return values if times == 1 else np.repeat(values, times, axis=0)[:num_rows]
 
 
 def _as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
@@ -173,40 +247,3 @@ def _as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
     if values.dtype == ml_dtypes.float8_e4m3fn:
         return np.asarray(_FP8_VALUES.astype(dtype)[values.view(np.uint8)])
     return values.astype(dtype)
-
-
-def _runs(model: Model, leaf: Leaf, start: int, stop: int) -> Iterator[_Run]:
-    """Where disk rows [start, stop) go: in place, but for key/value heads of which several shards have a copy."""
-    axis = leaf.axes[1] if leaf.axes[0] == "layers" else leaf.axes[0]
-    copies = model.layout.num_kv_heads // model.config.num_kv_heads
-    if axis != "kv_heads" or copies == 1:
-        yield _Run(start, start, stop - start)
-        return
-    head = model.config.head_dim
-    for index in range(model.layout.num_kv_heads):
-        disk = index // copies * head
-        first, last = max(disk, start), min(disk + head, stop)
-        if first < last:
-            yield _Run(index * head + first - disk, first, last - first)
-
-
-def _disk_names(model: Model, path: tuple[str | int, ...]) -> list[str]:
-    """The modules on disk that a module of the decoder holds: one, or one for each layer stacked in it."""
-    if path[0] == "segments":
-        segment = model.segments[int(path[1])]
-        rest = ".".join(map(str, path[3:]))
-        return [f"model.layers.{layer}.{rest}" for layer in range(*segment)]
-    return [{"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}[str(path[0])]]
-
-
-def _disk_shape(config: ModelConfig, leaf: Leaf) -> tuple[int, ...]:
-    """The shape a weight has on disk, from its axes: without padding, copies or stacking."""
-    sizes = {
-        "vocab": config.vocab_size,
-        "embed": config.hidden_size,
-        "heads": config.num_heads * config.head_dim,
-        "kv_heads": config.num_kv_heads * config.head_dim,
-        "ffn": config.ffn_size,
-        "head_dim": config.head_dim,
-    }
-    return tuple(sizes[axis] for axis in leaf.axes if axis != "layers")

@@ -8,30 +8,40 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from podquant.artifact.naming import MANIFEST, module_of, scales_of, weight_of
+from podquant.artifact.naming import MANIFEST, module_of, weight_of
 from podquant.artifact.reader import Artifact
 from podquant.checkpoint.index import Checkpoint
-from podquant.checkpoint.reader import read_rows, read_tensor
+from podquant.checkpoint.reader import read_rows
 from podquant.config.rules import QuantizationConfig, Resolution
 from podquant.config.scheme import Scheme
-from podquant.errors import CheckpointError, ConfigError, NonFiniteWeightError, UnsupportedModelError
+from podquant.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    NonFiniteWeightError,
+    PodquantError,
+    StorageError,
+    UnsupportedModelError,
+)
 from podquant.quantize.qarray import QArray
 from podquant.quantize.weights import quantize_window
-from podquant.storage.store import Store, open_store
+from podquant.storage.runs import RecordingStore, Run, Whole
+from podquant.storage.store import open_store
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class WeightSource(Protocol):
-    """Weights by name, in the shapes they have on disk."""
+    """Weights by name, in the shapes they have on disk. Several threads may read."""
 
     @property
-    def store(self) -> Store:
-        """Where the bytes are; its URI is for messages."""
+    def store(self) -> RecordingStore:
+        """Where the bytes are, and what was read of them: tensors only, and what is asked of it directly."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -42,8 +52,11 @@ class WeightSource(Protocol):
         """Bytes of all tensors on disk."""
 
     @property
-    def fingerprint(self) -> str:
-        """A digest of what will be loaded: equal where the weights are equal. No tensor is read for it."""
+    def wholes(self) -> Mapping[str, Whole]:
+        """The files whose checksums are known, by name."""
+
+    def spoilt(self, file: str) -> PodquantError:
+        """What to raise when the bytes of one of these are not those its checksum was made of."""
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How a module's weight comes: quantized under a scheme, or plain."""
@@ -51,11 +64,20 @@ class WeightSource(Protocol):
     def shape_of(self, tensor: str) -> tuple[int, ...] | None:
         """A tensor's shape, None if there is no such tensor."""
 
-    def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
-        """Rows of a module's weight [out, in]; under a block scheme from a multiple of its rows to one, or the end."""
+    def itemsize_of(self, tensor: str) -> int:
+        """Bytes of an element on disk."""
 
-    def read_tensor(self, name: str) -> Array:
-        """A whole small tensor: a norm, a bias."""
+    def quantizes(self, module: str) -> bool:
+        """Whether a module is quantized while it is read: `read_quantized` gives codes and scales together."""
+
+    def column_bounds(self, tensor: str) -> tuple[int, ...]:
+        """Where along axis 1 a matrix is cut on disk: from 0 to its width."""
+
+    def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
+        """Rows of a tensor as it is on disk; only some columns, where it is cut at both bounds."""
+
+    def read_quantized(self, module: str, start: int, stop: int) -> QArray:
+        """Rows of a module that is quantized while it is read; from a multiple of a block's rows to one, or the end."""
 
     def close(self) -> None:
         """Release the files."""
@@ -81,6 +103,7 @@ class CheckpointSource:
                 "podquant serves plain checkpoints and its own artifacts: serve or convert the original"
             )
         self._checkpoint = checkpoint
+        self.store = RecordingStore(checkpoint.store, lambda file: checkpoint.store.known_crc32c(file) is not None)
         self.resolution: Resolution | None = None
         if rules is not None:
             modules = [
@@ -90,10 +113,6 @@ class CheckpointSource:
             ]
             tied = bool(checkpoint.config.get("tie_word_embeddings", "lm_head" not in modules))
             self.resolution = rules.resolve(modules, tied_embeddings=tied)
-
-    @property
-    def store(self) -> Store:
-        return self._checkpoint.store
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -110,6 +129,22 @@ class CheckpointSource:
         schemes = sorted((module, repr(decided.scheme)) for module, decided in decisions.items())
         return hashlib.sha256(json.dumps([files, schemes]).encode()).hexdigest()
 
+    @property
+    def wholes(self) -> Mapping[str, Whole]:
+        """Those of which the storage keeps a checksum."""
+        known = ((name, info, self.store.known_crc32c(name)) for name, info in self._checkpoint.files.items())
+        return {
+            name: Whole(info.size, crc32c, Run(name, 0, info.header_nbytes, info.header_crc32c))
+            for name, info, crc32c in known
+            if crc32c is not None
+        }
+
+    def spoilt(self, file: str) -> PodquantError:
+        return StorageError(
+            f"{self.store.uri}/{file}: the bytes read do not have the CRC32C that the store keeps of it: they were "
+            "spoilt on the way. Start again"
+        )
+
     def scheme_of(self, module: str) -> Scheme | None:
         decision = self.resolution.decisions.get(module) if self.resolution else None
         return decision.scheme if decision else None
@@ -118,19 +153,27 @@ class CheckpointSource:
         info = self._checkpoint.tensors.get(tensor)
         return info.shape if info else None
 
-    def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
+    def itemsize_of(self, tensor: str) -> int:
+        return self._checkpoint.tensors[tensor].dtype.itemsize
+
+    def quantizes(self, module: str) -> bool:
+        return self.scheme_of(module) is not None
+
+    def column_bounds(self, tensor: str) -> tuple[int, ...]:
+        return (0, self._checkpoint.tensors[tensor].shape[1])
+
+    def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
+        return read_rows(self.store, self._checkpoint.tensors[tensor], start, stop)
+
+    def read_quantized(self, module: str, start: int, stop: int) -> QArray:
         info = self._checkpoint.tensors[weight_of(module)]
-        rows = read_rows(self._checkpoint.store, info, start, stop)
         scheme = self.scheme_of(module)
-        if scheme is None:
-            return rows
+        assert scheme is not None  # else there is nothing to quantize
+        rows = self.read_rows(info.name, start, stop)
         try:
             return quantize_window(rows, scheme, first_row=start, total_rows=info.shape[0])[0]
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(f"{self.store.uri}/{info.file}: {info.name}: {error}") from None
-
-    def read_tensor(self, name: str) -> Array:
-        return read_tensor(self._checkpoint, name)
 
     def close(self) -> None:
         self._checkpoint.close()
@@ -140,11 +183,8 @@ class ArtifactSource:
     """An artifact: every tensor as conversion left it."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-
-    @property
-    def store(self) -> Store:
-        return self._artifact.store
+        self.store = RecordingStore(artifact.store, lambda file: True)
+        self._artifact = replace(artifact, store=self.store)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -152,7 +192,18 @@ class ArtifactSource:
 
     @property
     def num_bytes(self) -> int:
-        return sum(file.size for file in self._artifact.manifest.files.values())
+        return sum(tensor.nbytes for tensor in self._artifact.tensors.values())
+
+    @property
+    def wholes(self) -> Mapping[str, Whole]:
+        """All files of the manifest."""
+        return self._artifact.wholes
+
+    def spoilt(self, file: str) -> PodquantError:
+        return ArtifactError(
+            f"{self.store.uri}: {file}: the bytes read do not have the CRC32C "
+            f"{self._artifact.manifest.files[file].crc32c:08x} of the manifest. Copy the artifact again"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -166,18 +217,20 @@ class ArtifactSource:
         entry = self._artifact.tensors.get(tensor)
         return entry.shape if entry else None
 
-    def read_weight(self, module: str, start: int, stop: int) -> Array | QArray:
-        codes = self._artifact.read_rows(weight_of(module), start, stop)
-        scheme = self.scheme_of(module)
-        if scheme is None:
-            return codes
-        block = scheme.weight_block_size
-        step = block[0] if block else 1
-        scales = self._artifact.read_rows(scales_of(module), start // step, -(-stop // step))
-        return QArray(codes, scales, block)
+    def itemsize_of(self, tensor: str) -> int:
+        return self._artifact.tensors[tensor].dtype.itemsize
 
-    def read_tensor(self, name: str) -> Array:
-        return self._artifact.read_tensor(name)
+    def quantizes(self, module: str) -> bool:
+        return False
+
+    def column_bounds(self, tensor: str) -> tuple[int, ...]:
+        return self._artifact.column_bounds(tensor)
+
+    def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
+        return self._artifact.read_rows(tensor, start, stop, columns=columns)
+
+    def read_quantized(self, module: str, start: int, stop: int) -> QArray:
+        raise AssertionError(f"{module} is quantized already")
 
     def close(self) -> None:
         self._artifact.close()

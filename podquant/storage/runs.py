@@ -1,0 +1,157 @@
+"""What was read of files, and whether it is what was written: checksums of ranges, joined until they cover a file.
+
+A range of an object travels without a checksum, and a process reads only ranges; but the checksums of all ranges, of
+all processes, make that of the whole. Knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Buffer, Callable, Iterable
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+
+from podquant.storage.crc32c import combine
+from podquant.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes `[offset, offset + nbytes)` of a file, as they arrived: their CRC32C."""
+
+    file: str
+    offset: int
+    nbytes: int
+    crc32c: int
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        return self.offset + self.nbytes
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A file as it should be.
+
+    Attributes:
+        size: in bytes.
+        crc32c: of all of them.
+        head: what has been read of its beginning by every process; None: nothing.
+    """
+
+    size: int
+    crc32c: int
+    head: Run | None = None
+
+
+class RecordingStore:
+    """A `Store` that remembers how many bytes its ranged reads gave, and of some files their checksums.
+
+    Args:
+        store: where the bytes are. Closing this closes it.
+        records: whether the checksums of a file's ranges are wanted.
+    """
+
+    def __init__(self, store: Store, records: Callable[[str], bool]) -> None:
+        self._store = store
+        self._records = records
+        self._lock = threading.Lock()
+        self._runs: list[Run] = []
+        self._bytes_read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that ranged reads have given so far."""
+        return self._bytes_read
+
+    @property
+    def runs(self) -> list[Run]:
+        """What was read of the files that are recorded, neighbours joined."""
+        with self._lock:
+            self._runs = joined(self._runs)
+            return list(self._runs)
+
+    @property
+    def uri(self) -> str:
+        return self._store.uri
+
+    @property
+    def window_bytes(self) -> int:
+        return self._store.window_bytes
+
+    def list(self) -> dict[str, int]:
+        return self._store.list()
+
+    def size(self, name: str) -> int:
+        return self._store.size(name)
+
+    def version(self, name: str) -> str:
+        return self._store.version(name)
+
+    def known_crc32c(self, name: str) -> int | None:
+        return self._store.known_crc32c(name)
+
+    def read(self, name: str) -> bytes:
+        return self._store.read(name)
+
+    def read_into(self, name: str, offset: int, buffer: Buffer) -> None:
+        view = memoryview(buffer)
+        self._store.read_into(name, offset, view)
+        wanted = view.nbytes > 0 and self._records(name)
+        run = Run(name, offset, view.nbytes, google_crc32c.extend(0, np.frombuffer(view, np.uint8))) if wanted else None
+        with self._lock:
+            self._bytes_read += view.nbytes
+            if run is not None:
+                self._runs.append(run)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+def joined(runs: Iterable[Run]) -> list[Run]:
+    """Runs by file and offset, those that touch as one."""
+    groups: list[list[Run]] = []
+    for run in sorted((run for run in runs if run.nbytes), key=lambda run: (run.file, run.offset)):
+        if groups and (groups[-1][-1].file, groups[-1][-1].end) == (run.file, run.offset):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return [_join(group) for group in groups]
+
+
+def _join(group: list[Run]) -> Run:
+    if len(group) == 1:
+        return group[0]
+    crc32c = combine((run.nbytes, run.crc32c) for run in group)
+    return Run(group[0].file, group[0].offset, group[-1].end - group[0].offset, crc32c)
+
+
+def gaps(file: str, whole: Whole, runs: Iterable[Run]) -> list[tuple[int, int]]:
+    """Offset and length of what no run has of a file.
+
+    Args:
+        file: its name.
+        whole: what it should be.
+        runs: of any files.
+    """
+    found = []
+    end = whole.head.end if whole.head else 0
+    for run in sorted((run for run in runs if run.file == file), key=lambda run: run.offset):
+        if run.offset > end:
+            found.append((end, run.offset - end))
+        end = max(end, run.end)
+    if end < whole.size:
+        found.append((end, whole.size - end))
+    return found
+
+
+def adds_up(file: str, whole: Whole, runs: Iterable[Run]) -> bool:
+    """Whether the runs make a file, each byte once, with the checksum it should have."""
+    parts = [run for run in runs if run.file == file]
+    found = joined(parts if whole.head is None else [whole.head, *parts])
+    if whole.size == 0:
+        return whole.crc32c == 0 and not found
+    return found == [Run(file, 0, whole.size, whole.crc32c)]
