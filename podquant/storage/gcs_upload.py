@@ -176,32 +176,31 @@ class GcsWriter:
         stored = offset
         is_known = True  # whether `stored` is what the store has
 
-        async def attempt() -> ObjectInfo | None:
+        async def attempt() -> ObjectInfo | None:  # a loop: calling itself, it would keep the chunk alive in a cycle
             nonlocal stored, is_known
-            if is_known:
-                is_known = False
-                part = memoryview(chunk)[stored - offset :]
-                headers = {"Content-Range": f"bytes {stored}-{stop - 1}/{total}"}
-                if is_last:
-                    headers["X-Goog-Hash"] = f"crc32c={encode_crc32c(self._crc32c)}"
-            else:
-                part = memoryview(b"")
-                headers = {"Content-Range": f"bytes */{total}"}
-            answer = await self._bucket.client.once(
-                "PUT", session, _progress, headers=headers, data=part, accept=frozenset({200, 201, 308})
-            )
-            if isinstance(answer, ObjectInfo):
-                return answer
-            if not offset <= answer <= stop:
-                raise GcsError(
-                    f"{self._bucket.uri(self._object)}: the store has {answer:,} bytes of an upload that has sent "
-                    f"{offset:,} to {stop:,}. Another writes to the same upload: run again."
+            while True:
+                if is_known:
+                    is_known = False
+                    part = memoryview(chunk)[stored - offset :]
+                    headers = {"Content-Range": f"bytes {stored}-{stop - 1}/{total}"}
+                    if is_last:
+                        headers["X-Goog-Hash"] = f"crc32c={encode_crc32c(self._crc32c)}"
+                else:
+                    part = memoryview(b"")
+                    headers = {"Content-Range": f"bytes */{total}"}
+                answer = await self._bucket.client.once(
+                    "PUT", session, _progress, headers=headers, data=part, accept=frozenset({200, 201, 308})
                 )
-            stored, is_known = answer, True
-            if stored == stop and not is_last:
-                return None
-            # Not a failure: the store took a part, or was asked what it has.
-            return await attempt()
+                if isinstance(answer, ObjectInfo):
+                    return answer
+                if not offset <= answer <= stop:
+                    raise GcsError(
+                        f"{self._bucket.uri(self._object)}: the store has {answer:,} bytes of an upload that has sent "
+                        f"{offset:,} to {stop:,}. Another writes to the same upload: run again."
+                    )
+                stored, is_known = answer, True  # no failure: the store took a part, or was asked what it has
+                if stored == stop and not is_last:
+                    return None
 
         return await self._bucket.client.retry(  # type: ignore[no-any-return]
             f"write, at offset {offset:,}, {len(chunk):,} bytes", self._bucket.uri(self._object), attempt

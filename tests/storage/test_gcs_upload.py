@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
+import weakref
 
 import google_crc32c
 import numpy as np
@@ -212,3 +214,16 @@ print(peak() - before)
     )
     assert len(emulator.data("b")["big"]) == 256 << 20
     assert int(done.stdout) < 64 << 20
+
+
+def test_an_object_that_is_done_holds_no_memory(bucket: Bucket) -> None:
+    """Not even until the garbage collector looks for cycles: a worker writes hundreds, with little else to count."""
+    gc.collect()
+    gc.disable()
+    try:
+        writer = new(bucket)
+        chunks = [weakref.ref(writer._filling), weakref.ref(writer._sending)]
+        write(writer)
+        assert [chunk() is None for chunk in chunks] == [True, True]
+    finally:
+        gc.enable()
