@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
 from podquant.convert.run import convert
 from podquant.errors import ArtifactExistsError, StorageError
+from podquant.storage import gcs_client
+from podquant.storage.retry import Patience
 from tests.storage.gcs_emulator import GcsEmulator
 
 TARGET = "gs://b/out"
@@ -28,6 +31,16 @@ def emulator(source: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsEmulat
         for path in source.path.iterdir():
             emulator.put("b", f"source/{path.name}", path.read_bytes())
         yield emulator
+
+
+@pytest.fixture
+def large(source: Any, tensors: dict[str, Any], emulator: GcsEmulator) -> Any:
+    """The tiny Llama with one matrix of 16 MB, whose codes take an upload in chunks."""
+    tensors["model.layers.1.mlp.down_proj.weight"] = np.full((4300, 2000), 0.5, np.float16)
+    source.write(tensors, {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False})
+    for path in source.path.iterdir():
+        emulator.put("b", f"source/{path.name}", path.read_bytes())
+    return source
 
 
 def run(place: str, target: str, **options: Any) -> None:
@@ -45,17 +58,11 @@ def local(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_same_bytes_as_on_a_disk_each_read_once(
-    emulator: GcsEmulator, source: Any, tensors: dict[str, Any], tmp_path: Path
-) -> None:
-    tensors["model.layers.1.mlp.down_proj.weight"] = np.full((4000, 2000), 0.5, np.float16)
-    source.write(tensors, {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False})
-    for path in source.path.iterdir():
-        emulator.put("b", f"source/{path.name}", path.read_bytes())
-    run(str(source.path), str(tmp_path / "out"))
+def test_the_same_bytes_as_on_a_disk_each_read_once(emulator: GcsEmulator, large: Any, tmp_path: Path) -> None:
+    run(str(large.path), str(tmp_path / "out"))
     run("gs://b/source", TARGET)
     assert artifact(emulator) == local(tmp_path / "out")
-    asked = sum(path.stat().st_size for path in source.path.iterdir())
+    asked = sum(path.stat().st_size for path in large.path.iterdir())
     assert sum(record.bytes_out for record in emulator.requests("alt=media")) <= asked * 1.02
     written = sum(len(data) for data in artifact(emulator).values())
     assert sum(record.bytes_in for record in emulator.log) <= written * 1.02
@@ -82,3 +89,79 @@ def test_a_fault_ends_in_the_right_artifact_or_in_none(
         with pytest.raises(StorageError, match="HTTP 403"):
             run("gs://b/source", TARGET)
         assert artifact(emulator) == {}
+
+
+READ, PUT = "/o/source/.*alt=media", "^PUT .*upload_id"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients made from now on wait tenths of seconds where others wait half minutes."""
+    quick = partial(Patience, silence=0.5, deadline=5.0, first_wait=0.01, longest_wait=0.1)
+    monkeypatch.setattr(gcs_client, "Patience", quick)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("kind", "request_", "options"),
+    [
+        ("status", READ, {"status": 503, "times": 12}),
+        ("status", READ, {"status": 429, "times": 5, "headers": {"Retry-After": "0"}}),
+        ("status", PUT, {"status": 503, "times": 5}),
+        ("status", "uploadType=", {"status": 429, "times": 5}),
+        ("reset", READ, {"after": 100_000, "times": 3}),
+        ("stall", READ, {"after": 100_000}),
+        ("truncate", READ, {"after": 100_000, "times": 3}),
+        ("reset", PUT, {"after": 100_000}),
+        ("short", PUT, {"after": 262_144}),
+        ("lost", PUT, {"times": 2}),
+        ("stall", PUT, {}),
+        ("wrong_crc", PUT, {"times": 2}),
+    ],
+)
+def test_a_fault_that_passes_changes_nothing(
+    emulator: GcsEmulator, large: Any, tmp_path: Path, kind: str, request_: str, options: dict[str, Any]
+) -> None:
+    run(str(large.path), str(tmp_path / "out"))
+    emulator.fail(kind, request_, **{"skip": 1, **options})
+    run("gs://b/source", TARGET)
+    assert artifact(emulator) == local(tmp_path / "out")
+    assert not [name for name in emulator.data("b") if name.startswith(("out.", "out/."))]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("kind", "request_", "options", "message"),
+    [
+        ("status", READ, {"status": 403}, r"cannot read at offset .*HTTP 403.*role Storage Object User"),
+        ("status", PUT, {"status": 403, "skip": 0}, r"cannot write, at offset .*HTTP 403.*role Storage Object User"),
+        ("status", READ, {"status": 503}, r"gave up after \d+ tries in .*HTTP 503"),
+        ("wrong_crc", PUT, {"skip": 0}, "the store did not get what was sent: expected .* bytes with CRC32C"),
+        ("corrupt", READ, {"skip": 5}, "the bytes read do not have the CRC32C that the store keeps of it"),
+    ],
+)
+def test_a_fault_that_lasts_is_told_and_nothing_is_published(
+    emulator: GcsEmulator,
+    large: Any,
+    tmp_path: Path,
+    kind: str,
+    request_: str,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    emulator.fail(kind, request_, **{"skip": 2, "times": 10_000, **options})
+    with pytest.raises(StorageError, match=message):
+        run("gs://b/source", TARGET)
+    assert "out/podquant.json" not in emulator.data("b")
+    assert "out.lock" not in emulator.data("b")
+    emulator.faults.clear()
+    run("gs://b/source", TARGET)
+    run(str(large.path), str(tmp_path / "out"))
+    assert artifact(emulator) == local(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("place", "target"), [("gs://none/source", TARGET), ("gs://b/source", "gs://none/out")])
+def test_a_bucket_that_is_not_there_is_named(emulator: GcsEmulator, place: str, target: str) -> None:
+    with pytest.raises(StorageError, match=r"gs://none/.*HTTP 404.*Check the bucket and the path"):
+        run(place, target)
