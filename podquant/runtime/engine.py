@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from podquant.errors import EngineStoppedError, RequestError
+from podquant.runtime.backend import EngineStats, OnOutput
 from podquant.runtime.executor import Dispatched, Executor, StepResult
 from podquant.runtime.output import OutputProcessor
 from podquant.runtime.pages import PagePool
@@ -26,23 +27,8 @@ from podquant.runtime.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-OnOutput = Callable[[Output], None]
-
 _STEPS_AHEAD = 1
 """Steps dispatched beyond the one whose tokens are being read."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Load and totals at one moment."""
-
-    num_running: int
-    num_waiting: int
-    num_pages_used: int
-    num_pages_total: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_preemptions: int
 
 
 @dataclass
@@ -56,7 +42,7 @@ class _Client:
 
 
 class Engine:
-    """Serves one model.
+    """Serves one model, in this process; a `Backend`.
 
     Args:
         model_name: what callers call it.
@@ -87,7 +73,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.max_logprobs = max_logprobs
-        self.failure: str | None = None
+        self._failure: str | None = None
         self._executor = executor
         self._scheduler = scheduler
         self._pool = pool
@@ -98,14 +84,24 @@ class Engine:
         self._in_flight: deque[Dispatched] = deque()
         self._accepting = False
         self._deadline = float("inf")
+        self._busy_since: float | None = None
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
+    def failure(self) -> str | None:
+        return self._failure
+
+    @property
     def is_ready(self) -> bool:
-        """Whether requests are taken."""
-        return self._accepting and self.failure is None
+        return self._accepting and self._failure is None
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long it has been at the step it is at; 0 while there is nothing to do."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
         """Begin to serve."""
@@ -186,7 +182,7 @@ class Engine:
                 )
 
     def _stopped(self) -> EngineStoppedError:
-        return EngineStoppedError(f"The engine does not serve: {self.failure or 'it is shutting down'}.")
+        return EngineStoppedError(f"The engine does not serve: {self._failure or 'it is shutting down'}.")
 
     def _add(self, request: Request, on_output: OnOutput) -> None:
         if not self.is_ready:
@@ -209,8 +205,8 @@ class Engine:
             self._end_all(FinishReason.ABORT, "the server is shutting down")
         except Exception as error:
             _log.exception("the engine failed")
-            self.failure = f"{type(error).__name__}: {error}"
-            self._end_all(FinishReason.ERROR, self.failure)
+            self._failure = f"{type(error).__name__}: {error}"
+            self._end_all(FinishReason.ERROR, self._failure)
         finally:
             self._take_commands()
 
@@ -220,6 +216,7 @@ class Engine:
         if not self._accepting and (not self._clients or time.monotonic() >= self._deadline):
             return False
         step = self._scheduler.schedule()
+        self._busy_since = time.monotonic() if step is not None or self._in_flight else None
         if step is not None:
             self._in_flight.append(self._executor.dispatch(step))
         if self._in_flight and (step is None or len(self._in_flight) > _STEPS_AHEAD):

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from podquant.runtime.engine import Engine
+from podquant.runtime.backend import Backend
 from podquant.server import chat, completions, errors, info
 from podquant.server.guard import Guard
 from podquant.server.service import Service
@@ -16,7 +16,7 @@ MAX_BODY_BYTES = 16 << 20
 
 
 def create_app(
-    engine: Engine | None,
+    engine: Backend | None,
     *,
     api_key: str | None = None,
     served_model_name: str | None = None,
@@ -52,7 +52,7 @@ def create_app(
     return app
 
 
-def attach_engine(app: FastAPI, engine: Engine) -> None:
+def attach_engine(app: FastAPI, engine: Backend) -> None:
     """Give an app made without an engine its engine; may be called from any thread."""
     service: Service = app.state.service
     service.attach(engine)

@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from podquant.runtime.engine import Engine
+from podquant.runtime.backend import Backend
 from podquant.runtime.request import Output, Request, TokenLogprobs
 from podquant.server.gather import gather, usage
 from podquant.server.generation import ClientGoneError
@@ -52,7 +52,7 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     return JSONResponse(writer.whole(outputs))
 
 
-async def _read(engine: Engine, prompt: str | list[int]) -> _Prompt:
+async def _read(engine: Backend, prompt: str | list[int]) -> _Prompt:
     if isinstance(prompt, str):
         tokenizer = require_tokenizer(engine, "prompt")
         return _Prompt(tuple(await encode(tokenizer, prompt, add_special_tokens=True)), prompt)
@@ -82,7 +82,7 @@ class _Writer:
     """Writes what the choices of one HTTP request give, whole or in chunks."""
 
     def __init__(
-        self, model: str, tokens: TokenText, engine: Engine, body: CompletionBody, prompts: Sequence[_Prompt]
+        self, model: str, tokens: TokenText, engine: Backend, body: CompletionBody, prompts: Sequence[_Prompt]
     ) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from podquant.errors import EngineStoppedError, RequestError
-from podquant.runtime.engine import Engine
+from podquant.runtime.backend import Backend
 from podquant.runtime.request import FinishReason, Output, Request
 from podquant.server.metrics import Metrics
 
@@ -66,7 +66,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Backend,
         mailbox: Mailbox,
         submitters: ThreadPoolExecutor,
         metrics: Metrics,

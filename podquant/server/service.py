@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fastapi import Request as HttpRequest
 
 from podquant.errors import EngineStoppedError, RequestError
-from podquant.runtime.engine import Engine, EngineStats
+from podquant.runtime.backend import Backend, EngineStats
 from podquant.runtime.request import Request
 from podquant.runtime.tokenizer import Tokenizer
 from podquant.server.errors import ApiError
@@ -33,8 +33,8 @@ class Service:
         tokens: single tokens as text; meaningless without an engine.
     """
 
-    def __init__(self, engine: Engine | None, served_model_name: str | None) -> None:
-        self.engine: Engine | None = None
+    def __init__(self, engine: Backend | None, served_model_name: str | None) -> None:
+        self.engine: Backend | None = None
         self.tokens = TokenText(None)
         if engine is not None:
             self.attach(engine)
@@ -43,7 +43,7 @@ class Service:
         self._submitters = ThreadPoolExecutor(_NUM_SUBMITTERS, thread_name_prefix="submit")
         self._mailbox: Mailbox | None = None
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Backend) -> None:
         """Serve with this engine from now on; may be called from any thread."""
         self.tokens = TokenText(engine.tokenizer)
         self.engine = engine
@@ -61,7 +61,7 @@ class Service:
         """What callers call the model; None if only the engine knows and is not there yet."""
         return self._served_model_name or (self.engine.model_name if self.engine else None)
 
-    def require(self, model: str | None = None) -> Engine:
+    def require(self, model: str | None = None) -> Backend:
         """The engine, for a request that names `model`.
 
         Raises:
@@ -79,7 +79,7 @@ class Service:
             )
         return self.engine
 
-    def generation(self, engine: Engine, http: HttpRequest, requests: Sequence[Request]) -> Generation:
+    def generation(self, engine: Backend, http: HttpRequest, requests: Sequence[Request]) -> Generation:
         """The sequences of one HTTP request, still to be entered."""
         assert self._mailbox is not None
         return Generation(engine, self._mailbox, self._submitters, self.metrics, requests, http.receive)
@@ -94,7 +94,7 @@ def service_of(http: HttpRequest) -> Service:
     return service
 
 
-def require_tokenizer(engine: Engine, param: str) -> Tokenizer:
+def require_tokenizer(engine: Backend, param: str) -> Tokenizer:
     """The tokenizer. Raises RequestError, which blames `param`, if the server has none."""
     if engine.tokenizer is None:
         raise RequestError(
