@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from podquant.model.attention import KVCache
-from podquant.runtime.programs import Bucket, CacheShape, Model, Scores, lower_step, pack_rows
+from podquant.runtime.programs import Bucket, CacheShape, Model, Rows, Scores, lower_step, pack_rows
 from podquant.runtime.request import SamplingParams, TokenLogprobs
 from podquant.runtime.sampling import Sampled
 from podquant.runtime.scheduler import Decode, Prefill
@@ -77,8 +77,16 @@ def _token_logprobs(token: int, logprob: Any, ids: Any, values: Any, count: int)
     return TokenLogprobs(token, float(logprob), top)
 
 
+Array = np.ndarray[Any, np.dtype[Any]]
+Announce = Callable[[Bucket, Sequence[Array]], None]
+"""Told of each step, before it is dispatched: its bucket and the host values it takes."""
+
+
 class Executor:
     """The devices' side of the engine; used by one thread.
+
+    Where the mesh spans several processes, every one of them has an executor and runs the same steps in the same order:
+    one schedules and announces, the others `run` what they hear.
 
     Args:
         model: laid out over its mesh.
@@ -86,14 +94,22 @@ class Executor:
         shape: of the KV cache to make.
         chunk_size: prompt tokens of the largest prefill step.
         num_top: log-probabilities of top tokens the programs report.
+        announce: told of each step that `dispatch` starts.
     """
 
     def __init__(
-        self, model: Model, weights: tuple[jax.Array, ...], shape: CacheShape, chunk_size: int, num_top: int
+        self,
+        model: Model,
+        weights: tuple[jax.Array, ...],
+        shape: CacheShape,
+        chunk_size: int,
+        num_top: int,
+        announce: Announce = lambda bucket, arrays: None,
     ) -> None:
         self._model = model
         self._weights = weights
         self._shape = shape
+        self._announce = announce
         self._num_top = min(num_top, model.config.vocab_size)
         self._programs: dict[Bucket, Callable[..., Any]] = {}
         keys, values, self._last_tokens = (
@@ -128,7 +144,7 @@ class Executor:
         with ThreadPoolExecutor(2, "compile") as pool:
             for bucket, program, seconds in pool.map(build, self.buckets):
                 self._programs[bucket] = program
-                self._run(bucket, pack_rows([], [], bucket.batch, self._shape), [0] * 0, [])
+                self.run(bucket, self._arrays(bucket, pack_rows([], [], bucket.batch, self._shape), [], []))
                 on_compiled(bucket, seconds)
         jax.block_until_ready(self._cache)
 
@@ -162,19 +178,32 @@ class Executor:
         wants = params.logprobs is not None
         return sequence.slot, start, length, max(params.top_k, 0), params.seed, wants, sequence.pages
 
-    def _run(
-        self, bucket: Bucket, rows: Any, tokens: Sequence[int], targets: Sequence[int]
-    ) -> tuple[Sampled, Scores | None]:
+    def run(self, bucket: Bucket, arrays: Sequence[Array]) -> tuple[Sampled, Scores | None]:
+        """Run a step on host values as they were announced; returns before it is done."""
         program = self._programs.get(bucket)
         if program is None:
             program = self._programs[bucket] = self._compile(bucket)
-        given = [] if bucket.is_decode else [_padded(tokens, bucket.length)]
-        if bucket.scores:
-            given.append(_padded(targets, bucket.length))
+        ints, floats, *given = arrays
         self._cache, self._last_tokens, sampled, *scores = program(
-            self._weights, self._cache, self._last_tokens, rows, *given
+            self._weights, self._cache, self._last_tokens, Rows(ints, floats), *given
         )
         return sampled, scores[0] if scores else None
+
+    def _run(
+        self, bucket: Bucket, rows: Rows, tokens: Sequence[int], targets: Sequence[int]
+    ) -> tuple[Sampled, Scores | None]:
+        arrays = self._arrays(bucket, rows, tokens, targets)
+        self._announce(bucket, arrays)
+        return self.run(bucket, arrays)
+
+    def _arrays(self, bucket: Bucket, rows: Rows, tokens: Sequence[int], targets: Sequence[int]) -> list[Array]:
+        """The host values a bucket's program takes, in its order."""
+        arrays: list[Array] = [rows.ints, rows.floats]
+        if not bucket.is_decode:
+            arrays.append(_padded(tokens, bucket.length))
+        if bucket.scores:
+            arrays.append(_padded(targets, bucket.length))
+        return arrays
 
     def _compile(self, bucket: Bucket) -> Callable[..., Any]:
         return lower_step(self._model, self._shape, bucket, self._num_top).compile()

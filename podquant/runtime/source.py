@@ -58,6 +58,10 @@ class WeightSource(Protocol):
     def spoilt(self, file: str) -> PodquantError:
         """What to raise when the bytes of one of these are not those its checksum was made of."""
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what will be loaded: equal where the weights are equal. No tensor is read for it."""
+
     def scheme_of(self, module: str) -> Scheme | None:
         """How a module's weight comes: quantized under a scheme, or plain."""
 

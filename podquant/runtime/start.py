@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
 
-from jax.sharding import Mesh
+import jax
 
 from podquant.config.rules import load_quantization_config
 from podquant.errors import CapacityError, ConfigError
@@ -16,57 +19,89 @@ from podquant.model.config import ModelConfig
 from podquant.model.families import read_model_config
 from podquant.model.matmul import Numerics
 from podquant.runtime.engine import Engine
-from podquant.runtime.executor import Executor
+from podquant.runtime.executor import Announce, Executor
 from podquant.runtime.load import load_weights
-from podquant.runtime.mesh import advise, make_mesh
+from podquant.runtime.mesh import Exchange, advise, exchange_over, make_mesh
 from podquant.runtime.options import EngineOptions
 from podquant.runtime.pages import PagePool
 from podquant.runtime.programs import CacheShape, Model
 from podquant.runtime.scheduler import Scheduler
 from podquant.runtime.source import WeightSource, open_source
 from podquant.runtime.tokenizer import Tokenizer
-from podquant.storage.hub import download_model
+from podquant.storage.hub import download_model, is_offline
 
 _log = logging.getLogger(__name__)
+
+_SMALL_BYTES = 64 << 20
+"""No file of a tokenizer is larger."""
 
 _CPU_CACHE_TOKENS = 32768
 """KV-cache tokens on a CPU, whose memory is shared with everything else, unless told otherwise."""
 
 
-def start_engine(options: EngineOptions, on_load: Callable[[int, int], None] = lambda done, total: None) -> Engine:
-    """Load and compile a model; `Engine.start` then begins to serve.
+OnLoad = Callable[[int, int], None]
+"""Called with the bytes that this process has read so far, and the bytes of the whole model."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model found and checked, of which nothing is loaded yet; a context manager that lets go of its files."""
+
+    options: EngineOptions
+    source: WeightSource
+    config: ModelConfig
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.options.context_length or self.config.max_positions
+
+
+def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
+    """Find a model and check what can be checked without reading a weight.
 
     Args:
-        options: what and how.
-        on_load: called with the bytes read so far and in all.
+        by_ranges: read a Hugging Face id from the hub, each process what it needs, instead of downloading it whole.
 
     Raises:
-        ConfigError, CheckpointError, ArtifactError, MeshError, CapacityError, StorageError: before weights are read
-            where that is possible.
+        ConfigError, CheckpointError, ArtifactError, StorageError: the options, or what is there, are wrong.
     """
     _check(options)
     rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
-    path = options.model_path
-    if "://" in path:
-        raise ConfigError(f"{path}: serving from a bucket is not supported yet; copy the artifact to a local directory")
-    if not Path(path).exists():
-        path = download_model(path, revision=options.revision, directory=options.download_dir).path
-    source = open_source(path, rules)
+    source = open_source(_locate(options, by_ranges=by_ranges), rules)
     try:
-        return _start(options, path, source, on_load)
-    finally:
+        config = read_model_config(source.config, f"{source.store.uri}/config.json")
+    except BaseException:
         source.close()
+        raise
+    return Opened(options, source, config)
 
 
-def _start(options: EngineOptions, path: str, source: WeightSource, on_load: Callable[[int, int], None]) -> Engine:
-    config = read_model_config(source.config, f"{source.store.uri}/config.json")
-    tokenizer = None if options.skip_tokenizer_init else Tokenizer.load(Path(path), source.config)
+def start_executor(
+    opened: Opened, on_load: OnLoad = lambda done, total: None, announce: Announce = lambda bucket, arrays: None
+) -> tuple[Executor, CacheShape]:
+    """Load and compile a model. Where several processes run it together, all must, at the same time.
+
+    Args:
+        announce: told of each step before it is dispatched, in the process that schedules.
+
+    Raises:
+        CheckpointError, ArtifactError, MeshError, CapacityError, StorageError: before weights are read where that is
+            possible.
+    """
+    options, source = opened.options, opened.source
     mesh = make_mesh(options.device, options.tp_size)
-    numerics = Numerics(_dtype(options, config), mesh.devices.flat[0].platform)
-    model = Model(config, source.scheme_of, numerics, mesh)
-    for line in advise(mesh.devices.flat[0].device_kind, model.schemes):
+    device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    numerics = Numerics(_dtype(options, opened.config), device.platform)
+    model = Model(opened.config, source.scheme_of, numerics, mesh)
+    for line in advise(device.device_kind, model.schemes):
         _log.warning("%s", line)
-    context_length = options.context_length or config.max_positions
     began = time.monotonic()
     read = 0
 
@@ -76,20 +111,47 @@ def _start(options: EngineOptions, path: str, source: WeightSource, on_load: Cal
         on_load(read, source.num_bytes)
 
     weights = load_weights(model, source, progress)
-    _log.info("loaded %.2f GB in %.1f s", read / 1e9, time.monotonic() - began)
-    shape = _cache_shape(options, model, mesh, context_length)
-    executor = Executor(model, weights, shape, options.chunked_prefill_size, options.max_logprobs)
+    seconds = time.monotonic() - began
+    _log.info("loaded %.2f GB in %.1f s, %.2f GB/s", read / 1e9, seconds, read / seconds / 1e9)
+    shape = _cache_shape(options, model, device, opened.context_length, exchange_over(mesh))
+    executor = Executor(model, weights, shape, options.chunked_prefill_size, options.max_logprobs, announce)
     if not options.skip_server_warmup:
         began = time.monotonic()
         executor.warm_up(lambda bucket, seconds: _log.info("compiled %s in %.1f s", bucket, seconds))
         _log.info("compiled %d programs in %.1f s", len(executor.buckets), time.monotonic() - began)
+    return executor, shape
+
+
+def start_engine(options: EngineOptions, on_load: OnLoad = lambda done, total: None) -> Engine:
+    """Open, load and compile a model in this process; `Engine.start` then begins to serve.
+
+    Raises:
+        As `open_model`, `load_tokenizer` and `start_executor`, in this order.
+    """
+    with open_model(options) as opened:
+        return build_engine(opened, load_tokenizer(opened), on_load)
+
+
+def build_engine(
+    opened: Opened,
+    tokenizer: Tokenizer | None,
+    on_load: OnLoad = lambda done, total: None,
+    announce: Announce = lambda bucket, arrays: None,
+) -> Engine:
+    """The engine over `start_executor`'s executor; in the process that schedules.
+
+    Args:
+        tokenizer: None to serve token ids only.
+    """
+    options, config = opened.options, opened.config
+    executor, shape = start_executor(opened, on_load, announce)
     pool = PagePool(shape.num_pages, shape.page_size)
     scheduler = Scheduler(
         pool,
         max_running=options.max_running_requests,
         max_waiting=options.max_waiting_requests,
         chunk_size=options.chunked_prefill_size,
-        context_length=context_length,
+        context_length=opened.context_length,
     )
     return Engine(
         model_name=options.model_path,
@@ -98,11 +160,36 @@ def _start(options: EngineOptions, path: str, source: WeightSource, on_load: Cal
         pool=pool,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
-        context_length=context_length,
+        context_length=opened.context_length,
         max_logprobs=min(options.max_logprobs, config.vocab_size),
         eos_token_ids=frozenset(tokenizer.eos_ids if tokenizer else config.eos_token_ids),
         random_seed=options.random_seed,
     )
+
+
+def load_tokenizer(opened: Opened) -> Tokenizer | None:
+    """The model's tokenizer, wherever its files are; None where the options want none.
+
+    Raises:
+        CheckpointError: its files are missing or wrong.
+    """
+    if opened.options.skip_tokenizer_init:
+        return None
+    store = opened.source.store
+    with TemporaryDirectory(prefix="podquant-") as folder:
+        for name, size in store.list().items():
+            if "/" not in name and size <= _SMALL_BYTES and not name.endswith(".safetensors"):
+                (Path(folder) / name).write_bytes(store.read(name))
+        return Tokenizer.load(Path(folder), opened.source.config)
+
+
+def _locate(options: EngineOptions, *, by_ranges: bool) -> str:
+    path = options.model_path
+    if "://" in path or Path(path).expanduser().exists():
+        return path
+    if by_ranges and options.download_dir is None and not is_offline():
+        return f"hf://{path}" + (f"@{options.revision}" if options.revision else "")
+    return download_model(path, revision=options.revision, directory=options.download_dir).path
 
 
 def _check(options: EngineOptions) -> None:
@@ -123,17 +210,20 @@ def _dtype(options: EngineOptions, config: ModelConfig) -> str:
     return "float32" if config.dtype == "float32" else "bfloat16"
 
 
-def _cache_shape(options: EngineOptions, model: Model, mesh: Mesh, context_length: int) -> CacheShape:
-    """How many pages there is room for, or were asked for."""
+def _cache_shape(
+    options: EngineOptions, model: Model, device: jax.Device, context_length: int, exchange: Exchange
+) -> CacheShape:
+    """How many pages there is room for on every host, or were asked for."""
     wanted = options.max_running_requests * context_length
     tokens = options.max_total_tokens
     if tokens is None:
-        stats = mesh.devices.flat[0].memory_stats()
-        if mesh.devices.flat[0].platform == "cpu" or not stats or "bytes_limit" not in stats:
+        stats = device.memory_stats()
+        if device.platform == "cpu" or not stats or "bytes_limit" not in stats:
             tokens = min(_CPU_CACHE_TOKENS, wanted)
         else:
             free = stats["bytes_limit"] * options.mem_fraction_static - stats["bytes_in_use"]
             tokens = min(int(free // _token_bytes(model)), wanted)
+        tokens = min(int(each) for each in exchange(str(tokens).encode()))
     num_pages = tokens // options.page_size
     if num_pages < 1:
         raise CapacityError(
