@@ -6,9 +6,6 @@ after which the task is also given to another worker. Knows nothing of what task
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
@@ -23,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from podquant.cluster.hosts import RETRIED, Done, Failed, HostLost, Outcome, Progress, Task
 from podquant.cluster.ray_meter import Meter, Overall, count, this_host
-from podquant.cluster.ray_pool import Pool, reserve_nodes, reserve_slice
+from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
 from podquant.cluster.topology import TpuSlice
 from podquant.errors import ClusterError, PodquantError
 
@@ -33,7 +30,6 @@ OFF_CHIPS: Mapping[str, str] = {"JAX_PLATFORMS": "cpu"}
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 2.0  # `ray job stop` kills 3 s after it asked
 _NO_HOST_SECONDS = 60.0
-_CONNECT_SECONDS = 10.0
 _MOST_TRIES = 4
 _RERUN = "Run the job again when there are hosts: it goes on where it stopped"
 
@@ -77,14 +73,7 @@ class RayHosts:
 
     def __enter__(self) -> Self:
         """Raises ClusterError: no cluster there, or no hosts as asked for within the time given."""
-        refuse_unreachable(self._address)
-        try:
-            ray.init(self._address, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError, PermissionError) as error:
-            raise ClusterError(
-                f"Ray cluster {self._address!r}: cannot connect: {' '.join(str(error).split())}. Give the address of a "
-                "running cluster (host:6379), or run this on one of its hosts"
-            ) from error
+        connect(self._address)
         try:
             cpus, seconds = self._cpus_per_worker, self._reserve_seconds
             if self._accelerator is None:
@@ -239,21 +228,6 @@ class _Run:
                 del self._tries[ref]
                 _stop(ref)
         self._waiting = deque(task for task in self._waiting if task.key != key)
-
-
-def refuse_unreachable(address: str) -> None:
-    """Raise ClusterError unless something listens at `host:port`: Ray itself takes two minutes to say so."""
-    wanted = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    host, _, port = wanted.rpartition(":")
-    if not host or not port.isdecimal() or "://" in host:
-        return  # for Ray to find, or to refuse
-    try:
-        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"Ray cluster {wanted}: cannot connect: {error.strerror or error}. Give the address of a running cluster "
-            "(host:6379), or run this on one of its hosts"
-        ) from error
 
 
 def _stop(ref: ray.ObjectRef[_Answer]) -> None:

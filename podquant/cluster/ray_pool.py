@@ -6,6 +6,9 @@ a host that died. Knows nothing of what workers do. They ask for CPUs, and a res
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +22,26 @@ from podquant.errors import ClusterError
 
 _SLICE_LABEL = "ray.io/tpu-slice-name"
 _LOOK_SECONDS = 10.0
+_CONNECT_SECONDS = 10.0
+
+
+def connect(address: str) -> None:
+    """Make this process a driver of the cluster at `address`, as `ray.init` takes it.
+
+    Raises:
+        ClusterError: there is none; found at once where nothing listens, for which Ray itself takes two minutes.
+    """
+    wanted = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = wanted.rpartition(":")
+    try:
+        if host and port.isdecimal() and "://" not in host:
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        ray.init(address, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"Ray cluster {wanted or address}: cannot connect: {' '.join(str(error).split())}. Give the address of a "
+            "running cluster (host:6379), or run this on one of its hosts"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -28,6 +51,11 @@ class Pool:
     group: PlacementGroup
     workers_per_host: int
     _handle: Any
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts reserved, alive or not."""
+        return int(self.group.bundle_count)
 
     @property
     def hosts(self) -> set[str]:
