@@ -70,7 +70,33 @@ class ConvertJob:
     name: str
 
 
+Kind = type[bool] | type[int] | type[float] | type[str] | tuple[str, ...]
+"""What a flag of the server takes: a type, or one of some words."""
+
+
+@dataclass(frozen=True)
+class ServeJob:
+    """A model to serve.
+
+    Attributes:
+        model: an artifact or a checkpoint: `gs://…`, a local directory or a Hugging Face id.
+        quantization_config_path: quantize a checkpoint by these rules while loading it; None leaves it as it is.
+        revision: branch, tag or commit of a Hugging Face id.
+        flags: of `podquant serve`, by name, with values of their kinds.
+        cluster: where it runs.
+        name: the file's name without its directory.
+    """
+
+    model: str
+    quantization_config_path: str | None
+    revision: str | None
+    flags: Mapping[str, bool | int | float | str]
+    cluster: ClusterOptions
+    name: str
+
+
 _JOB_KEYS = tuple(entry.name for entry in fields(ConvertJob) if entry.name != "name")
+_SERVE_KEYS = ("model", "quantization_config_path", "revision", "serve", "cluster")
 _CLUSTER_KEYS = tuple(entry.name for entry in fields(ClusterOptions))
 
 
@@ -84,7 +110,47 @@ def load_convert_job(path_or_bare_name: str) -> ConvertJob:
     """
     path = find_config(path_or_bare_name, what="job file", folder="jobs")
     root = load_yaml(path)
-    entries = root.mapping(_JOB_KEYS)
+    return _convert_job(root, root.mapping(_JOB_KEYS), path.name)
+
+
+def load_serve_job(path_or_bare_name: str, flags: Mapping[str, Kind]) -> ServeJob:
+    """Reads a job file that serves a model (`serve.yaml`).
+
+    Args:
+        flags: what may stand in its section `serve`.
+
+    Raises:
+        ConfigError: there is no such file, or anything in it is wrong; names file and line.
+    """
+    path = find_config(path_or_bare_name, what="job file", folder="jobs")
+    root = load_yaml(path)
+    entries = root.mapping(_SERVE_KEYS)
+    if "model" not in entries:
+        root.fail("expected the key model (an artifact or a checkpoint: gs://…, a shared directory, or org/name)")
+    return ServeJob(
+        model=entries["model"].text("an artifact or a checkpoint: gs://…, a shared directory, or org/name"),
+        quantization_config_path=_text_or_null(
+            entries, "quantization_config_path", _REQUIRED["quantization_config_path"]
+        ),
+        revision=_text_or_null(entries, "revision", "a branch, tag or commit as text, or null"),
+        flags=_serve_flags(entries.get("serve"), flags),
+        cluster=_cluster(entries.get("cluster")),
+        name=path.name,
+    )
+
+
+def load_quantize_and_serve_job(path_or_bare_name: str, flags: Mapping[str, Kind]) -> tuple[ConvertJob, ServeJob]:
+    """Reads a job file that converts and then serves what it made (`quantize_and_serve.yaml`); as the two others."""
+    path = find_config(path_or_bare_name, what="job file", folder="jobs")
+    root = load_yaml(path)
+    entries = dict(root.mapping((*_JOB_KEYS, "serve")))
+    serve = entries.pop("serve", None)
+    job = _convert_job(root, entries, path.name)
+    chosen = {"tp_size": job.tp_size, **_serve_flags(serve, flags)}
+    return job, ServeJob(job.target, None, None, chosen, job.cluster, path.name)
+
+
+def _convert_job(root: Node, entries: Mapping[str, Node], name: str) -> ConvertJob:
     for key, what in _REQUIRED.items():
         if key not in entries:
             root.fail(f"expected the key {key} ({what}), got {'only ' + ', '.join(entries) if entries else 'no keys'}")
@@ -103,7 +169,7 @@ def load_convert_job(path_or_bare_name: str) -> ConvertJob:
         strict_rules=_flag(entries, "strict_rules"),
         overwrite=_flag(entries, "overwrite"),
         cluster=_cluster(entries.get("cluster")),
-        name=path.name,
+        name=name,
     )
 
 
@@ -131,6 +197,23 @@ def _cluster(node: Node | None) -> ClusterOptions:
         max_retries=retries.natural_number("an integer from 0") if retries else defaults.max_retries,
         env=_environment(entries["env"]) if "env" in entries else defaults.env,
     )
+
+
+def _serve_flags(node: Node | None, flags: Mapping[str, Kind]) -> dict[str, bool | int | float | str]:
+    if node is None or node.is_null:
+        return {}
+    found = node.mapping(tuple(flags))
+    return {name: _value(value, flags[name]) for name, value in found.items() if not value.is_null}
+
+
+def _value(node: Node, kind: Kind) -> bool | int | float | str:
+    if isinstance(kind, tuple):
+        return node.choice(kind, f"one of {', '.join(kind)}", {})
+    if kind is bool:
+        return node.boolean()
+    if kind is int:
+        return node.natural_number("an integer from 0")
+    return node.positive_number("a positive number") if kind is float else node.text("text")
 
 
 def _environment(node: Node) -> Mapping[str, str]:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from podquant.config.job import ClusterOptions, ConvertJob, is_hugging_face_id, load_convert_job
+from podquant.config.job import (
+    ClusterOptions,
+    ConvertJob,
+    Kind,
+    is_hugging_face_id,
+    load_convert_job,
+    load_quantize_and_serve_job,
+    load_serve_job,
+)
 from podquant.config.rules import load_quantization_config
 from podquant.config.yamlfile import load_yaml
 from podquant.errors import ConfigError
@@ -173,11 +181,48 @@ def test_a_directory_that_exists_is_no_hugging_face_id(tmp_path: Path, monkeypat
         load(tmp_path, HUB)
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_job_is_found_by_name_and_loads(path: Path) -> None:
-    job = load_convert_job(path.name)
-    assert job.name == path.name
-    assert load_quantization_config(job.quantization_config_path).rules
+FLAGS: dict[str, Kind] = {"port": int, "host": str, "tp_size": int, "enable_metrics": bool, "drain_seconds": float}
+FLAGS |= {"device": ("tpu", "cpu")}
+
+
+def test_every_shipped_job_is_found_by_name_and_loads() -> None:
+    both, serving = load_quantize_and_serve_job("quantize_and_serve.yaml", FLAGS)
+    for job in (load_convert_job("convert.yaml"), both):
+        assert load_quantization_config(job.quantization_config_path).rules
+    assert replace(both, name="convert.yaml") == load_convert_job("convert.yaml")
+    alone = load_serve_job("serve.yaml", FLAGS)
+    assert (serving.model, alone.model) == (both.target, both.target)
+    assert serving.flags == alone.flags == {"host": "0.0.0.0", "port": 30000, "tp_size": 16}
+    assert {path.name for path in JOBS.glob("*.yaml")} == {"convert.yaml", "serve.yaml", "quantize_and_serve.yaml"}
+
+
+def test_flags_of_a_server_are_of_their_kinds(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "model: org/name\nserve: {port: 0, enable_metrics: false, drain_seconds: 2.5, device: cpu, host: null}\n"
+    )
+    job = load_serve_job(str(tmp_path / "my.yaml"), FLAGS)
+    assert job.flags == {"port": 0, "enable_metrics": False, "drain_seconds": 2.5, "device": "cpu"}
+    assert (job.quantization_config_path, job.revision, job.cluster) == (None, None, ClusterOptions())
+    text = GOOD + "tp_size: 4\n"
+    (tmp_path / "both.yaml").write_text(text)
+    assert load_quantize_and_serve_job(str(tmp_path / "both.yaml"), FLAGS)[1].flags == {"tp_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("serve: {port: 1}\n", "1: the file: expected the key model"),
+        ("model: m\nserve: {prt: 1}\n", "2: unknown key 'prt' in serve: expected one of port, .* did you mean port"),
+        ("model: m\nserve: {port: x}\n", "2: serve.port: expected an integer from 0, got the text 'x'"),
+        ("model: m\nserve: {enable_metrics: 1}\n", "2: serve.enable_metrics: expected true or false"),
+        ("model: m\nserve: {device: gpu}\n", "2: serve.device: expected one of tpu, cpu"),
+        ("model: m\ntarget: t\n", "2: unknown key 'target'"),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_serve_job(str(tmp_path / "my.yaml"), FLAGS)
 
 
 def test_the_shipped_job_shows_every_key() -> None:
@@ -208,4 +253,7 @@ def test_an_unknown_bare_name_lists_the_shipped_jobs_and_no_others() -> None:
     message = str(caught.value)
     assert message.startswith("'convrt.yaml': no such job file; looked for convrt.yaml, ")
     assert "podquant/configs/jobs/convrt.yaml" in message
-    assert message.endswith("; expected a path, or one of the shipped files convert.yaml; did you mean convert.yaml?")
+    assert message.endswith(
+        "; expected a path, or one of the shipped files convert.yaml, quantize_and_serve.yaml, "
+        "serve.yaml; did you mean convert.yaml?"
+    )
