@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -11,15 +10,12 @@ from typing import TYPE_CHECKING
 
 from podquant.cli.progress import progress
 from podquant.cli.signals import stopping
-from podquant.cli.source import add_source_arguments, num_threads, open_source, positive
+from podquant.cli.source import add_source_arguments, num_threads, open_source, positive, worker_environment
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from podquant.cluster.hosts import Hosts
     from podquant.config.job import ClusterOptions, ConvertJob
-
-_FORWARDED = ("STORAGE_EMULATOR_HOST", "NO_GCE_CHECK", "GOOGLE_CLOUD_PROJECT", "FSSPEC_GCS_", "FSSPEC_GS_", "HF_")
-"""Beginnings of the environment variables that say how storage is reached: workers get them too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +109,20 @@ def run_job(job: ConvertJob, *, address: str | None, download_dir: str | None = 
     return 0
 
 
+def run_job_unless_done(job: ConvertJob, *, address: str | None) -> int:
+    """As `run_job`; an artifact that is at the target already is left as it is, unless the job is to overwrite it."""
+    from podquant.convert.run import check_target
+    from podquant.errors import ArtifactExistsError
+
+    try:
+        check_target(job.target, overwrite=job.overwrite)
+    except ArtifactExistsError:
+        check_target(job.target, overwrite=True)  # refuses what is no artifact
+        print(f"{job.target}: is there already, and is served as it is")
+        return 0
+    return run_job(job, address=address)
+
+
 @contextmanager
 def _hosts(
     options: ClusterOptions, address: str | None, nbytes: int
@@ -125,13 +135,12 @@ def _hosts(
     from podquant.cluster.ray_hosts import OFF_CHIPS, RayHosts
     from podquant.cluster.topology import parse_slice
 
-    forwarded = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
     with RayHosts(
         address,
         accelerator=None if options.accelerator is None else parse_slice(options.accelerator),
         workers_per_host=options.workers_per_host,
         cpus_per_worker=options.threads_per_worker,
-        environment={**OFF_CHIPS, **forwarded, **options.env},
+        environment={**OFF_CHIPS, **worker_environment(options)},
         max_retries=options.max_retries,
         deadline_seconds=options.unit_deadline_seconds,
     ) as hosts:

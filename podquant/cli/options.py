@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import secrets
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from podquant.config.job import Kind
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from podquant.group.service import Members
     from podquant.runtime.options import EngineOptions
+    from podquant.server.serving import HttpOptions
+
+
+API_KEY_VARIABLE = "PODQUANT_API_KEY"
+SECRET_VARIABLE = "PODQUANT_GROUP_SECRET"
+_LEAST_SECRET = 16
 
 
 def _flag(help: str, default: Any = None, metavar: str | None = None) -> Any:
@@ -49,7 +59,10 @@ class ServeOptions:
 
     host: str = _flag("address to listen on; 0.0.0.0 for all, which wants an --api-key", "127.0.0.1")
     port: int = _flag("port to listen on; 0 takes a free one", 30000)
-    api_key: str | None = _flag("what callers must send as `Authorization: Bearer KEY`")
+    api_key: str | None = _flag(
+        "what callers must send as `Authorization: Bearer KEY` (default: what PODQUANT_API_KEY holds, which other "
+        "users of the machine cannot see)"
+    )
     served_model_name: str | None = _flag("what callers call the model (default: as --model-path)", metavar="NAME")
     enable_metrics: bool = _flag("serve GET /metrics for Prometheus", True)
     log_level: Literal["debug", "info", "warning", "error"] = _flag(
@@ -61,9 +74,25 @@ class ServeOptions:
         "what to run on (default: a TPU if there is one, then CUDA, then CPU)"
     )
     tp_size: int = _flag("devices to cut the model over", 1, "N")
-    nnodes: int = _flag("hosts to serve on; only 1 in this version", 1, "N")
-    node_rank: int = _flag("which of the hosts this is, from 0", 0, "RANK")
-    dist_init_addr: str | None = _flag("HOST:PORT where the hosts meet; not used with one host", metavar="HOST:PORT")
+    dp_size: int = _flag("replicas of the model, each on --tp-size devices, behind one port", 1, "N")
+    nnodes: int = _flag(
+        "hosts to serve on; start one process on each, with the same flags but for --node-rank, and the same secret in "
+        "PODQUANT_GROUP_SECRET",
+        1,
+        "N",
+    )
+    node_rank: int = _flag("which of the hosts this is, from 0, which answers HTTP", 0, "RANK")
+    dist_init_addr: str | None = _flag(
+        "HOST:PORT of host 0, where the hosts meet; not used with one host", metavar="HOST:PORT"
+    )
+    liveness_seconds: float = _flag(
+        "a host or a process of several that gives no sign of life for so long is lost, and all start anew",
+        10.0,
+        "SECONDS",
+    )
+    arrival_seconds: float = _flag("how long to wait for all of several hosts", 600.0, "SECONDS")
+    step_seconds: float = _flag("a step that takes longer, on any of several hosts, has failed", 120.0, "SECONDS")
+    start_seconds: float = _flag("how long several hosts may take to load and compile", 1800.0, "SECONDS")
     mem_fraction_static: float = _flag("share of a device's memory for weights and KV cache", 0.85, "SHARE")
 
     context_length: int | None = _flag(
@@ -90,10 +119,24 @@ class ServeOptions:
         self._require(self.drain_seconds >= 0, "drain_seconds", "0 or more", "0 ends requests at once")
         self._require(0 < self.mem_fraction_static <= 1, "mem_fraction_static", "above 0 and up to 1", "0.85 is usual")
         self._require(self.max_logprobs >= 0, "max_logprobs", "0 or more", "0 gives only the chosen tokens'")
-        self._require(self.nnodes == 1, "nnodes", "1", "serving on several hosts is not part of this version")
-        self._require(self.node_rank == 0, "node_rank", "0, as --nnodes is 1", "start one process")
+        self._require(0 <= self.node_rank < self.nnodes, "node_rank", f"0 to {self.nnodes - 1}", "as --nnodes says")
+        self._require(
+            self.nnodes == 1 or self.dist_init_addr is not None,
+            "dist_init_addr",
+            "HOST:PORT of host 0 where there are several hosts",
+            "as in 10.0.0.1:10011",
+        )
+        for name in ("liveness_seconds", "arrival_seconds", "step_seconds", "start_seconds"):
+            self._require(getattr(self, name) >= 1, name, "1 or more", "the default will do")
         self._require(self.api_key != "", "api_key", "at least one character", "leave it out to serve anybody")
-        for name in ("tp_size", "max_running_requests", "max_queued_requests", "max_prefill_tokens"):
+        for name in (
+            "tp_size",
+            "dp_size",
+            "nnodes",
+            "max_running_requests",
+            "max_queued_requests",
+            "max_prefill_tokens",
+        ):
             self._require(getattr(self, name) >= 1, name, "1 or more", "the default will do")
         for name in ("chunked_prefill_size", "page_size"):
             value = getattr(self, name)
@@ -107,6 +150,49 @@ class ServeOptions:
     def _require(self, holds: bool, name: str, expected: str, advice: str) -> None:
         if not holds:
             raise ConfigError(f"{_option(name)}: expected {expected}, got {getattr(self, name)!r}; {advice}")
+
+    def members(self, secret: str) -> Members:
+        """The hosts that serve together.
+
+        Args:
+            secret: what all of them know; may be empty where there is one host.
+
+        Raises:
+            ConfigError: several hosts without a secret, or replicas that do not come out even.
+        """
+        from podquant.group.launch import Deadlines
+        from podquant.group.service import Members
+
+        if self.nnodes > 1 and len(secret) < _LEAST_SECRET:
+            raise ConfigError(
+                f"{SECRET_VARIABLE}: several hosts need a secret of {_LEAST_SECRET} characters or more that all of "
+                "them have, so that no stranger joins them: make one with `openssl rand -hex 32`"
+            )
+        host, _, port = (self.dist_init_addr or "127.0.0.1:0").rpartition(":")
+        if self.nnodes > 1 and host in ("", "0.0.0.0", "::", "[::]"):
+            raise ConfigError(
+                f"--dist-init-addr {self.dist_init_addr}: expected host 0's own address, which the other hosts call"
+            )
+        deadlines = Deadlines(
+            self.liveness_seconds, self.step_seconds, self.arrival_seconds, self.start_seconds, self.drain_seconds
+        )
+        key = (secret or secrets.token_hex(32)).encode()
+        return Members(self.nnodes, self.dp_size, (host.strip("[]"), int(port)), key, deadlines)
+
+    @property
+    def http_options(self) -> HttpOptions:
+        """The server's part of it."""
+        from podquant.server.serving import HttpOptions
+
+        return HttpOptions(
+            host=self.host,
+            port=self.port,
+            api_key=self.api_key,
+            served_model_name=self.served_model_name,
+            with_metrics=self.enable_metrics,
+            access_log=self.log_level == "debug",
+            drain_seconds=self.drain_seconds,
+        )
 
     @property
     def engine_options(self) -> EngineOptions:
@@ -148,7 +234,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="the same as --model-path")
     kinds = typing.get_type_hints(ServeOptions)
     for option in dataclasses.fields(ServeOptions):
-        parser.add_argument(_option(option.name), **_argument(option, kinds[option.name]))
+        parser.add_argument(_option(option.name), **_argument(option, _kind(kinds[option.name])))
 
 
 def read_options(arguments: argparse.Namespace) -> ServeOptions:
@@ -161,22 +247,42 @@ def read_options(arguments: argparse.Namespace) -> ServeOptions:
                 "leave one out"
             )
         values["model_path"] = arguments.model
+    values["api_key"] = values["api_key"] or os.environ.get(API_KEY_VARIABLE)
     return ServeOptions(**values)
+
+
+OF_THE_HOSTS = ("model_path", "quantization_config_path", "revision", "nnodes", "node_rank", "dist_init_addr")
+"""Fields that a job decides otherwise than by its section `serve`."""
+
+
+def flag_kinds() -> dict[str, Kind]:
+    """The flags that a job file's section `serve` may hold, and what each takes."""
+    kinds = typing.get_type_hints(ServeOptions)
+    names = [option.name for option in dataclasses.fields(ServeOptions) if option.name not in OF_THE_HOSTS]
+    return {name: _kind(kinds[name]) for name in names}
+
+
+def _kind(hint: Any) -> Kind:
+    """The type behind a field's annotation: of what it may be besides None."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return tuple(typing.get_args(hint))
+    kind: Kind = hint
+    return kind
 
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _argument(option: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
-    """argparse's view of a field of type bool, str, int, float or Literal, or one of these or None."""
+def _argument(option: dataclasses.Field[Any], kind: Kind) -> dict[str, Any]:
+    """argparse's view of a field."""
     argument: dict[str, Any] = {"default": option.default, "help": option.metadata["help"]}
     if option.default not in (None, "", False) and kind is not bool:
         argument["help"] += " (%(default)s)"
     if kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    if typing.get_origin(kind) is Literal:
-        return argument | {"choices": typing.get_args(kind)}
+    if isinstance(kind, tuple):
+        return argument | {"choices": kind}
     return argument | {"type": kind, "metavar": option.metadata["metavar"]}

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from podquant.cli.options import ServeOptions, add_options, read_options
+from podquant.cli.options import API_KEY_VARIABLE, SECRET_VARIABLE, ServeOptions, add_options, read_options
+from podquant.cli.source import worker_environment
+from podquant.errors import ConfigError
 
-_LAST_WORDS_SECONDS = 5.0
-"""For clients to read what is left once every request has ended."""
+if TYPE_CHECKING:
+    from podquant.config.job import ServeJob
 
 
 class _StopSignal(BaseException):
@@ -38,34 +44,85 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def serve(options: ServeOptions) -> None:
-    """Listen first, so that /health answers; then load, serve, and wait for a signal. Call it in the main thread.
+    """Serve until a signal, on this host's part of the group if there are several. Call it in the main thread.
 
     Raises:
-        PodquantError: the address or the model cannot be had.
+        PodquantError: the address, the model or the other hosts cannot be had.
     """
-    from podquant.runtime.start import start_engine
-    from podquant.server.app import attach_engine, create_app
-    from podquant.server.listener import Listener
+    from podquant.server import serving
 
-    name = options.served_model_name or options.model_path
-    app = create_app(None, api_key=options.api_key, served_model_name=name, with_metrics=options.enable_metrics)
-    listener = Listener(app, options.host, options.port, access_log=options.log_level == "debug")
-    listener.start()
-    engine = None
+    is_stopped = threading.Event()
     try:
         with _stop_signals():
-            engine = start_engine(options.engine_options)
-            engine.start()
-            attach_engine(app, engine)
-            print(f"podquant serves {name} at {listener.url} (Ctrl-C ends it)", flush=True)
-            threading.Event().wait()
+            members = None
+            if options.nnodes > 1 or options.dp_size > 1:
+                members = options.members(os.environ.get(SECRET_VARIABLE, ""))
+            if members is not None and options.node_rank > 0:
+                serving.serve_other_host(options.engine_options, members, options.node_rank, is_stopped)
+                return
+            say = partial(_announce, options)
+            serving.serve(options.engine_options, options.http_options, members, is_stopped, say)
     except _StopSignal:
-        print("stopping", file=sys.stderr, flush=True)
-    finally:
-        listener.close()
-        if engine is not None:
-            engine.stop(options.drain_seconds)
-        listener.join(_LAST_WORDS_SECONDS)
+        print("stopped", file=sys.stderr, flush=True)
+
+
+def serve_options(job: ServeJob) -> ServeOptions:
+    """The options behind a job. Raises ConfigError, naming the file, for what cannot be."""
+    flags: dict[str, Any] = {"api_key": os.environ.get(API_KEY_VARIABLE), **job.flags}
+    try:
+        return ServeOptions(
+            model_path=job.model,
+            quantization_config_path=job.quantization_config_path,
+            revision=job.revision,
+            **flags,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{job.name}: serve: {error}") from error
+
+
+def run_job(job: ServeJob, *, address: str) -> int:
+    """Serve on the hosts of a Ray cluster until a signal. Call it in the main thread.
+
+    Args:
+        address: of the cluster, as `ray.init` takes it.
+    """
+    from podquant.cluster.ray_gang import RayGang
+    from podquant.cluster.topology import parse_slice
+
+    options = serve_options(job)
+    accelerator = None if job.cluster.accelerator is None else parse_slice(job.cluster.accelerator)
+    with RayGang(address, accelerator=accelerator, environment=worker_environment(job.cluster)) as gang:
+        try:
+            with _stop_signals():
+                gang.run(partial(serve_on_host, options, secrets.token_hex(32)))
+        except _StopSignal:
+            gang.end(options.drain_seconds)
+            print("stopped", file=sys.stderr, flush=True)
+    return 0
+
+
+def serve_on_host(
+    options: ServeOptions,
+    secret: str,
+    rank: int,
+    addresses: Sequence[str],
+    port: int,
+    is_stopped: threading.Event,
+) -> None:
+    """One host's part of `run_job`; its JAX is in a process of its own, also where there is one host only."""
+    from podquant.server import serving
+
+    options = replace(options, nnodes=len(addresses), node_rank=rank, dist_init_addr=f"{addresses[0]}:{port}")
+    members = options.members(secret)
+    if rank > 0:
+        serving.serve_other_host(options.engine_options, members, rank, is_stopped)
+        return
+    serving.serve(options.engine_options, options.http_options, members, is_stopped, partial(_announce, options))
+
+
+def _announce(options: ServeOptions, url: str) -> None:
+    name = options.served_model_name or options.model_path
+    print(f"podquant serves {name} at {url} (Ctrl-C ends it)", flush=True)
 
 
 @contextmanager

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from podquant.convert.plan import Plan
 
 _HOST_THREADS = ClusterOptions().threads_per_worker
+_FORWARDED = ("STORAGE_EMULATOR_HOST", "NO_GCE_CHECK", "GOOGLE_CLOUD_PROJECT", "FSSPEC_GCS_", "FSSPEC_GS_", "HF_")
+"""Beginnings of the environment variables that say how storage is reached: workers get them too."""
+
 _MOST_THREADS = 8  # by default: each takes some GB/s, more than most storage gives
 
 
@@ -97,6 +100,11 @@ def _locate(model: str, revision: str | None, download_dir: str | None) -> tuple
         return f"hf://{model}" + (f"@{revision}" if revision else ""), ""
     snapshot = download_model(model, revision=revision, directory=download_dir)
     return snapshot.path, snapshot.name
+
+
+def worker_environment(options: ClusterOptions) -> dict[str, str]:
+    """Variables for processes on the hosts of a cluster: how storage is reached from here, and what the job says."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)} | dict(options.env)
 
 
 def positive(text: str) -> int:

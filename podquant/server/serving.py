@@ -1,0 +1,107 @@
+"""A model behind a port, from its first word to its last: listen, load, serve until told to stop, drain.
+
+It serves from this process, or from those of a group on this host and others. Knows nothing of flags or signals.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from podquant.group.hosts import Roll
+from podquant.group.other_host import serve_host
+from podquant.group.service import GroupService, Members
+from podquant.runtime.backend import Backend
+from podquant.runtime.options import EngineOptions
+from podquant.runtime.start import start_engine
+from podquant.server.app import attach_engine, create_app
+from podquant.server.listener import Listener
+
+_LAST_WORDS_SECONDS = 5.0
+"""For clients to read what is left once every request has ended."""
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """How callers reach the model.
+
+    Attributes:
+        host, port: to listen on; port 0 takes a free one.
+        api_key: what callers must send; None asks for nothing.
+        served_model_name: what callers call the model; None for its path.
+        with_metrics: whether there is /metrics.
+        access_log: log a line for each request.
+        drain_seconds: how long requests on the way may go on at the end.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 30000
+    api_key: str | None = None
+    served_model_name: str | None = None
+    with_metrics: bool = True
+    access_log: bool = False
+    drain_seconds: float = 30.0
+
+
+def serve(
+    options: EngineOptions,
+    http: HttpOptions,
+    members: Members | None,
+    is_stopped: threading.Event,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Listen first, so that /health answers; then load, and serve until `is_stopped` or an exception (a signal's, say).
+
+    Args:
+        members: of a group, whose host 0 this is; None to serve from this process.
+        on_ready: told the URL once requests are taken.
+
+    Raises:
+        PodquantError: the address or the model cannot be had, or the hosts do not come.
+    """
+    name = http.served_model_name or options.model_path
+    app = create_app(None, api_key=http.api_key, served_model_name=name, with_metrics=http.with_metrics)
+    listener = Listener(app, http.host, http.port, access_log=http.access_log)
+    listener.start()
+    try:
+        with _backend(options, members, http.drain_seconds, listener.close) as backend:
+            attach_engine(app, backend)
+            on_ready(listener.url)
+            while not is_stopped.wait(0.2):
+                pass
+    finally:
+        listener.close()
+        listener.join(_LAST_WORDS_SECONDS)
+
+
+def serve_other_host(options: EngineOptions, members: Members, number: int, is_stopped: threading.Event) -> None:
+    """Run the processes of another host than host 0, until that says to stop or `is_stopped` is set.
+
+    Raises:
+        ConfigError: host 0 was started with other flags.
+        ClusterError: host 0 does not answer.
+    """
+    roll = Roll(members.num_hosts, members.num_groups, options)
+    serve_host(number, members.address, members.secret, roll, members.deadlines, is_stopped)
+
+
+@contextmanager
+def _backend(
+    options: EngineOptions, members: Members | None, drain_seconds: float, close: Callable[[], None]
+) -> Iterator[Backend]:
+    """The backend, ready; afterwards drained and gone. `close` is called before: no new requests while draining."""
+    with ExitStack() as stack:
+        if members is None:
+            engine = start_engine(options)
+            engine.start()
+            stack.callback(engine.stop, drain_seconds)
+            stack.callback(close)
+            yield engine
+            return
+        service = GroupService(options, members)
+        stack.callback(service.stop, drain_seconds)
+        stack.callback(close)
+        service.start()
+        yield service.backend
