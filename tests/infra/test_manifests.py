@@ -28,12 +28,13 @@ from ray._private import ray_constants
 from ray._private.accelerators.tpu import TPUAcceleratorManager, infer_tpu_pod_type_from_topology
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from podquant.cli.convert import _FORWARDED
-from podquant.cli.options import ServeOptions
+from podquant.cli.options import API_KEY_VARIABLE, ServeOptions, flag_kinds
+from podquant.cli.serve import serve_options
+from podquant.cli.source import _FORWARDED
 from podquant.cluster.ray_hosts import OFF_CHIPS
 from podquant.cluster.ray_pool import _SLICE_LABEL
 from podquant.cluster.topology import TpuSlice, parse_slice
-from podquant.config.job import ConvertJob, load_convert_job
+from podquant.config.job import ConvertJob, load_quantize_and_serve_job
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -225,7 +226,9 @@ def test_environment_variables_are_read_by_somebody(name: str) -> None:
     for pod in pods_of(name).values():
         for entry in pod["containers"][0].get("env", []):
             variable = entry["name"]
-            assert variable.startswith(_FORWARDED) or variable.lower() in jax.config.values, variable
+            assert variable.startswith((*_FORWARDED, API_KEY_VARIABLE)) or variable.lower() in jax.config.values, (
+                variable
+            )
             assert "value" in entry or set(entry["valueFrom"]) == {"secretKeyRef"}, variable
             assert "TOKEN" not in variable or "value" not in entry, f"{variable}: a secret in a manifest"
 
@@ -276,14 +279,13 @@ def test_a_server_has_time_to_drain(name: str) -> None:
     assert pods_of(name)["host"]["terminationGracePeriodSeconds"] > SERVE["drain_seconds"] + 5
 
 
-def job_of(name: str, directory: Path) -> tuple[ConvertJob, dict[str, Any]]:
-    """The job as podquant reads it, and its serve section as it is written."""
+def job_of(name: str, directory: Path) -> tuple[ConvertJob, ServeOptions]:
+    """The job as podquant reads it."""
     config, _ = documents(name)
-    written = yaml.safe_load(config["data"]["job.yaml"])
-    serve = written.pop("serve")
     path = directory / "job.yaml"
-    path.write_text(yaml.safe_dump(written))
-    return load_convert_job(str(path)), serve
+    path.write_text(config["data"]["job.yaml"])
+    conversion, serving = load_quantize_and_serve_job(str(path), flag_kinds())
+    return conversion, serve_options(serving)
 
 
 @pytest.mark.parametrize("name", [f"rayjob-{name}" for name in SLICES])
@@ -295,7 +297,7 @@ def test_the_job_is_one_that_podquant_can_do_there(name: str, tmp_path: Path) ->
     assert job.tp_size == tpu.num_chips
     (container,) = pods_of(name)["host"]["containers"]
     assert job.cluster.workers_per_host * job.cluster.threads_per_worker <= int(container["resources"]["limits"]["cpu"])
-    assert serve == {"host": "0.0.0.0", "port": SERVE["port"]}
+    assert (serve.host, serve.port, serve.tp_size) == ("0.0.0.0", SERVE["port"], tpu.num_chips)
 
 
 @pytest.mark.parametrize("name", [f"rayjob-{name}" for name in SLICES])
@@ -310,8 +312,7 @@ def test_the_entrypoint_is_in_the_image_and_its_file_in_the_pod(name: str) -> No
     assert file == f"{mount['mountPath']}/job.yaml"
     assert volume["configMap"]["name"] == config["metadata"]["name"]
     assert list(config["data"]) == ["job.yaml"]
-    if not (ROOT / "jobs" / Path(script).name).exists():
-        pytest.skip(f"{script} is not written yet")
+    assert (ROOT / "jobs" / Path(script).name).exists()
 
 
 def test_ray_is_of_one_version() -> None:
@@ -384,7 +385,7 @@ def test_the_launcher_starts_ray_as_the_manifests_do(launcher: dict[str, Any]) -
 def test_the_readme_names_what_is_there() -> None:
     text = (INFRA / "README.md").read_text()
     for path in re.findall(r"(?<![\w/.~-])(?:infra|configs|jobs|tests)/[\w./*-]+\w", text):
-        assert list(ROOT.glob(path)) or path == "jobs/quantize_and_serve.py", path
+        assert list(ROOT.glob(path)), path
     for name in SLICES:
         tpu = parse_slice(name)
         (pool,) = re.findall(rf"node-pools create {name} .*?(?=\n\n|\Z)", text.replace("\\\n", " "), re.DOTALL)
