@@ -30,12 +30,14 @@ class Limits:
         ahead_bytes: of the blocks that a process has read, or is reading, before their turn.
         gathered_bytes: of a window that every device gets whole.
         whole_bytes: vectors and scales up to this size on a device are read by one process.
+        tile_rows: windows begin at multiples of this, where TPUs tile arrays of any element type.
     """
 
     window_bytes: int = 32 << 20
     ahead_bytes: int = 96 << 20
     gathered_bytes: int = 64 << 20
     whole_bytes: int = 256 << 10
+    tile_rows: int = 128
 
 
 LIMITS = Limits()
@@ -90,7 +92,8 @@ class Window:
 
     Attributes:
         stream: of what.
-        row: the first row, of the tensor or (OWN_ROWS) of each shard.
+        number: of the window in its stream, from 0.
+        stride: rows from one window's first to that of the next.
         rows: of each block; blocks at the end of the tensor are filled up with zeros.
         num_rows: of the blocks joined, without such filling, under SPLIT and ONE.
         owner: the device that reads, under ONE.
@@ -98,11 +101,17 @@ class Window:
     """
 
     stream: Stream
-    row: int
+    number: int
+    stride: int
     rows: int
     num_rows: int
     owner: int
     num_devices: int
+
+    @property
+    def row(self) -> int:
+        """The first row, of the tensor or (OWN_ROWS) of each shard."""
+        return self.number * self.stride
 
     def rows_of(self, device: int) -> tuple[int, int]:
         """Rows of the tensor that are read for a device; the first is not before the last if there are none."""
@@ -258,21 +267,22 @@ def _windows(model: Model, stream: Stream, limits: Limits, turn: int) -> Iterato
     size = model.mesh.size
     if stream.spread is Spread.ONE:
         rows = stream.shape[0]
-        yield Window(stream, 0, rows, rows, turn % size, size)
+        yield Window(stream, 0, rows, rows, rows, turn % size, size)
         return
     share = size if stream.spread is Spread.SPLIT else 1
     extent = stream.shard_rows if stream.spread is Spread.OWN_ROWS else stream.shape[0]
     most = _most_rows(model, stream, limits)
     count = -(-extent // (share * most))
-    rows = _up(-(-extent // (count * share)), stream.step)
-    for row in range(0, extent, rows * share):
+    step = stream.step if count == 1 else math.lcm(stream.step, limits.tile_rows)
+    rows = _up(-(-extent // (count * share)), step)
+    for number, row in enumerate(range(0, extent, rows * share)):
         left = extent - row
         block = min(rows, _up(-(-left // share), stream.step) if share > 1 else left)
-        yield Window(stream, row, block, min(left, block * share), 0, size)
+        yield Window(stream, number, rows * share, block, min(left, block * share), 0, size)
 
 
 def _most_rows(model: Model, stream: Stream, limits: Limits) -> int:
-    """Rows a block may have, a multiple of the step."""
+    """Rows a block may have: whole tiles and whole scale blocks."""
     size = model.mesh.size
     processes = Counter(device.process_index for device in model.mesh.devices.flat)
     columns = math.prod(stream.shape[1:])
@@ -282,7 +292,8 @@ def _most_rows(model: Model, stream: Stream, limits: Limits) -> int:
     most = limits.window_bytes // (max(processes.values()) * columns * widest)
     if stream.spread is Spread.SPLIT and cut_axis(model, stream.leaves[0]) != 1:
         most = min(most, limits.gathered_bytes // (size * columns * widest))
-    return max(stream.step, most // stream.step * stream.step)
+    step = math.lcm(stream.step, limits.tile_rows)
+    return max(step, most // step * step)
 
 
 def _up(value: int, step: int) -> int:

@@ -28,6 +28,7 @@ from podquant.errors import PodquantError
 from podquant.runtime.load import load_weights
 from podquant.runtime.programs import Model
 from podquant.runtime.windows import copies_of
+from tests.benchmarks.convert import make_checkpoint
 from tests.runtime.load_child import Case, digest, key, load_case, open_case
 
 GOLDEN = Path(__file__).parents[1] / "data" / "goldens" / "llama"
@@ -41,7 +42,7 @@ RULES = ("int8.yaml", "fp8_w8a8.yaml", "blocks.yaml")
 """The blocks straddle the shards of q_proj over 8 devices, and of gate_proj and up_proj over 4."""
 
 TP_SIZES = (1, 2, 4, 8)
-MANY_WINDOWS = {"window_bytes": 2048, "gathered_bytes": 2048, "whole_bytes": 100, "ahead_bytes": 8192}
+MANY_WINDOWS = {"window_bytes": 2048, "gathered_bytes": 2048, "whole_bytes": 100, "ahead_bytes": 8192, "tile_rows": 1}
 
 Places = Mapping[tuple[str, int], str]
 
@@ -261,6 +262,33 @@ def test_what_is_spoilt_is_refused_by_every_process(
     for case, message in wrong:
         for each in processes[2].results():
             assert re.search(message, each[case.name]["error"]), (each[case.name]["error"], message)
+
+
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 32_000,
+}
+"""Of a Llama of 0.7 GB in bfloat16."""
+
+
+def test_a_host_holds_its_share_and_a_few_windows(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "checkpoint", LARGE)
+    uri = to_artifact(tmp_path / "checkpoint", "int8.yaml", tmp_path / "artifact", 1)
+    size = sum(path.stat().st_size for path in Path(uri).rglob("*") if path.is_file())
+    assert size > 300e6
+    case = Case(uri, 2)
+    processes = Processes(2, 1, [case], tmp_path)
+    try:
+        results = processes.results()
+    finally:
+        processes.close()
+    assert sum(each[case.name]["read"] for each in results) <= 1.02 * size
+    for each in results:
+        assert each["max_rss"] <= size / 2 + 600e6
 
 
 def test_what_is_spoilt_is_refused_by_one_process(wrong: list[tuple[Case, str]]) -> None:
