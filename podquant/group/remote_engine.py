@@ -147,6 +147,8 @@ class RemoteEngine:
                 self._answer(body["id"], kind(body["text"], body["param"]))
 
     def _deliver(self, output: Output) -> None:
+        if output.finish_reason is FinishReason.ERROR:
+            return  # the engine failed, perhaps for what another process did: `detach` will know, and end all requests
         with self._lock:
             entry = self._open.get(output.request_id)
             if entry is not None and output.finish_reason is not None:

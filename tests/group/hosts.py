@@ -42,6 +42,7 @@ class Service:
         self.logs = [folder / f"host-{number}.log" for number in range(num_hosts)]
         self._command = ["--model-path", str(model), "--nnodes", str(num_hosts), "--port", str(self.port)]
         self._command += ["--dist-init-addr", self.meeting, *QUICK, *flags]
+        self._folder = folder
         self._environment = os.environ | {"PODQUANT_GROUP_SECRET": SECRET} | dict(environment or {})
         self.hosts: dict[int, subprocess.Popen[bytes]] = {}
         for number in reversed(range(num_hosts)):
@@ -54,7 +55,11 @@ class Service:
         command = [sys.executable, "-m", "podquant.launch_server", *self._command, "--node-rank", str(number), *flags]
         with self.logs[number].open("ab") as log:
             self.hosts[number] = subprocess.Popen(
-                command, env=self._environment | environment, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env=self._environment | environment,
+                cwd=self._folder,  # not this checkout, which Python would put before PYTHONPATH
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     def __enter__(self) -> Self:

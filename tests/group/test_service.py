@@ -257,7 +257,8 @@ def test_a_host_with_other_weights_or_code_refuses_to_join(
         package = Path(__file__).parents[2] / "podquant"
         shutil.copytree(package, tmp_path / "code" / "podquant", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(package.parent / "configs", tmp_path / "code" / "configs")
-        (tmp_path / "code" / "podquant" / "dtypes.py").open("a").write("# another version\n")
+        changed = tmp_path / "code" / "podquant" / "dtypes.py"
+        changed.write_text(changed.read_text() + "# another version\n")
         environment = {"PYTHONPATH": str(tmp_path / "code")}
     with Service(artifact, 2, "--tp-size", "2", *FLAGS, folder=tmp_path, environment=cache, absent=[1]) as service:
         service.start(1, "--model-path", str(other), **environment)
