@@ -287,4 +287,7 @@ def test_no_cluster_there(smollm2: Path, tmp_path: Path) -> None:
     command = podquant("convert", str(smollm2), str(tmp_path / "out"), *RULES, "--address", "127.0.0.1:1")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "error: Ray cluster 127.0.0.1:1: cannot connect: [Errno 111] Connection refused. Give the address" in done.stderr
+    assert (
+        "error: Ray cluster 127.0.0.1:1: cannot connect: [Errno 111] Connection refused. Give the address"
+        in done.stderr
+    )

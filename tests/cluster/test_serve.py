@@ -1,0 +1,118 @@
+"""From bfloat16 in a bucket to an answered request by one job, on the four hosts of a slice; and losses there."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cli.test_serve import free_port
+from tests.cluster.conftest import RayCluster
+from tests.cluster.ray_cluster import descendants
+from tests.group.hosts import cmdline, is_alive, wait_until
+from tests.group.test_service import GOLDENS, PROMPTS, expected_tokens
+from tests.storage.gcs_emulator import GcsEmulator
+
+JOBS = Path(__file__).parents[2] / "jobs"
+HOST_0 = "127.0.0.11"
+
+JOB = """
+source: gs://b/llama
+target: gs://b/out
+quantization_config_path: int8.yaml
+tp_size: 4
+serve:
+  host: {host}
+  port: {port}
+  tp_size: 8
+  device: cpu
+  dtype: float32
+  max_running_requests: 2
+  chunked_prefill_size: 32
+  max_total_tokens: 2048
+  skip_tokenizer_init: true
+  skip_server_warmup: true
+  liveness_seconds: 5
+cluster:
+  accelerator: v5e-16
+  threads_per_worker: 1
+  env: {{JAX_COMPILATION_CACHE_DIR: "{cache}", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS: "0"}}
+"""
+
+
+@pytest.fixture
+def emulator() -> Iterator[GcsEmulator]:
+    with GcsEmulator("b") as emulator:
+        for path in (GOLDENS / "llama").glob("*"):
+            if path.suffix in (".json", ".safetensors"):
+                emulator.put("b", f"llama/{path.name}", path.read_bytes())
+        yield emulator
+
+
+def members(cluster: RayCluster) -> list[int]:
+    """The processes of the group, wherever Ray has put them."""
+    return [pid for pid in cluster.pids() if b"podquant.group.member" in cmdline(pid)]
+
+
+def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
+    ray_cluster: RayCluster, emulator: GcsEmulator, tmp_path: Path
+) -> None:
+    expected = expected_tokens(GOLDENS / "llama", "int8.yaml")
+    port = free_port()
+    (tmp_path / "job.yaml").write_text(JOB.format(host=HOST_0, port=port, cache=tmp_path / "cache"))
+    command = [sys.executable, str(JOBS / "quantize_and_serve.py"), str(tmp_path / "job.yaml")]
+    job = ray_cluster.submit_no_wait(command, {"STORAGE_EMULATOR_HOST": emulator.url})
+    try:
+        with httpx.Client(base_url=f"http://{HOST_0}:{port}", timeout=60) as http:
+
+            def is_ready() -> bool:
+                try:
+                    return http.get("/ready").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            def answers() -> list[list[int]]:
+                bodies = [{"prompt": p, "max_tokens": 12, "temperature": 0, "ignore_eos": True} for p in PROMPTS]
+                replies = [http.post("/v1/completions", json=body) for body in bodies]
+                return [reply.json()["choices"][0]["token_ids"] for reply in replies]
+
+            wait_until(is_ready, 200, "the job serves", lambda: ray_cluster.logs(job))
+            assert "out/podquant.json" in emulator.data("b")
+            assert answers() == expected
+            assert len(members(ray_cluster)) == 4
+            nodes = {node["raylet_pid"]: node for node in ray_cluster.nodes() if node["alive"]}
+            by_worker = {
+                node["labels"]["ray.io/tpu-worker-id"]: [
+                    pid for pid in descendants(raylet) if b"podquant.group.member" in cmdline(pid)
+                ]
+                for raylet, node in nodes.items()
+                if "ray.io/tpu-worker-id" in node["labels"]
+            }
+            assert {worker: len(found) for worker, found in by_worker.items()} == dict.fromkeys("0123", 1)
+            ray_cluster.kill_host("127.0.0.13")
+            wait_until(lambda: http.get("/health").status_code == 503, 15, "/health says so")
+            ray_cluster.add_node()
+            begin = time.monotonic()
+            wait_until(is_ready, 200, "the group serves again", lambda: ray_cluster.logs(job))
+            print(f"served again {time.monotonic() - begin:.1f} s after the host was replaced")
+            assert answers() == expected
+    finally:
+        left = members(ray_cluster)
+        ray_cluster.stop(job)
+    wait_until(lambda: not any(is_alive(pid) for pid in left), 20, "no process of the job is left")
+
+
+def test_a_job_that_cannot_serve_is_refused_before_it_converts(
+    ray_cluster: RayCluster, emulator: GcsEmulator, tmp_path: Path
+) -> None:
+    text = JOB.format(host=HOST_0, port=1, cache=tmp_path).replace("port: 1", "prt: 1")
+    (tmp_path / "job.yaml").write_text(text)
+    command = [sys.executable, str(JOBS / "quantize_and_serve.py"), str(tmp_path / "job.yaml")]
+    done = ray_cluster.submit(command, {"STORAGE_EMULATOR_HOST": emulator.url})
+    assert done.returncode == 1
+    assert "job.yaml:8: unknown key 'prt' in serve: expected one of" in done.stdout
+    assert emulator.log == []
