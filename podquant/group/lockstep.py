@@ -144,7 +144,8 @@ def follow(
     ahead: deque[jax.Array] = deque()
     expected = 1
     while True:
-        message = connection.receive(timeout=deadlines.liveness)
+        # longer than rank 0's parent waits, which knows better what is the matter with it
+        message = connection.receive(timeout=1.5 * deadlines.liveness)
         if "end" in message.body:
             return
         if "beat" in message.body:
