@@ -1,0 +1,81 @@
+"""What it costs to announce a decode step to the other hosts of a group, over TCP on this machine.
+
+    .venv/bin/python tests/benchmarks/announce.py [--followers 1 3 15] [--steps 2000] [--batch 64] [--context 8192]
+
+Rank 0 sends each step to every follower before it dispatches it: that time is added to a step unless the devices are
+busy with the one before. Followers here are processes that receive, check and unpack, and do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from podquant.group.launch import Deadlines
+from podquant.group.lockstep import Announcer
+from podquant.group.wire import Connection, Listener, connect
+from podquant.runtime.programs import NUM_INTS, Bucket
+
+KEY = b"a secret of the benchmark"
+
+
+def follow(port: int, steps: int) -> None:
+    """Hear that many steps."""
+    with connect(("127.0.0.1", port), KEY, timeout=30) as connection:
+        heard = 0
+        while heard < steps:
+            heard += "step" in connection.receive(timeout=30).body
+        connection.send({"heard": heard})
+
+
+def measure(followers: int, steps: int, arrays: list[Any], bucket: Bucket) -> tuple[float, float]:
+    """Microseconds of one announcement, the median and the 99th percentile."""
+    listener = Listener("127.0.0.1", 0)
+    processes = [multiprocessing.Process(target=follow, args=(listener.port, steps)) for _ in range(followers)]
+    for process in processes:
+        process.start()
+    connections = []
+    for _ in range(followers):
+        peer = listener.accept(timeout=60)
+        assert peer is not None
+        connections.append(Connection(peer, KEY, is_server=True))
+    announcer = Announcer(connections, Deadlines())
+    seconds = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        announcer.announce(bucket, arrays)
+        seconds.append(time.perf_counter() - begin)
+        time.sleep(0.002)  # a step of the devices
+    for connection in connections:
+        assert connection.receive(timeout=60).body == {"heard": steps}
+        connection.close()
+    for process in processes:
+        process.join()
+    listener.close()
+    return 1e6 * statistics.median(seconds), 1e6 * float(np.percentile(seconds, 99))
+
+
+def main() -> None:
+    """Measure, and print a line for each number of followers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--followers", type=int, nargs="+", default=[1, 3, 15])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--page-size", type=int, default=64)
+    arguments = parser.parse_args()
+    width = NUM_INTS + arguments.context // arguments.page_size
+    arrays = [np.zeros((arguments.batch, width), np.int32), np.zeros((arguments.batch, 3), np.float32)]
+    size = sum(array.nbytes for array in arrays)
+    for followers in arguments.followers:
+        median, late = measure(followers, arguments.steps, arrays, Bucket(arguments.batch, 1))
+        print(f"{followers} followers, {size:,} bytes a step: median {median:.0f} us, 99 % within {late:.0f} us")
+
+
+if __name__ == "__main__":
+    main()
