@@ -103,6 +103,13 @@ def service(artifact: Path, cache: dict[str, str], tmp_path_factory: pytest.Temp
         yield service
 
 
+@pytest.fixture
+def service(two_hosts: Service) -> Service:
+    """The two hosts, serving, whatever the test before did to them."""
+    two_hosts.wait_until_ready()
+    return two_hosts
+
+
 def test_two_hosts_give_the_tokens_of_one_process(service: Service, expected: list[list[int]]) -> None:
     assert [service.complete(prompt) for prompt in PROMPTS] == expected
     assert service.http.get("/health").json() == {"status": "ok"}
