@@ -95,7 +95,7 @@ def expected(artifact: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def service(artifact: Path, cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def two_hosts(artifact: Path, cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two hosts of two devices."""
     folder = tmp_path_factory.mktemp("hosts")
     with Service(artifact, 2, "--tp-size", "4", *FLAGS, folder=folder, environment=cache) as service:
