@@ -14,6 +14,7 @@ from typing import Any
 from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.jsonfile import parse_object
 from podquant.errors import CheckpointError
+from podquant.storage.runs import Run, Whole
 from podquant.storage.store import Store, open_store
 
 _CONFIG = "config.json"
@@ -111,6 +112,16 @@ class Checkpoint:
             for file, header in headers.items()
         }
         return cls(store, config, tensors, infos, tuple(name for name in sizes if _is_copied(name)))
+
+    @property
+    def wholes(self) -> dict[str, Whole]:
+        """The safetensors files of which the storage keeps a checksum, as they should be, and the headers read."""
+        known = ((name, info, self.store.known_crc32c(name)) for name, info in self.files.items())
+        return {
+            name: Whole(info.size, crc32c, Run(name, 0, info.header_nbytes, info.header_crc32c))
+            for name, info, crc32c in known
+            if crc32c is not None
+        }
 
     def close(self) -> None:
         """Close the store."""

@@ -9,26 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from podquant.checkpoint.index import Checkpoint
-from podquant.convert.receipts import SourceRun
-from podquant.storage.crc32c import combine
+from podquant.storage.runs import Run, adds_up
 
 
-def corrupted_files(checkpoint: Checkpoint, runs: Iterable[SourceRun]) -> list[str]:
+def corrupted_files(checkpoint: Checkpoint, runs: Iterable[Run]) -> list[str]:
     """The source files whose bytes, as read, do not add up to their CRC32C; of those whose storage knows it."""
-    by_file: dict[str, list[SourceRun]] = {}
+    by_file: dict[str, list[Run]] = {}
     for run in runs:
         by_file.setdefault(run.file, []).append(run)
-    wrong = []
-    for name, info in checkpoint.files.items():
-        known = checkpoint.store.known_crc32c(name)
-        if known is None:
-            continue
-        parts = [(info.header_nbytes, info.header_crc32c)]
-        end = info.header_nbytes
-        for run in sorted(by_file.get(name, []), key=lambda run: run.offset):
-            if run.offset == end:
-                parts.append((run.nbytes, run.crc32c))
-                end += run.nbytes
-        if end != info.size or combine(parts) != known:
-            wrong.append(name)
-    return wrong
+    return [name for name, whole in checkpoint.wholes.items() if not adds_up(name, whole, by_file.get(name, []))]

@@ -14,16 +14,7 @@ from podquant.artifact.fields import Fields, decode_json
 from podquant.artifact.manifest import OutputFile
 from podquant.errors import ArtifactError
 from podquant.quantize.quality import Quality
-
-
-@dataclass(frozen=True)
-class SourceRun:
-    """Bytes `[offset, offset + nbytes)` of a source file, as they arrived: their CRC32C."""
-
-    file: str
-    offset: int
-    nbytes: int
-    crc32c: int
+from podquant.storage.runs import Run
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Receipt:
     unit: str
     files: Mapping[str, OutputFile]
     quality: Mapping[str, Quality]
-    source: tuple[SourceRun, ...] = ()
+    source: tuple[Run, ...] = ()
     seconds: Seconds = Seconds()
 
     def encode(self) -> bytes:
@@ -77,7 +68,7 @@ def decode_receipt(data: bytes, where: str) -> Receipt:
         {name: OutputFile(file.integer("size"), _crc32c(file)) for name, file in document.objects("files")},
         {name: _quality(figures) for name, figures in document.objects("quality")},
         tuple(
-            SourceRun(run.string("file"), run.integer("offset"), run.integer("nbytes"), _crc32c(run))
+            Run(run.string("file"), run.integer("offset"), run.integer("nbytes"), _crc32c(run))
             for run in document.list_of_objects("source")
         ),
         Seconds(**_numbers(document.object("seconds"), Seconds)),

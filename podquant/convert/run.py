@@ -22,7 +22,7 @@ from podquant.convert.commit import commit
 from podquant.convert.integrity import corrupted_files
 from podquant.convert.memory import files_at_a_time
 from podquant.convert.plan import Plan
-from podquant.convert.receipts import Receipt, Seconds, SourceRun
+from podquant.convert.receipts import Receipt, Seconds
 from podquant.convert.resume import check_staged, resume
 from podquant.convert.task import Setting, check_tied, do_unit, receipt_name
 from podquant.convert.units import Unit
@@ -30,6 +30,7 @@ from podquant.errors import ArtifactExistsError, StorageError
 from podquant.quantize.quality import Quality
 from podquant.storage.publication import Publication, open_publication
 from podquant.storage.records import Records, open_records
+from podquant.storage.runs import Run
 from podquant.storage.store import open_store
 from podquant.storage.target import bytes_free, replace_directory
 
@@ -153,9 +154,9 @@ def _do_units(
     hosts: Hosts,
     receipts: dict[str, Receipt],
     on_progress: Progress,
-) -> Sequence[SourceRun]:
+) -> Sequence[Run]:
     """Do what has no receipt yet, and add theirs; returns what was read of a tied tensor that is left out."""
-    tied: Sequence[SourceRun] = ()
+    tied: Sequence[Run] = ()
     if plan.redundant is not None:
         key = f"{plan.redundant[0].name} = {plan.redundant[1].name}"
         versions = _versions(checkpoint, {info.file for info in plan.redundant})
@@ -195,7 +196,7 @@ def _versions(checkpoint: Checkpoint, files: set[str]) -> dict[str, str]:
 
 
 def _refuse_corrupted(
-    checkpoint: Checkpoint, plan: Plan, receipts: dict[str, Receipt], tied: Sequence[SourceRun], records: Records
+    checkpoint: Checkpoint, plan: Plan, receipts: dict[str, Receipt], tied: Sequence[Run], records: Records
 ) -> None:
     """Compare all that was read with the source's checksums; units that read wrong files have to be done again."""
     wrong = corrupted_files(checkpoint, [*tied, *(run for receipt in receipts.values() for run in receipt.source)])

@@ -11,12 +11,13 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from podquant.checkpoint.header import TensorInfo
-from podquant.convert.receipts import Receipt, SourceRun
+from podquant.convert.receipts import Receipt
 from podquant.convert.units import Unit
 from podquant.convert.work import Progress, Workbench, check_equal, convert_unit
 from podquant.errors import StorageError
 from podquant.storage.publication import Staging
 from podquant.storage.records import Records
+from podquant.storage.runs import Run
 from podquant.storage.store import Store, open_store
 
 
@@ -59,7 +60,7 @@ def do_unit(setting: Setting, unit: Unit, versions: Mapping[str, str], on_progre
 
 def check_tied(
     setting: Setting, tied: tuple[TensorInfo, TensorInfo], versions: Mapping[str, str], on_progress: Progress
-) -> tuple[SourceRun, ...]:
+) -> tuple[Run, ...]:
     """Check that the first of two tied tensors, which is left out, equals the second. Returns what was read of it."""
     with closing(open_store(setting.source)) as store:
         _refuse_changed(store, versions)

@@ -17,7 +17,6 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -26,12 +25,13 @@ from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.reader import read_bytes
 from podquant.checkpoint.writer import SafetensorsWriter
 from podquant.convert.memory import codes_nbytes, source_nbytes, windows_in_flight
-from podquant.convert.receipts import Receipt, Seconds, SourceRun
+from podquant.convert.receipts import Receipt, Seconds
 from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.errors import CheckpointError, NonFiniteWeightError
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.quality import Quality, QualityRows
 from podquant.quantize.weights import quantize_window
+from podquant.storage.runs import RecordingStore, Run
 from podquant.storage.store import Store, Writer
 
 Bytes = npt.NDArray[np.uint8]
@@ -128,7 +128,7 @@ def convert_unit(
         StorageError: bytes could not be read or written.
     """
     quality: dict[str, Quality] = {}
-    read = _ReadRuns(store)
+    store = recorder = _recording(store)
     threads, writing, begun = Seconds(), 0.0, time.perf_counter()
     with ExitStack() as undo:
         files = {}
@@ -138,10 +138,9 @@ def convert_unit(
         writers = {name: SafetensorsWriter(files[name], entries) for name, entries in unit.files.items()}
         scales: list[npt.NDArray[np.float32]] = []
         rows: list[QualityRows] = []
-        for batch, done in _in_order(store, unit, bench):
+        for done in _in_order(store, unit, bench):
             ready = time.perf_counter()
             threads += done.seconds
-            read.add(batch[0].tensor.source.file, batch[0].offset, done.source)
             for window in done.windows:
                 tensor = window.rows.tensor
                 _append(writers, tensor.outputs[0], window.parts)
@@ -163,10 +162,10 @@ def convert_unit(
     writing += time.perf_counter() - ready
     seconds = threads + Seconds(write=writing, wait=time.perf_counter() - begun - writing)
     written = {name: OutputFile(file.nbytes, file.crc32c) for name, file in files.items()}
-    return Receipt(unit.file, written, quality, read.runs, seconds)
+    return Receipt(unit.file, written, quality, tuple(recorder.runs), seconds)
 
 
-def check_equal(store: Store, first: TensorInfo, second: TensorInfo, window_bytes: int) -> tuple[SourceRun, ...]:
+def check_equal(store: Store, first: TensorInfo, second: TensorInfo, window_bytes: int) -> tuple[Run, ...]:
     """Refuse a checkpoint whose tied tensors, of one shape and dtype, differ: leaving one out would lose it.
 
     Returns:
@@ -175,58 +174,36 @@ def check_equal(store: Store, first: TensorInfo, second: TensorInfo, window_byte
     Raises:
         CheckpointError: names both and the first row that differs.
     """
-    read = _ReadRuns(store)
+    recorder = _recording(store)
     row_bytes = first.nbytes // first.shape[0]
     for start, stop in TensorPlan(first, None, ()).windows(window_bytes):
         left, right = (np.empty((stop - start) * row_bytes, np.uint8) for _ in range(2))
-        read_bytes(store, first, first.offset + start * row_bytes, left)
+        read_bytes(recorder, first, first.offset + start * row_bytes, left)
         read_bytes(store, second, second.offset + start * row_bytes, right)
-        read.add(first.file, first.offset + start * row_bytes, left)
         if not np.array_equal(left, right):
             differ = (left != right).reshape(stop - start, -1).any(axis=1)
             raise CheckpointError(
                 f"{store.uri}: config.json ties {first.name} to {second.name}, but both are stored and "
                 f"differ from row {start + int(np.argmax(differ))} on. Set tie_word_embeddings to false if both count"
             )
-    return read.runs
+    return tuple(recorder.runs)
 
 
-class _ReadRuns:
-    """Checksums of what is read, joined where it lies side by side; none where the store has none to compare with."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._runs: list[SourceRun] = []
-
-    def add(self, file: str, offset: int, data: Bytes) -> None:
-        """Bytes from `offset` on of a file, in the order of the source."""
-        if self._store.known_crc32c(file) is None:
-            return
-        last = self._runs[-1] if self._runs else None
-        if last is not None and (last.file, last.offset + last.nbytes) == (file, offset):
-            crc32c = google_crc32c.extend(last.crc32c, data)
-            self._runs[-1] = SourceRun(file, last.offset, last.nbytes + len(data), crc32c)
-        else:
-            self._runs.append(SourceRun(file, offset, len(data), google_crc32c.extend(0, data)))
-
-    @property
-    def runs(self) -> tuple[SourceRun, ...]:
-        """What was read so far."""
-        return tuple(self._runs)
+def _recording(store: Store) -> RecordingStore:
+    """Keeps checksums of what is read, where the store has some to compare with."""
+    return RecordingStore(store, lambda file: store.known_crc32c(file) is not None)
 
 
-def _in_order(store: Store, unit: Unit, bench: Workbench) -> Iterator[tuple[Batch, _Done]]:
+def _in_order(store: Store, unit: Unit, bench: Workbench) -> Iterator[_Done]:
     """The unit's batches, done by the threads up to `bench.depth` ahead."""
-    ahead: deque[tuple[Batch, Future[_Done]]] = deque()
+    ahead: deque[Future[_Done]] = deque()
     tensors = [(tensor, unit.pieces(tensor.outputs[0])) for tensor in unit.tensors]
     for batch in _batches(tensors, bench.window_bytes):
         if len(ahead) == bench.depth:
-            first, future = ahead.popleft()
-            yield first, future.result()
-        ahead.append((batch, bench.threads.submit(_do_batch, store, batch, bench.buffers)))
+            yield ahead.popleft().result()
+        ahead.append(bench.threads.submit(_do_batch, store, batch, bench.buffers))
     while ahead:
-        first, future = ahead.popleft()
-        yield first, future.result()
+        yield ahead.popleft().result()
 
 
 def _batches(tensors: Iterable[tuple[TensorPlan, tuple[Piece, ...]]], window_bytes: int) -> Iterator[Batch]:

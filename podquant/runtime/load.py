@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from podquant.runtime.agreement import agree, check_files
+from podquant.runtime.hostmemory import empty
 from podquant.runtime.mesh import Exchange, exchange_over
 from podquant.runtime.place import place
 from podquant.runtime.programs import Model
@@ -244,6 +245,8 @@ def _repeated(values: Array, times: int, num_rows: int) -> Array:
 def _as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
     if values.dtype == dtype:
         return values
+    out = empty(values.shape, dtype)
     if values.dtype == ml_dtypes.float8_e4m3fn:
-        return np.asarray(_FP8_VALUES.astype(dtype)[values.view(np.uint8)])
-    return values.astype(dtype)
+        return np.take(_FP8_VALUES.astype(dtype), values.view(np.uint8), out=out, mode="clip")
+    out[...] = values
+    return out

@@ -19,6 +19,7 @@ from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.reader import read_rows
 from podquant.config.rules import QuantizationConfig, Resolution
 from podquant.config.scheme import Scheme
+from podquant.dtypes import BY_NAME
 from podquant.errors import (
     ArtifactError,
     CheckpointError,
@@ -28,9 +29,10 @@ from podquant.errors import (
     StorageError,
     UnsupportedModelError,
 )
-from podquant.quantize.qarray import QArray
+from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.weights import quantize_window
-from podquant.storage.runs import RecordingStore, Run, Whole
+from podquant.runtime.hostmemory import empty
+from podquant.storage.runs import RecordingStore, Whole
 from podquant.storage.store import open_store
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -136,12 +138,7 @@ class CheckpointSource:
     @property
     def wholes(self) -> Mapping[str, Whole]:
         """Those of which the storage keeps a checksum."""
-        known = ((name, info, self.store.known_crc32c(name)) for name, info in self._checkpoint.files.items())
-        return {
-            name: Whole(info.size, crc32c, Run(name, 0, info.header_nbytes, info.header_crc32c))
-            for name, info, crc32c in known
-            if crc32c is not None
-        }
+        return self._checkpoint.wholes
 
     def spoilt(self, file: str) -> PodquantError:
         return StorageError(
@@ -167,15 +164,19 @@ class CheckpointSource:
         return (0, self._checkpoint.tensors[tensor].shape[1])
 
     def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
-        return read_rows(self.store, self._checkpoint.tensors[tensor], start, stop)
+        info = self._checkpoint.tensors[tensor]
+        return read_rows(self.store, info, start, stop, empty((stop - start, *info.shape[1:]), info.dtype.numpy))
 
     def read_quantized(self, module: str, start: int, stop: int) -> QArray:
         info = self._checkpoint.tensors[weight_of(module)]
         scheme = self.scheme_of(module)
         assert scheme is not None  # else there is nothing to quantize
         rows = self.read_rows(info.name, start, stop)
+        block = scheme.weight_block_size
+        scales = np.empty(scales_shape((len(rows), info.shape[1]), block), np.float32)
+        out = QArray(empty((len(rows), info.shape[1]), BY_NAME[scheme.weight_dtype].numpy), scales, block)
         try:
-            return quantize_window(rows, scheme, first_row=start, total_rows=info.shape[0])[0]
+            return quantize_window(rows, scheme, first_row=start, total_rows=info.shape[0], out=out)[0]
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(f"{self.store.uri}/{info.file}: {info.name}: {error}") from None
 
@@ -231,7 +232,10 @@ class ArtifactSource:
         return self._artifact.column_bounds(tensor)
 
     def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
-        return self._artifact.read_rows(tensor, start, stop, columns=columns)
+        entry = self._artifact.tensors[tensor]
+        inner = entry.shape[1:] if columns is None else (columns[1] - columns[0],)
+        out = empty((stop - start, *inner), entry.dtype.numpy)
+        return self._artifact.read_rows(tensor, start, stop, out, columns)
 
     def read_quantized(self, module: str, start: int, stop: int) -> QArray:
         raise AssertionError(f"{module} is quantized already")

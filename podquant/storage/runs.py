@@ -149,9 +149,11 @@ def gaps(file: str, whole: Whole, runs: Iterable[Run]) -> list[tuple[int, int]]:
 
 
 def adds_up(file: str, whole: Whole, runs: Iterable[Run]) -> bool:
-    """Whether the runs make a file, each byte once, with the checksum it should have."""
-    parts = [run for run in runs if run.file == file]
-    found = joined(parts if whole.head is None else [whole.head, *parts])
-    if whole.size == 0:
-        return whole.crc32c == 0 and not found
-    return found == [Run(file, 0, whole.size, whole.crc32c)]
+    """Whether the runs cover a file and make the checksum it should have; overlaps are left out."""
+    parts = [] if whole.head is None else [whole.head]
+    end = whole.head.end if whole.head else 0
+    for run in sorted((run for run in runs if run.file == file), key=lambda run: run.offset):
+        if run.offset == end:
+            parts.append(run)
+            end = run.end
+    return end == whole.size and combine((run.nbytes, run.crc32c) for run in parts) == whole.crc32c

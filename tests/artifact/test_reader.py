@@ -36,6 +36,21 @@ def test_rows_are_put_together(make_artifact: Make, whole: dict[str, Any], tp_si
     artifact.close()
 
 
+def test_columns_are_those_of_whole_pieces(make_artifact: Make, whole: dict[str, Any]) -> None:
+    artifact = Artifact.open(str(make_artifact(4, 1)))
+    assert artifact.column_bounds("a.weight") == (0, 1, 2, 3, 4)
+    for columns in ((0, 1), (3, 4), (1, 3), (0, 4)):
+        expected = whole["a.weight"][1:5, slice(*columns)]
+        np.testing.assert_array_equal(artifact.read_rows("a.weight", 1, 5, columns=columns), expected)
+    artifact.close()
+
+
+def test_columns_that_split_a_piece_are_refused(make_artifact: Make) -> None:
+    artifact = Artifact.open(str(make_artifact(2, 1)))
+    with pytest.raises(ArtifactError, match=r"a\.weight: columns \[0, 1\] are not whole pieces of \[0, 2, 4\]"):
+        artifact.read_rows("a.weight", 0, 6, columns=(0, 1))
+
+
 def test_it_tells_what_the_tensors_are(make_artifact: Make) -> None:
     artifact = Artifact.open(str(make_artifact()))
     assert artifact.config == {"model_type": "llama"}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import resource
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,10 +70,12 @@ def key(path: tuple[str | int, ...], position: int) -> str:
 
 
 def load_case(case: Case, devices: list[Any]) -> dict[str, Any]:
-    """Digests of this process's shards by leaf and position in the mesh; bytes read and seen, and those there are."""
+    """Digests of this process's shards by leaf and position in the mesh, bytes read and seen and there, and seconds."""
     source, model = open_case(case, devices)
     seen: list[int] = []
+    began = time.perf_counter()
     weights = load_weights(model, source, seen.append, limits=Limits(**case.limits))
+    seconds = time.perf_counter() - began
     source.close()
     positions = {device: position for position, device in enumerate(model.mesh.devices.flat)}
     shards = {
@@ -83,6 +86,7 @@ def load_case(case: Case, devices: list[Any]) -> dict[str, Any]:
     whole = sum(each.size for each in source.wholes.values() if each.head is None)
     return {
         "shards": shards,
+        "seconds": seconds,
         "read": source.store.bytes_read,
         "seen": sum(seen),
         "tensors": source.num_bytes,
