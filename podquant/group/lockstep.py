@@ -102,16 +102,19 @@ def gather(
                 caller.send({"welcome": True})
                 came[rank] = caller
 
-    while len(came) < num_ranks - 1 and not wrong:
-        if time.monotonic() >= end:
-            missing = ", ".join(str(rank) for rank in range(1, num_ranks) if rank not in came)
-            raise ClusterError(f"rank {missing} has not come to the step channel within {deadline:g} s")
+    while len(came) < num_ranks - 1 and not wrong and time.monotonic() < end:
         peer = listener.accept(timeout=0.2)
         if peer is not None:
             threading.Thread(target=_guarded, args=(peer, key, welcome), daemon=True).start()
+    with turn:
+        if len(came) == num_ranks - 1:
+            return [came[rank] for rank in range(1, num_ranks)]
+        for caller in came.values():
+            caller.close()
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}. Give all hosts the same model, flags and podquant")
-    return [came[rank] for rank in range(1, num_ranks)]
+    missing = ", ".join(str(rank) for rank in range(1, num_ranks) if rank not in came)
+    raise ClusterError(f"rank {missing} has not come to the step channel within {deadline:g} s")
 
 
 def join(address: tuple[str, int], key: bytes, rank: int, prints: Mapping[str, str], deadline: float) -> Connection:
