@@ -89,10 +89,12 @@ def load_weights(
                 require(source, f"{name}.{leaf.path[-1]}", disk_shape(model.config, leaf))
     exchange = exchange or exchange_over(model.mesh)
     modules = list(modules_of(model).values())
+    module_of = {leaf: number for number, leaves in enumerate(modules) for leaf in leaves.values()}
     loaded: dict[int, jax.Array] = {}
     with _Reader(model, source, limits) as reader:
         windows = reader.read(plan_windows(model, source, limits))
-        for leaves, (_, group) in zip(modules, groupby(windows, lambda read: _module_of(modules, read)), strict=True):
+        groups = groupby(windows, lambda read: module_of[read.window.stream.leaves[0]])
+        for leaves, (_, group) in zip(modules, groups, strict=True):
             _load_module(model, list(leaves.values()), group, loaded, on_progress)
             agree(exchange, reader.failure)
     check_files(source, exchange)
@@ -106,10 +108,6 @@ class _Read:
     window: Window
     blocks: list[Future[Blocks]]
     nbytes: int
-
-
-def _module_of(modules: list[dict[str, int]], read: _Read) -> int:
-    return next(i for i, leaves in enumerate(modules) if read.window.stream.leaves[0] in leaves.values())
 
 
 def _load_module(

@@ -30,6 +30,7 @@ from podquant.runtime.programs import Model
 from podquant.runtime.windows import copies_of
 from tests.benchmarks.convert import make_checkpoint
 from tests.runtime.load_child import Case, digest, key, load_case, open_case
+from tests.storage.gcs_emulator import GcsEmulator
 
 GOLDEN = Path(__file__).parents[1] / "data" / "goldens" / "llama"
 BLOCKS = """\
@@ -262,6 +263,51 @@ def test_what_is_spoilt_is_refused_by_every_process(
     for case, message in wrong:
         for each in processes[2].results():
             assert re.search(message, each[case.name]["error"]), (each[case.name]["error"], message)
+
+
+@pytest.fixture
+def bucket(artifacts: Places, monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsEmulator]:
+    """With an artifact cut in two, and the checkpoint."""
+    with GcsEmulator("b") as emulator:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
+        for name, directory in (("cut", Path(artifacts["int8.yaml", 2])), ("source", GOLDEN)):
+            for path in directory.rglob("*"):
+                if path.is_file():
+                    emulator.put("b", f"{name}/{path.relative_to(directory)}", path.read_bytes())
+        yield emulator
+
+
+def test_a_bucket_sends_each_byte_of_a_tensor_once(
+    artifacts: Places, rules_of: Callable[[str], str], bucket: GcsEmulator
+) -> None:
+    expected = expected_shards(Case(artifacts["int8.yaml", 1], 4), artifacts["int8.yaml", 1])
+    for case in (Case("gs://b/cut", 4), Case("gs://b/source", 4, "int8.yaml")):
+        source, _ = open_case(case, jax.devices()[:4])
+        source.close()
+        opening = sum(record.bytes_out for record in bucket.requests("alt=media"))
+        bucket.log.clear()
+        found = load_case(case, jax.devices()[:4])
+        assert found["shards"] == expected, case
+        sent = sum(record.bytes_out for record in bucket.requests("alt=media")) - opening
+        assert sent == found["read"] == found["tensors"] + found["others"], case
+        bucket.log.clear()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case("gs://b/cut", 4), r"ArtifactError: gs://b/cut: .*\.safetensors: .* CRC32C"),
+        (Case("gs://b/source", 4, "int8.yaml"), r"StorageError: gs://b/source/model\.safetensors: .* CRC32C"),
+    ],
+    ids=["artifact", "checkpoint"],
+)
+def test_what_a_network_spoils_is_refused(bucket: GcsEmulator, case: Case, message: str) -> None:
+    source, model = open_case(case, jax.devices()[:4])
+    bucket.fail("corrupt", r"safetensors.*alt=media")
+    with pytest.raises(PodquantError) as raised:
+        load_weights(model, source)
+    source.close()
+    assert re.search(message, f"{type(raised.value).__name__}: {raised.value}")
 
 
 LARGE = {
