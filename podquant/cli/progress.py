@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 _LINE_SECONDS = 5.0
 
@@ -16,6 +16,29 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     show = _bar if sys.stderr.isatty() else _lines
     with show(what, total) as advance:
         yield advance
+
+
+class LoadProgress:
+    """Shows a load from its first news to its last, again if there is another; called with bytes done and in all."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._stack = ExitStack()
+        self._advance: Callable[[int], None] | None = None
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < self._done:
+            self.close()
+        if self._advance is None:
+            self._advance = self._stack.enter_context(progress(self._what, total))
+        self._advance(done - self._done)
+        self._done = done
+
+    def close(self) -> None:
+        """Leave the display as it is."""
+        self._stack.close()
+        self._advance, self._done = None, 0
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from podquant.config.job import ServeJob
+    from podquant.group.service import Members
 
 
 class _StopSignal(BaseException):
@@ -60,8 +61,7 @@ def serve(options: ServeOptions) -> None:
             if members is not None and options.node_rank > 0:
                 serving.serve_other_host(options.engine_options, members, options.node_rank, is_stopped)
                 return
-            say = partial(_announce, options)
-            serving.serve(options.engine_options, options.http_options, members, is_stopped, say)
+            _serve_here(options, members, is_stopped)
     except _StopSignal:
         print("stopped", file=sys.stderr, flush=True)
 
@@ -117,12 +117,22 @@ def serve_on_host(
     if rank > 0:
         serving.serve_other_host(options.engine_options, members, rank, is_stopped)
         return
-    serving.serve(options.engine_options, options.http_options, members, is_stopped, partial(_announce, options))
+    _serve_here(options, members, is_stopped)
 
 
-def _announce(options: ServeOptions, url: str) -> None:
+def _serve_here(options: ServeOptions, members: Members | None, is_stopped: threading.Event) -> None:
+    """Serve as host 0, and say when, and how far it is before."""
+    from podquant.cli.progress import LoadProgress
+    from podquant.server import serving
+
     name = options.served_model_name or options.model_path
-    print(f"podquant serves {name} at {url} (Ctrl-C ends it)", flush=True)
+    loading = LoadProgress("loading")
+
+    def announce(url: str) -> None:
+        loading.close()
+        print(f"podquant serves {name} at {url} (Ctrl-C ends it)", flush=True)
+
+    serving.serve(options.engine_options, options.http_options, members, is_stopped, announce, loading)
 
 
 @contextmanager

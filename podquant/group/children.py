@@ -99,7 +99,7 @@ class _Child:
                 [sys.executable, "-m", "podquant.group.member", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,
-                env=os.environ | _chips(launch.place),
+                env=os.environ | _chips(launch),
                 text=True,
             )
         assert self._process.stdin is not None
@@ -170,17 +170,21 @@ def _describe(status: int) -> str:
     return f"ended with status {status}"
 
 
-def _chips(place: Place) -> dict[str, str]:
+_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
+"""How so many chips of a host are wired, as libtpu wants it said."""
+
+
+def _chips(launch: Launch) -> dict[str, str]:
     """Variables by which libtpu takes its share of a host's chips, where groups share it; empty for all chips.
 
     As in Cloud TPU's documentation of several processes on one host; a process then sees its own chips only.
     """
-    if place.num_on_host == 1:
+    place, count = launch.place, launch.options.tp_size
+    if place.num_on_host == 1 or launch.options.device != "tpu":
         return {}
-    chips = 4 // place.num_on_host
-    mine = ",".join(str(place.on_host * chips + each) for each in range(chips))
+    first = place.on_host * count
     return {
-        "TPU_VISIBLE_CHIPS": mine,
-        "TPU_CHIPS_PER_PROCESS_BOUNDS": f"1,{chips},1",
+        "TPU_VISIBLE_CHIPS": ",".join(str(chip) for chip in range(first, first + count)),
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS.get(count, f"1,{count},1"),
         "TPU_PROCESS_BOUNDS": "1,1,1",
     }

@@ -22,6 +22,7 @@ from podquant.group.hosts import Host
 from podquant.group.launch import Deadlines, Launch, Place, new_nonce
 from podquant.group.remote_engine import RemoteEngine
 from podquant.runtime.options import EngineOptions
+from podquant.runtime.start import OnLoad
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +52,10 @@ class Group:
         options: EngineOptions,
         deadlines: Deadlines,
         engine: RemoteEngine,
+        on_load: OnLoad,
     ) -> None:
         self.engine = engine
+        self._on_load = on_load
         self.error: PodquantError | None = None
         self.settled = threading.Event()
         self._places, self._hosts = places, hosts

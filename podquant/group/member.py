@@ -205,7 +205,7 @@ class _LoadNews:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._last >= _LOAD_NEWS_SECONDS:
+        if now - self._last >= _LOAD_NEWS_SECONDS or done >= total:
             self._last = now
             self._link.say("loading", done=done, total=total)
 

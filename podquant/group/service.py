@@ -19,7 +19,7 @@ from podquant.group.replicas import Replicas
 from podquant.group.wire import Listener
 from podquant.runtime.backend import Backend
 from podquant.runtime.options import EngineOptions
-from podquant.runtime.start import load_tokenizer, open_model
+from podquant.runtime.start import OnLoad, load_tokenizer, open_model
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,14 @@ class Members:
 class GroupService:
     """The service on host 0. `start`, then serve with `backend`; `stop` ends all processes on all hosts."""
 
-    def __init__(self, options: EngineOptions, members: Members) -> None:
-        """Raises ConfigError: hosts and replicas do not come out even. ClusterError: the address cannot be had."""
-        self._members, self._options = members, options
+    def __init__(self, options: EngineOptions, members: Members, on_load: OnLoad = lambda done, total: None) -> None:
+        """`on_load` is told, from a thread, how far the first group is with loading, whenever it loads.
+
+        Raises:
+            ConfigError: hosts and replicas do not come out even.
+            ClusterError: the address cannot be had.
+        """
+        self._members, self._options, self._on_load = members, options, on_load
         places: dict[int, list[tuple[int, Place]]] = {}
         for host in range(members.num_hosts):
             for place in place_of(host, members.num_hosts, members.num_groups):
@@ -73,9 +78,10 @@ class GroupService:
         hosts: Mapping[int, Host] = {0: LocalHost(members.address[0] or "127.0.0.1", self._children), **self._remote}
         for placed in self._places.values():
             engine = RemoteEngine(self._options.model_path, tokenizer, members.deadlines.step)
+            on_load = (lambda done, total: None) if self._groups else self._on_load
             where = [hosts[host] for host, _ in placed]
             places = [place for _, place in placed]
-            self._groups.append(Group(places, where, self._options, members.deadlines, engine))
+            self._groups.append(Group(places, where, self._options, members.deadlines, engine, on_load))
         engines = [group.engine for group in self._groups]
         self.backend = engines[0] if len(engines) == 1 else Replicas(engines)
         if self._listener is not None:

@@ -15,7 +15,7 @@ from podquant.group.other_host import serve_host
 from podquant.group.service import GroupService, Members
 from podquant.runtime.backend import Backend
 from podquant.runtime.options import EngineOptions
-from podquant.runtime.start import start_engine
+from podquant.runtime.start import OnLoad, start_engine
 from podquant.server.app import attach_engine, create_app
 from podquant.server.listener import Listener
 
@@ -51,12 +51,14 @@ def serve(
     members: Members | None,
     is_stopped: threading.Event,
     on_ready: Callable[[str], None] = lambda url: None,
+    on_load: OnLoad = lambda done, total: None,
 ) -> None:
     """Listen first, so that /health answers; then load, and serve until `is_stopped` or an exception (a signal's, say).
 
     Args:
         members: of a group, whose host 0 this is; None to serve from this process.
         on_ready: told the URL once requests are taken.
+        on_load: told the bytes of the model that all hosts have read so far, and in all.
 
     Raises:
         PodquantError: the address or the model cannot be had, or the hosts do not come.
@@ -66,7 +68,7 @@ def serve(
     listener = Listener(app, http.host, http.port, access_log=http.access_log)
     listener.start()
     try:
-        with _backend(options, members, http.drain_seconds, listener.close) as backend:
+        with _backend(options, members, http.drain_seconds, listener.close, on_load) as backend:
             attach_engine(app, backend)
             on_ready(listener.url)
             while not is_stopped.wait(0.2):
@@ -89,18 +91,18 @@ def serve_other_host(options: EngineOptions, members: Members, number: int, is_s
 
 @contextmanager
 def _backend(
-    options: EngineOptions, members: Members | None, drain_seconds: float, close: Callable[[], None]
+    options: EngineOptions, members: Members | None, drain_seconds: float, close: Callable[[], None], on_load: OnLoad
 ) -> Iterator[Backend]:
     """The backend, ready; afterwards drained and gone. `close` is called before: no new requests while draining."""
     with ExitStack() as stack:
         if members is None:
-            engine = start_engine(options)
+            engine = start_engine(options, on_load)
             engine.start()
             stack.callback(engine.stop, drain_seconds)
             stack.callback(close)
             yield engine
             return
-        service = GroupService(options, members)
+        service = GroupService(options, members, on_load)
         stack.callback(service.stop, drain_seconds)
         stack.callback(close)
         service.start()
