@@ -1,4 +1,4 @@
-"""A child process of test_tpu_aot: compiles steps of a model in the shape of Llama-3-8B with the TPU compiler.
+"""A child process of test_tpu_aot: compiles steps of models in the shape of Llama-3-8B and 70B with the TPU compiler.
 
 `python tpu_aot_child.py TOPOLOGY PROGRAM...` compiles the named programs for the chips of that topology and writes one
 JSON object to stdout: for each program what `_facts` says of it. No TPU is needed. It is a process of its own because
@@ -52,7 +52,15 @@ LLAMA_3_8B = {
     },
     "tie_word_embeddings": False,
 }
-BATCH, CONTEXT, PAGE_SIZE, CHUNK, NUM_TOP = 32, 2048, 64, 512, 20
+LLAMA_3_70B = LLAMA_3_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+CONTEXT, PAGE_SIZE, CHUNK, NUM_TOP = 2048, 64, 512, 20
+BATCHES = {32: 32, 80: 48}
+"""By layers of the model: the pages that attention gathers must not happen to have as many elements as a weight."""
 NUMERICS = Numerics("bfloat16", "tpu")
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
 
@@ -156,9 +164,9 @@ def _wide_copies(program: Program, model: Model, rows: int) -> list[str]:
     ]
 
 
-def _facts(model: Model, bucket: Bucket) -> dict[str, Any]:
+def _facts(model: Model, batch: int, bucket: Bucket) -> dict[str, Any]:
     """Compile a step and say what the compiler made of it; bytes are of one chip."""
-    shape = CacheShape(1 + BATCH * CONTEXT // PAGE_SIZE, PAGE_SIZE, BATCH, CONTEXT)
+    shape = CacheShape(1 + batch * CONTEXT // PAGE_SIZE, PAGE_SIZE, batch, CONTEXT)
     start = time.perf_counter()
     compiled = lower_step(model, shape, bucket, NUM_TOP).compile()
     seconds = time.perf_counter() - start
@@ -212,18 +220,19 @@ def _all_but_k_proj(module: str) -> Scheme | None:
 
 
 def main(topology: str, names: Sequence[str]) -> None:
-    """Compile `names`, each "decode", "prefill" or "planted" and a scheme, for one topology."""
+    """Compile `names`, each "decode", "prefill" or "planted" and a scheme, for one topology, alone or over hosts."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    config = read_model_config(LLAMA_3_8B)
     devices = topologies.get_topology_desc(topology, "tpu").devices
+    config = read_model_config(LLAMA_3_8B if len(devices) == 8 else LLAMA_3_70B)
     mesh = Mesh(np.array(devices).reshape(-1), (TP,))
     found = {}
     for name in names:
         step, scheme = name.split(" ")
         kind = Dequantizing if step == "planted" else Model
         model = kind(config, {"int8": _int8, "int8_w8a8": _int8_w8a8}[scheme], NUMERICS, mesh)
-        found[name] = _facts(model, Bucket(1, CHUNK) if step == "prefill" else Bucket(BATCH, 1))
+        batch = BATCHES[config.num_layers]
+        found[name] = _facts(model, batch, Bucket(1, CHUNK) if step == "prefill" else Bucket(batch, 1))
     json.dump(found, sys.stdout)
 
 
