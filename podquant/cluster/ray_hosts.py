@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from podquant.cluster.hosts import RETRIED, Done, Failed, HostLost, Outcome, Progress, Task
-from podquant.cluster.ray_meter import Meter, Overall, count, this_host
+from podquant.cluster.ray_meter import Meter, Overall, count, end_bars, this_host
 from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
 from podquant.cluster.topology import TpuSlice
 from podquant.errors import ClusterError, PodquantError
@@ -92,6 +92,7 @@ class RayHosts:
             self._pool.release()
             self._pool = None
         ray.shutdown()
+        end_bars()
 
     def run[T](self, tasks: Sequence[Task[T]], on_progress: Progress) -> Generator[Outcome[T], None, None]:
         """As `Hosts.run`; `on_progress` is told a task's bytes when it is done."""

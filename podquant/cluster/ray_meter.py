@@ -66,6 +66,18 @@ class Overall:
         return f"{self._done} of {self._total} units"
 
 
+def end_bars() -> None:
+    """Close the bars that workers have left open which were stopped, or whose last words did not arrive.
+
+    `tqdm` would close them when the interpreter ends, and there crash it now and then: CPython 3.13.0 may have let go
+    of `datetime` by then, which tqdm asks for the time left.
+    """
+    for group in tqdm_ray.instance().bar_groups.values():
+        for bar in group.bars_by_uuid.values():
+            bar.close()
+        group.bars_by_uuid.clear()
+
+
 def count(name: str, amount: int) -> None:
     """Add to a counter of the dashboard, for this host."""
     if amount > 0:
