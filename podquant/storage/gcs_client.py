@@ -34,7 +34,8 @@ from gcsfs.core import GCSFileSystem
 _IN_FLIGHT = 16
 _SEND_BYTES = 256 << 10
 _READ_BUFFER = 1 << 20  # bytes; fewer wake-ups of the event loop than aiohttp's 64 KiB
-_ADVICE = {
+_ADVICE: dict[int | None, str] = {
+    None: "Check the network, the proxy and the endpoint (STORAGE_EMULATOR_HOST, FSSPEC_GCS_ENDPOINT_URL).",
     400: "This is a fault in podquant or in the endpoint: check STORAGE_EMULATOR_HOST and FSSPEC_GCS_ENDPOINT_URL.",
     401: "No valid credentials: run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or "
     "give the machine a service account.",
@@ -60,7 +61,7 @@ class GcsTransientError(GcsError, TransientStorageError):
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int | None, message: str) -> None:
         super().__init__(message)
         self.status = status
 
@@ -75,6 +76,7 @@ class GcsClient(LoopThread):
         self.base = self._files.base.rstrip("/")  # …/storage/v1
         self.upload_base = self.base.replace("/storage/v1", "/upload/storage/v1")
         self._session: aiohttp.ClientSession | None = None
+        self._has_answered = False
         self._slots = asyncio.Semaphore(_IN_FLIGHT)
 
     async def retry(self, action: str, place: str, attempt: Try, patience: Patience | None = None) -> Any:
@@ -83,9 +85,8 @@ class GcsClient(LoopThread):
             return await retried(attempt, patience or self.patience)
         except _RefusedError as error:
             advice = _ADVICE.get(error.status, "Look up this answer in the documentation of Cloud Storage.")
-            raise GcsError(
-                f"{place}: cannot {action}: {error} (HTTP {error.status}). {advice}", error.status
-            ) from error
+            status = "" if error.status is None else f" (HTTP {error.status})"
+            raise GcsError(f"{place}: cannot {action}: {error}{status}. {advice}", error.status) from error
         except GaveUpError as error:
             advice = "Check the connection to the store and its quota, then run again."
             raise GcsTransientError(f"{place}: cannot {action}: {error}. {advice}") from error
@@ -109,11 +110,16 @@ class GcsClient(LoopThread):
                 session = await self._connected()
                 body = None if data is None else _Body(memoryview(data))
                 async with session.request(method, full, headers=sent, data=body, allow_redirects=False) as answer:
+                    self._has_answered = True
                     if answer.status in accept:
                         return await consume(answer)
                     raise await _refusal(answer)
             except aiohttp.ClientSSLError as error:
-                raise _RefusedError(0, f"no secure connection: {error}") from error
+                raise _RefusedError(None, f"no secure connection: {error}") from error
+            except aiohttp.ClientConnectorDNSError as error:
+                if self._has_answered:  # the store has an address: asking for it fails for the moment
+                    raise dropped(error) from error
+                raise _RefusedError(None, f"no address of {error.host}: {error.strerror}") from error
             except (aiohttp.ClientError, ConnectionError) as error:
                 raise dropped(error) from error
 

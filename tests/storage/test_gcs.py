@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -206,3 +207,17 @@ def test_another_process_finds_the_endpoint_and_ends_without_a_warning(emulator:
         check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("b'abc'\n", "", 0)
+
+
+def test_a_store_without_an_address_is_told_at_once_and_sat_out_once_it_has_answered(
+    emulator: GcsEmulator, client: GcsClient
+) -> None:
+    with closing(GcsClient()) as first:
+        first.base = "http://no-such-host.invalid/storage/v1"
+        with pytest.raises(GcsError, match=r"cannot list: no address of no-such-host\.invalid: .* Check the network"):
+            GcsStore("gs://b/model", first)
+    emulator.put("b", "model/a", b"a")
+    store = GcsStore("gs://b/model", client)
+    client.base = "http://no-such-host.invalid/storage/v1"
+    with pytest.raises(StorageError, match="gave up after"):
+        store.read("a")
