@@ -27,12 +27,32 @@ CHUNK_TOKENS = 256
 _FLOOR = -1e38
 """The running maximum before any score: finite, so that a chunk a row sees nothing of gives exp(-inf) = 0, not NaN."""
 
-CACHE_AXES = ("page", "kv_heads", "slot", "head_dim")
-"""Logical axes of the key and the value cache."""
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the cache keeps of a token in a layer.
+
+    Attributes:
+        heads: key/value heads over all shards.
+        key_dim, value_dim: numbers of each; without values (0) they are the front of the keys.
+        axes: logical axes of keys and values.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    axes: tuple[str, str, str, str]
+
+
+def cache_layout(config: ModelConfig, num_kv_heads: int) -> CacheLayout:
+    """Latents are cached whole on every shard; keys and values of heads are shared out with the heads."""
+    if config.latent is not None:
+        return CacheLayout(1, config.latent.cached_dim, 0, ("page", "one", "slot", "head_dim"))
+    return CacheLayout(num_kv_heads, config.head_dim, config.head_dim, ("page", "kv_heads", "slot", "head_dim"))
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, each [layers * pages, K, page_size, H] in the model's dtype."""
+    """Keys and values of all layers, each [layers * pages, K, page_size, H] in the model's dtype; see `CacheLayout`."""
 
     keys: jax.Array
     values: jax.Array
@@ -116,18 +136,28 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, at.cos_sin), rotate(k, at.cos_sin)
         base = layer * at.pages_per_layer
-        cache = KVCache(_write(cache.keys, k, base, at), _write(cache.values, v, base, at))
+        cache = KVCache(write(cache.keys, k, base, at), write(cache.values, v, base, at))
         y = attend(q.astype(self.score_dtype), cache, base, window, at)
         return self.o_proj(y.astype(x.dtype).reshape(batch * length, -1)), cache
 
 
-def _write(cache: jax.Array, new: jax.Array, base: jax.Array, at: Positions) -> jax.Array:
+def write(cache: jax.Array, new: jax.Array, base: jax.Array, at: Positions) -> jax.Array:
+    """Put this step's keys or values [B, T, K, H] into the pages of the layer whose first is `base`."""
     rows = new.reshape(-1, *new.shape[2:]).astype(cache.dtype)
     return cache.at[base + at.write_pages, :, at.write_slots, :].set(rows)
 
 
-def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at: Positions) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over each token's own and earlier positions within `window`.
+def attend(
+    q: jax.Array,
+    cache: KVCache,
+    base: jax.Array,
+    window: jax.Array,
+    at: Positions,
+    *,
+    scale: float | None = None,
+    value_dim: int | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T) v over each token's own and earlier positions within `window`.
 
     Args:
         q: [B, T, N, H], rotated.
@@ -135,13 +165,17 @@ def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at:
         base: int32 scalar, index of this layer's first page.
         window: int32 scalar.
         at: where the tokens stand.
+        scale: of the scores; None: 1 / sqrt(H).
+        value_dim: a value is the first so many numbers of its key; None: it is in the cache of values.
 
     Returns:
-        [B, T, N, H] float32.
+        [B, T, N, H or value_dim] float32.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, page_size = cache.keys.shape[1:3]
     group = heads // kv_heads
+    scale = head_dim**-0.5 if scale is None else scale
+    width = cache.values.shape[3] if value_dim is None else value_dim
     pages = max(1, min(CHUNK_TOKENS // page_size, at.page_table.shape[1]))
     chunk = pages * page_size
     # [B, K, G * T, H]: the query heads that share a key/value head become rows of one product.
@@ -152,26 +186,28 @@ def attend(q: jax.Array, cache: KVCache, base: jax.Array, window: jax.Array, at:
     def body(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         best, total, acc = carry
         index = base + jax.lax.dynamic_slice_in_dim(at.page_table, step * pages, pages, axis=1)
-        scores = _product("bkrh,bksh->bkrs", rows, _gather(cache.keys, index, q.dtype)) * (head_dim**-0.5)
+        keys = _gather(cache.keys, index, q.dtype)
+        values = _gather(cache.values, index, q.dtype) if value_dim is None else keys[..., :value_dim]
+        scores = _product("bkrh,bksh->bkrs", rows, keys) * scale
         positions = (step * chunk + jnp.arange(chunk, dtype=jnp.int32)).reshape(1, 1, 1, chunk)
         seen = (positions <= row_positions) & (positions > row_positions - window)
         scores = jnp.where(seen, scores, -jnp.inf)
         new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
         weights, shrink = jnp.exp(scores - new_best), jnp.exp(best - new_best)
-        part = _product("bkrs,bksh->bkrh", weights.astype(q.dtype), _gather(cache.values, index, q.dtype))
+        part = _product("bkrs,bksh->bkrh", weights.astype(q.dtype), values)
         return new_best, total * shrink + weights.sum(axis=-1, keepdims=True), acc * shrink + part
 
     shape = (batch, kv_heads, group * length)
     start = (
         jnp.full((*shape, 1), _FLOOR, jnp.float32),
         jnp.zeros((*shape, 1), jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
+        jnp.zeros((*shape, width), jnp.float32),
     )
     first = jnp.maximum(at.positions[:, 0].min() - window + 1, 0) // chunk
     last = at.positions.max() // chunk + 1
     _, total, acc = jax.lax.fori_loop(first, last, body, start)
-    y = (acc / total).reshape(batch, kv_heads, group, length, head_dim)
-    result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    y = (acc / total).reshape(batch, kv_heads, group, length, width)
+    result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
     return result
 
 

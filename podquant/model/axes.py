@@ -14,11 +14,20 @@ RULES: Mapping[str, str | None] = {
     "vocab": TP,  # embedding rows, logits
     "heads": TP,  # query heads x head dim: q's output, o's input
     "kv_heads": TP,  # key/value heads (x head dim): k's and v's output, the KV cache
+    "query_heads": TP,  # latent attention: query heads x (nope + rope), kv_b_proj's rows, o's input
+    "key_value_heads": TP,
+    "value_heads": TP,
     "ffn": TP,  # gate's and up's output, down's input
     "embed": None,  # the residual stream
     "head_dim": None,
+    "latent": None,  # what every shard computes and caches whole
+    "q_rank": None,
+    "kv_rank": None,
     "block": None,  # scale blocks along an unsharded input axis
+    "q_rank_block": None,
+    "kv_rank_block": None,
     "heads_block": TP,  # ... along a sharded one
+    "value_heads_block": TP,
     "ffn_block": TP,
     "page": None,
     "slot": None,

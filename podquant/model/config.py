@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.model.latent import LatentConfig
 
 FULL_ATTENTION = 1 << 30
 """A window no position reaches past: attention over everything before."""
@@ -43,7 +44,7 @@ class ModelConfig:
         num_layers: decoder layers.
         num_heads: N, query heads.
         num_kv_heads: K, key/value heads; N is a multiple of K.
-        head_dim: H.
+        head_dim: H; under latent attention, of the part that is rotated.
         norm_eps: added to the mean square in RMSNorm.
         rope: rotary embedding.
         windows: for each layer, how many positions it attends over, itself included; FULL_ATTENTION for all.
@@ -55,6 +56,7 @@ class ModelConfig:
         dtype: the dtype the checkpoint says it is in.
         eos_token_ids: tokens that end a text.
         bos_token_id: the token that begins one, if any.
+        latent: latent attention; None: every head has keys and values of its own.
     """
 
     architecture: str
@@ -78,6 +80,7 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    latent: LatentConfig | None = None
 
 
 class ConfigReader:

@@ -24,6 +24,7 @@ from podquant.model.config import ModelConfig
 from podquant.model.embedding import Embedding
 from podquant.model.linear import Linear, RMSNorm
 from podquant.model.matmul import Numerics
+from podquant.model.mla import LatentAttention, projections_of
 from podquant.model.mlp import MLP
 
 SchemeOf = Callable[[str], Scheme | None]
@@ -86,10 +87,14 @@ class DecoderLayer(nnx.Module):
         num_kv_heads: int,
         layers: int,
     ) -> None:
-        attention = {name: schemes[f"self_attn.{name}"] for name in _ATTENTION}
+        attention = {name: schemes[f"self_attn.{name}"] for name in _attention_names(config)}
         mlp = {name: schemes[f"mlp.{name}"] for name in _MLP}
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, numerics, layers)
-        self.self_attn = Attention(config, attention, numerics, num_kv_heads, layers)
+        self.self_attn: Attention | LatentAttention
+        if config.latent is None:
+            self.self_attn = Attention(config, attention, numerics, num_kv_heads, layers)
+        else:
+            self.self_attn = LatentAttention(config, attention, numerics, layers)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, numerics, layers)
         self.mlp = MLP(config, mlp, numerics, layers)
 
@@ -173,8 +178,12 @@ class Decoder(nnx.Module):
         return head.product(head.prepare(hidden))
 
 
+def _attention_names(config: ModelConfig) -> tuple[str, ...]:
+    return _ATTENTION if config.latent is None else projections_of(config.latent)
+
+
 def _segments(config: ModelConfig, scheme_of: SchemeOf) -> list[tuple[int, int, tuple[tuple[str, Scheme | None], ...]]]:
-    names = [f"self_attn.{name}" for name in _ATTENTION] + [f"mlp.{name}" for name in _MLP]
+    names = [f"self_attn.{name}" for name in _attention_names(config)] + [f"mlp.{name}" for name in _MLP]
     per_layer = [
         tuple((name, scheme_of(f"model.layers.{layer}.{name}")) for name in names) for layer in range(config.num_layers)
     ]

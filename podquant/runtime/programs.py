@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
-from podquant.model.attention import CACHE_AXES, CHUNK_TOKENS, KVCache, Positions
+from podquant.model.attention import CHUNK_TOKENS, CacheLayout, KVCache, Positions, cache_layout
 from podquant.model.axes import spec_of
 from podquant.model.config import ModelConfig
 from podquant.model.decoder import Decoder, Layout, SchemeOf, plan_layout
@@ -131,6 +131,8 @@ class Model:
     def _check_divides(self) -> None:
         """Refuse scale blocks that would straddle shards, or be padded on the way to the last one."""
         unpadded = {"heads": self.config.num_heads * self.config.head_dim, "ffn": self.config.ffn_size}
+        if self.config.latent is not None:
+            unpadded |= self.config.latent.axis_sizes(self.config.num_heads)
         for leaf, sharding in zip(self.leaves, self.shardings, strict=True):
             for size, axis, mesh_axis in zip(leaf.shape, leaf.axes, sharding.spec, strict=True):
                 true = unpadded.get(axis, size)
@@ -144,14 +146,25 @@ class Model:
         """The module with its weights (a shard's, inside `shard_map`)."""
         return nnx.merge(self.graph, jax.tree.unflatten(self._tree, weights))
 
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What the cache keeps of a token."""
+        return cache_layout(self.config, self.layout.num_kv_heads)
+
     def cache_arrays(self, shape: CacheShape) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes, dtypes and shardings of the keys, the values and the last tokens."""
-        config = self.config
-        sharding = NamedSharding(self.mesh, spec_of(CACHE_AXES))
-        pages = (config.num_layers * shape.num_pages, self.layout.num_kv_heads, shape.page_size, config.head_dim)
-        cache = jax.ShapeDtypeStruct(pages, jnp.dtype(self.numerics.dtype), sharding=sharding)
+        kept = self.cache_layout
+        pages = (self.config.num_layers * shape.num_pages, kept.heads, shape.page_size)
+        keys, values = (
+            jax.ShapeDtypeStruct(
+                (*pages, width),
+                jnp.dtype(self.numerics.dtype),
+                sharding=NamedSharding(self.mesh, spec_of(kept.axes)),
+            )
+            for width in (kept.key_dim, kept.value_dim)
+        )
         last = jax.ShapeDtypeStruct((shape.num_slots + 1,), jnp.int32, sharding=NamedSharding(self.mesh, _REPLICATED))
-        return cache, cache, last
+        return keys, values, last
 
 
 class Scores(NamedTuple):

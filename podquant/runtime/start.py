@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -235,6 +236,5 @@ def _cache_shape(
 
 def _token_bytes(model: Model) -> int:
     """Bytes of one token's keys and values on one device."""
-    heads = model.layout.num_kv_heads // model.layout.tp_size
-    width = 4 if model.numerics.dtype == "float32" else 2
-    return 2 * model.config.num_layers * heads * model.config.head_dim * width
+    arrays = model.cache_arrays(CacheShape(num_pages=1, page_size=1, num_slots=1, context_length=1))[:2]
+    return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)

@@ -189,6 +189,7 @@ def disk_shape(config: ModelConfig, leaf: Leaf) -> tuple[int, ...]:
         "kv_heads": config.num_kv_heads * config.head_dim,
         "ffn": config.ffn_size,
         "head_dim": config.head_dim,
+        **(config.latent.axis_sizes(config.num_heads) if config.latent else {}),
     }
     return tuple(sizes[axis] for axis in leaf.axes if axis != "layers")
 

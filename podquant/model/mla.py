@@ -1,0 +1,187 @@
+"""Multi-head latent attention (arXiv:2405.04434) on one shard of a mesh, absorbed: the context is never expanded.
+
+A head's key is `[W_UK c, k_rope]` and its value `W_UV c`, of the token's latent vector c and a rotated key that all
+heads share; W_UK and W_UV are rows of kv_b_proj. Since `q . (W_UK c) = (W_UK^T q) . c`, W_UK is applied to the query
+and W_UV to what attention gives of the latents themselves: to attention this is one key/value head, whose value is the
+front of its key. The cache holds `[c, k_rope]` of each token, whole on every shard; heads are shared out.
+
+Both products read kv_b_proj's codes as they are. A row of W_UK is an input here, so its scale multiplies the query in
+front of the product; a row of W_UV is an output, so its scale multiplies behind it. With quantized activations it is c
+that kv_b_proj quantizes per token: here too, before c is cached, so the scores and values are those of the expanded
+form; the absorbed query and attention's result, which no linear of the checkpoint takes, stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from podquant.config.scheme import Scheme
+from podquant.model.attention import KVCache, Positions, attend, write
+from podquant.model.config import ModelConfig
+from podquant.model.latent import LatentConfig
+from podquant.model.linear import Linear, RMSNorm, project
+from podquant.model.matmul import Numerics
+from podquant.model.parameter import declare
+from podquant.model.rope import rotate
+from podquant.quantize.activations import quantize_per_token
+
+_NORM_EPS = 1e-6
+"""Of the two inner norms: the modeling files of all these models leave it at this, whatever `rms_norm_eps` says."""
+
+
+def projections_of(latent: LatentConfig) -> tuple[str, ...]:
+    """The names on disk of the quantizable modules of one layer's attention."""
+    queries = ("q_proj",) if latent.q_rank is None else ("q_a_proj", "q_b_proj")
+    return (*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+class LatentAttention(nnx.Module):
+    """Projections to and from latent attention over a paged cache of latents.
+
+    Args:
+        config: the model; `config.latent` is set.
+        schemes: for each of `projections_of`, how it is quantized.
+        numerics: what the model computes in.
+        layers: how many are stacked.
+    """
+
+    def __init__(
+        self, config: ModelConfig, schemes: Mapping[str, Scheme | None], numerics: Numerics, layers: int
+    ) -> None:
+        assert config.latent is not None
+        self.latent = latent = config.latent
+        sizes = {**latent.axis_sizes(config.num_heads), "embed": config.hidden_size}
+
+        def linear(name: str, out: str, into: str, bias: bool = False) -> Linear:
+            shape, axes = (sizes[out], sizes[into]), (out, into)
+            return Linear(shape, axes, scheme=schemes[name], numerics=numerics, bias=bias, layers=layers)
+
+        if latent.q_rank is None:
+            self.q_proj = linear("q_proj", "query_heads", "embed")
+        else:
+            self.q_a_proj = linear("q_a_proj", "q_rank", "embed", config.o_bias)
+            self.q_a_layernorm = RMSNorm(latent.q_rank, _NORM_EPS, numerics, layers, "q_rank")
+            self.q_b_proj = linear("q_b_proj", "query_heads", "q_rank")
+        self.kv_a_proj_with_mqa = linear("kv_a_proj_with_mqa", "latent", "embed", config.o_bias)
+        self.kv_a_layernorm = RMSNorm(latent.kv_rank, _NORM_EPS, numerics, layers, "kv_rank")
+        self.kv_b_proj = Expansion(latent, config.num_heads, schemes["kv_b_proj"], numerics, layers)
+        self.o_proj = linear("o_proj", "embed", "value_heads", config.o_bias)
+        # XLA:CPU has fast float32 dots of any shape, and none in bf16 for a single row.
+        self.score_dtype = "float32" if numerics.platform == "cpu" else numerics.dtype
+
+    def __call__(
+        self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
+    ) -> tuple[jax.Array, KVCache]:
+        """Attend; see `Attention`. The cache has one head, and no values."""
+        latent, (batch, length) = self.latent, at.positions.shape
+        q, compressed = self._project(x)
+        q = q.reshape(batch, length, -1, latent.nope_dim + latent.rope_dim)
+        q_rope = self._rotate(q[..., latent.nope_dim :], at)
+        context = self.kv_b_proj.quantized(self.kv_a_layernorm(compressed[:, : latent.kv_rank]))
+        k_rope = self._rotate(compressed[:, latent.kv_rank :].reshape(batch, length, 1, -1), at)
+        key = self._cached(context.reshape(batch, length, 1, -1), k_rope)
+        base = layer * at.pages_per_layer
+        cache = cache._replace(keys=write(cache.keys, key, base, at))
+        q_latent = self.kv_b_proj.absorb(q[..., : latent.nope_dim].reshape(batch * length, -1, latent.nope_dim))
+        q_latent = q_latent.reshape(batch, length, -1, latent.kv_rank).astype(self.score_dtype)
+        queries = self._cached(q_latent, q_rope.astype(self.score_dtype))
+        y = attend(queries, cache, base, window, at, scale=latent.score_scale, value_dim=latent.kv_rank)
+        y = self.kv_b_proj.values(y.reshape(batch * length, -1, latent.kv_rank))
+        return self.o_proj(y.astype(x.dtype).reshape(batch * length, -1)), cache
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """This shard's queries [M, N * (nope + rope)], and latent with shared key [M, kv_rank + rope]."""
+        if self.latent.q_rank is None:
+            q, compressed = project(x, self.q_proj, self.kv_a_proj_with_mqa)
+            return q, compressed
+        q, compressed = project(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+        return self.q_b_proj(self.q_a_layernorm(q)), compressed
+
+    def _cached(self, latents: jax.Array, rotated: jax.Array) -> jax.Array:
+        """Side by side as the cache has them: [..., kv_rank] and [..., rope] to [..., cached_dim]."""
+        joined = jnp.concatenate([latents, rotated], axis=-1)
+        missing = self.latent.cached_dim - joined.shape[-1]
+        return jnp.pad(joined, ((0, 0),) * (joined.ndim - 1) + ((0, missing),))
+
+    def _rotate(self, x: jax.Array, at: Positions) -> jax.Array:
+        """Rotate heads [B, T, heads, rope]; the result has its pairs half the width apart, as only products see it."""
+        if self.latent.interleaved:
+            x = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+        return rotate(x, at.cos_sin)
+
+
+class Expansion(nnx.Module):
+    """kv_b_proj [N * (nope + value), rank], cut by heads, and the two halves of it that absorbed attention applies.
+
+    The weight is declared in the type its products take: as on disk, but on XLA:CPU, which has fast products of float32
+    for any shape, in float32, where every code and every bfloat16 is exact.
+    """
+
+    def __init__(
+        self, latent: LatentConfig, num_heads: int, scheme: Scheme | None, numerics: Numerics, layers: int
+    ) -> None:
+        self.nope_dim, self.rank = latent.nope_dim, latent.kv_rank
+        self.head_rows = latent.nope_dim + latent.value_dim
+        self.dtype = numerics.dtype
+        self.product_dtype = "float32" if numerics.platform == "cpu" else numerics.dtype
+        self.activation_dtype = scheme.activation_dtype if scheme else None
+        block = scheme.weight_block_size if scheme else None
+        self.blocks = 1 if block is None else -(-self.rank // block[1])
+        width = self.rank if block is None or self.blocks == 1 else self.blocks * block[1]
+        stored = scheme.weight_dtype if scheme and numerics.platform != "cpu" else self.product_dtype
+        rows = num_heads * self.head_rows
+        self.weight = declare((rows, width), stored, ("key_value_heads", "kv_rank"), layers)
+        if scheme is not None:
+            axes = ("key_value_heads", "one" if self.blocks == 1 else "kv_rank_block")
+            self.weight_scale = declare((rows, self.blocks), "float32", axes, layers)
+
+    def quantized(self, context: jax.Array) -> jax.Array:
+        """Latents [M, rank] as the product with kv_b_proj sees them: the same, or rounded to codes per token."""
+        if self.activation_dtype is None:
+            return context
+        codes, scale = quantize_per_token(context, self.activation_dtype)
+        return (codes.astype(jnp.float32) * scale).astype(context.dtype)
+
+    def absorb(self, q: jax.Array) -> jax.Array:
+        """W_UK^T q: [M, N, nope] to [M, N, rank] float32."""
+        wide = q.astype(jnp.float32)[:, :, None, :]
+        if hasattr(self, "weight_scale"):
+            wide = wide * self._scales(0, self.nope_dim).transpose(0, 2, 1)[None]
+        # [M, N, blocks, nope] with [N, nope, blocks, columns], over nope.
+        y = self._product(wide, self._codes(0, self.nope_dim), 1)
+        return y.transpose(2, 0, 1, 3).reshape(*q.shape[:2], -1)[..., : self.rank]
+
+    def values(self, y: jax.Array) -> jax.Array:
+        """W_UV y: [M, N, rank] to [M, N, value] float32."""
+        codes = self._codes(self.nope_dim, self.head_rows)
+        columns = codes.shape[3]
+        padded = jnp.pad(y, ((0, 0), (0, 0), (0, self.blocks * columns - self.rank)))
+        # [M, N, blocks, columns] with [N, value, blocks, columns], over columns.
+        parts = self._product(padded.reshape(*y.shape[:2], self.blocks, columns), codes, 3)
+        if hasattr(self, "weight_scale"):
+            parts = parts * self._scales(self.nope_dim, self.head_rows).transpose(0, 2, 1)[:, :, None, :]
+        return parts.sum(axis=1).transpose(1, 0, 2)
+
+    def _codes(self, first: int, last: int) -> jax.Array:
+        """Rows of each head: [N, rows, blocks, columns]."""
+        weight = self.weight[...]
+        return weight.reshape(-1, self.head_rows, self.blocks, weight.shape[-1] // self.blocks)[:, first:last]
+
+    def _scales(self, first: int, last: int) -> jax.Array:
+        """Of rows of each head: [N, rows, blocks]."""
+        return self.weight_scale[...].reshape(-1, self.head_rows, self.blocks)[:, first:last]
+
+    def _product(self, rows: jax.Array, codes: jax.Array, over: int) -> jax.Array:
+        """[M, N, blocks, k] by [N, ., blocks, .] over axis `over` of the codes: [N, blocks, M, ...] float32."""
+        exact = self.product_dtype == "float32"
+        return jax.lax.dot_general(
+            rows.astype(self.product_dtype),
+            codes,
+            (((3,), (over,)), ((1, 2), (0, 2))),
+            precision=jax.lax.Precision.HIGHEST if exact else None,
+            preferred_element_type=jnp.float32,
+        )
