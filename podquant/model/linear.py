@@ -41,6 +41,12 @@ class Linear(nnx.Module):
         self.form: Form = form_of(scheme, numerics)
         self.dtype = numerics.dtype
         self.row_parallel = RULES[axes[1]] == TP
+        # A token that is cut among shards gets a scale from each in bfloat16: finer, and without a collective in front
+        # of the product. In float32, where parity is the point, it gets one, as on a single device; and where the
+        # products are integers their sum is exact: the same bits for any number of shards and hosts.
+        self.shares_scales = self.row_parallel and self.dtype == "float32"
+        self.sums_exactly = self.shares_scales and self.form.operand == "int8" and self.form.accumulator == "int32"
+        self.sums_exactly &= self.form.block is None
         blocks = 1
         if self.form.block is not None:
             blocks = -(-width // self.form.block[1])
@@ -53,24 +59,19 @@ class Linear(nnx.Module):
             self.bias = declare((out,), numerics.dtype, (axes[0],), layers)
 
     def prepare(self, x: jax.Array) -> Operand:
-        """Bring `x` [M, in] into the form this layer's product needs.
-
-        A token whose columns are cut among shards gets a scale from each in bfloat16: finer, and without a collective
-        in front of the product. In float32, where parity is the point, it gets one, as on a single device.
-        """
-        shared = self.row_parallel and self.dtype == "float32"
-        return prepare(x, self.form, TP if shared else None)
+        """Bring `x` [M, in] into the form this layer's product needs."""
+        return prepare(x, self.form, TP if self.shares_scales else None)
 
     def product(self, operand: Operand) -> jax.Array:
-        """`x W^T` of this shard's outputs, [M, out] float32, without bias; still partial if row-parallel."""
+        """`x W^T` of this shard's outputs, [M, out] float32, without bias; partial if row-parallel, unless summed."""
         scale = self.weight_scale[...] if hasattr(self, "weight_scale") else None
-        return matmul(operand, self.weight[...], scale, self.form)
+        return matmul(operand, self.weight[...], scale, self.form, TP if self.sums_exactly else None)
 
     def __call__(self, x: jax.Array | Operand) -> jax.Array:
         """Apply to [M, in] (or to what `prepare` made of it): [M, out] in the model's dtype."""
         y = self.product(x if isinstance(x, Operand) else self.prepare(x))
         y = y.astype(self.dtype)
-        if self.row_parallel:
+        if self.row_parallel and not self.sums_exactly:
             y = jax.lax.psum(y, TP)
         if hasattr(self, "bias"):
             y = y + self.bias[...].reshape(1, -1)

@@ -118,7 +118,9 @@ def prepare(x: jax.Array, form: Form, token_axis: str | None = None) -> Operand:
     return Operand(codes.astype(form.operand_dtype), scale, 1, num_rows)
 
 
-def matmul(operand: Operand, weight: jax.Array, scale: jax.Array | None, form: Form) -> jax.Array:
+def matmul(
+    operand: Operand, weight: jax.Array, scale: jax.Array | None, form: Form, sum_axis: str | None = None
+) -> jax.Array:
     """The product with a weight.
 
     Args:
@@ -126,12 +128,17 @@ def matmul(operand: Operand, weight: jax.Array, scale: jax.Array | None, form: F
         weight: [out, in] codes or values; in = D, or D rounded up to whole blocks.
         scale: [out, 1] or [out, blocks] float32, None for a plain weight.
         form: how.
+        sum_axis: the mesh axis over whose shards the product is summed before it is scaled, exactly: for integers
+            without blocks, where all shards have the same scales.
 
     Returns:
         [M, out] float32.
     """
     if form.block is None:
-        y = _dot(operand.rows, weight, form).astype(jnp.float32)
+        y = _dot(operand.rows, weight, form)
+        if sum_axis is not None:
+            y = jax.lax.psum(y, sum_axis)
+        y = y.astype(jnp.float32)
         if scale is not None:
             y = y * scale.reshape(1, -1)
     else:

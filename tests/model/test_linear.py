@@ -187,6 +187,15 @@ def test_no_row_changes_with_the_rows_beside_it() -> None:
     np.testing.assert_array_equal(whole[2:3], single)
 
 
+def test_integers_summed_over_any_number_of_shards_give_the_same_bits() -> None:
+    """In float32: where a flipped rounding of the next layer's activation would otherwise grow with depth."""
+    linear, values, _, _ = layer("row", Scheme("int8", "int8"), "float32")
+    x = np.random.default_rng(3).standard_normal((5, 512), np.float32)
+    (alone,), *others = (run(linear, values, tp, [x]) for tp in (1, 2, 4, 8))
+    for (cut,) in others:
+        np.testing.assert_array_equal(cut, alone)
+
+
 def test_layers_alike_share_one_quantized_activation() -> None:
     scheme, numerics = Scheme("int8", "int8"), Numerics("float32", "cpu")
 
