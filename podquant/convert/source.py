@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from podquant.artifact.naming import module_of, scales_of
+from podquant.artifact.naming import module_of
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
+from podquant.checkpoint.quantized import refuse_undeclared
 from podquant.config.modules import kind_of
+from podquant.config.quantized import quant_method
 from podquant.errors import CheckpointError, UnsupportedModelError
 
 _LAYER = re.compile(r"^((?:[a-z_]+\.)*(?:layers|h))\.(\d+)\.(.+)$")
@@ -46,18 +48,12 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         CheckpointError: tensors are missing, or contradict config.json.
     """
     where, config = checkpoint.store.uri, checkpoint.config
-    _refuse_quantized(where, config)
+    _refuse_quantized(where, checkpoint)
     matrices = {
         module: info
         for name, info in checkpoint.tensors.items()
         if (module := module_of(name)) is not None and len(info.shape) >= 2
     }
-    for module in matrices:
-        if scales_of(module) in checkpoint.tensors:
-            raise UnsupportedModelError(
-                f"{where}: holds {scales_of(module)}, as a quantized checkpoint does, but config.json has no "
-                "quantization_config. Convert the original checkpoint"
-            )
     _check_layers(where, config, matrices)
     embedding = next((info for module, info in matrices.items() if kind_of(module) == "embedding"), None)
     head = next((info for module, info in matrices.items() if kind_of(module) == "lm_head"), None)
@@ -89,15 +85,13 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     return Contents(tensors, matrices, fused, tied, redundant)
 
 
-def _refuse_quantized(where: str, config: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        section = config.get(key)
-        if section:
-            method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else repr(section)
-            raise UnsupportedModelError(
-                f"{where}: already quantized: config.json has {key} with quant_method {method}. podquant does not "
-                "convert quantized checkpoints yet: convert the original in bfloat16, float16 or float32"
-            )
+def _refuse_quantized(where: str, checkpoint: Checkpoint) -> None:
+    if method := quant_method(checkpoint.config):
+        raise UnsupportedModelError(
+            f"{where}: already quantized: config.json has {method}. Nothing is gained by quantizing it again: serve it "
+            "as it is (podquant serve), or convert the original in bfloat16, float16 or float32"
+        )
+    refuse_undeclared(checkpoint.tensors, where)
 
 
 def _check_layers(where: str, config: Mapping[str, Any], matrices: Mapping[str, TensorInfo]) -> None:

@@ -1,6 +1,7 @@
 """Where weights come from: an artifact, a checkpoint as it is, or a checkpoint quantized while it is read.
 
-All three look alike to the loader, and the last gives bit for bit what converting first would have given.
+All look alike to the loader, and the last gives bit for bit what converting first would have given. A checkpoint that
+other software quantized is `runtime.quantized_source`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 from podquant.artifact.naming import MANIFEST, module_of, weight_of
 from podquant.artifact.reader import Artifact
 from podquant.checkpoint.index import Checkpoint
+from podquant.checkpoint.quantized import refuse_undeclared
 from podquant.checkpoint.reader import read_rows
+from podquant.config.quantized import read_quantization
 from podquant.config.rules import QuantizationConfig, Resolution
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
@@ -27,11 +30,11 @@ from podquant.errors import (
     NonFiniteWeightError,
     PodquantError,
     StorageError,
-    UnsupportedModelError,
 )
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.weights import quantize_window
 from podquant.runtime.hostmemory import empty
+from podquant.runtime.quantized_source import QuantizedSource
 from podquant.storage.runs import RecordingStore, Whole
 from podquant.storage.store import open_store
 
@@ -101,13 +104,7 @@ class CheckpointSource:
     """
 
     def __init__(self, checkpoint: Checkpoint, rules: QuantizationConfig | None) -> None:
-        method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
-        if method:
-            name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
-            raise UnsupportedModelError(
-                f"{checkpoint.store.uri}/config.json: the checkpoint is already quantized (quant_method {name}); "
-                "podquant serves plain checkpoints and its own artifacts: serve or convert the original"
-            )
+        refuse_undeclared(checkpoint.tensors, checkpoint.store.uri)
         self._checkpoint = checkpoint
         self.store = RecordingStore(checkpoint.store, lambda file: checkpoint.store.known_crc32c(file) is not None)
         self.resolution: Resolution | None = None
@@ -245,14 +242,15 @@ class ArtifactSource:
 
 
 def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSource:
-    """Open an artifact or a checkpoint.
+    """Open an artifact or a checkpoint, which may be quantized already.
 
     Args:
         uri: a directory; one with a manifest is an artifact.
         rules: quantize a checkpoint by these while reading it.
 
     Raises:
-        ConfigError: rules for an artifact, whose manifest has decided already.
+        ConfigError: rules that contradict an artifact or a checkpoint that is quantized already.
+        UnsupportedModelError: the checkpoint is quantized in a way that podquant does not serve.
         ArtifactError, CheckpointError, StorageError: it cannot be opened.
     """
     store = open_store(uri)
@@ -261,7 +259,7 @@ def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSour
     finally:
         store.close()
     if not is_artifact:
-        return CheckpointSource(Checkpoint.open(uri), rules)
+        return _open_checkpoint(uri, rules)
     artifact = Artifact.open(uri)
     if rules is not None and (difference := _contradiction(artifact, rules)):
         artifact.close()
@@ -270,6 +268,18 @@ def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSour
             "the quantization config out to serve the artifact as it is, or convert the original checkpoint again"
         )
     return ArtifactSource(artifact)
+
+
+def _open_checkpoint(uri: str, rules: QuantizationConfig | None) -> WeightSource:
+    checkpoint = Checkpoint.open(uri)
+    try:
+        quantization = read_quantization(checkpoint.config, f"{checkpoint.store.uri}/config.json")
+        if quantization is None:
+            return CheckpointSource(checkpoint, rules)
+        return QuantizedSource(checkpoint, quantization, rules)
+    except BaseException:
+        checkpoint.close()
+        raise
 
 
 def _contradiction(artifact: Artifact, rules: QuantizationConfig) -> str | None:

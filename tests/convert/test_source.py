@@ -14,7 +14,12 @@ from podquant.errors import CheckpointError, UnsupportedModelError
 
 MATRIX = np.ones((96, 32), np.float32)
 BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({}, {"quantization_config": {"quant_method": "awq"}}, UnsupportedModelError, "quantization_config with .* awq"),
+    (
+        {},
+        {"quantization_config": {"quant_method": "awq"}},
+        UnsupportedModelError,
+        "quantization_config with .* awq.* serve it",
+    ),
     ({}, {"compression_config": {"bits": 4}}, UnsupportedModelError, "compression_config with .* an unnamed method"),
     (
         {"lm_head.weight_scale": np.ones((96, 1), np.float32)},

@@ -1,0 +1,164 @@
+"""The quantized weights of a checkpoint: where their codes and scales lie, and rows of them in one form.
+
+What the headers hold decides which modules are quantized; what config.json says decides how, and the two must agree.
+Codes come out as int8 or float8_e4m3fn `[out, in]`, scales as `[out, 1]` or one a block, whichever way they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from podquant.checkpoint.header import TensorInfo
+from podquant.checkpoint.reader import read_rows, read_whole
+from podquant.config.quantized import Quantization, Stored
+from podquant.dtypes import BY_DISK_NAME, BY_NAME
+from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.storage.store import Store
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_CODES = ("I8", "F8_E4M3", "F8_E5M2", "U8", "I32")
+"""Types on disk that only the codes of a quantized matrix have."""
+
+_LEAVES = frozenset(
+    {"weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "qweight", "qzeros"}
+)
+"""Last parts of names that only quantized checkpoints have."""
+
+_SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+_SIGN = np.uint8(0x80)
+"""Packed bytes are codes plus 128: the codes with this bit turned over."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized matrix.
+
+    Attributes:
+        stored: how.
+        codes, scales: where its parts lie.
+        shape: (out, in).
+        scales_shape: of its scales as they are read.
+    """
+
+    stored: Stored
+    codes: TensorInfo
+    scales: TensorInfo
+    shape: tuple[int, int]
+    scales_shape: tuple[int, int]
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether all rows share one, so that there is nothing to read row by row."""
+        return self.stored.strategy == "tensor"
+
+
+def find_quantized(
+    tensors: Mapping[str, TensorInfo], quantization: Quantization, where: str
+) -> dict[str, QuantizedWeight]:
+    """Every quantized matrix by its module; no tensor is read.
+
+    Raises:
+        CheckpointError: the headers contradict config.json, or parts are missing or of a wrong type or shape.
+    """
+    found: dict[str, QuantizedWeight] = {}
+    for name, info in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed" or (leaf == "weight" and len(info.shape) >= 2 and info.dtype.disk in _CODES):
+            stored = quantization.stored(module)
+            if stored is None:
+                raise CheckpointError(
+                    f"{where}: {name} holds codes ({info.dtype.disk}), but the {quantization.method} section of "
+                    "config.json does not count it among the quantized. Copy config.json and the weights again"
+                )
+            found[module] = _weight(module, info, stored, tensors, where)
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("weight_scale", "weight_scale_inv", "qweight") and module not in found:
+            raise CheckpointError(
+                f"{where}: {name} is there, but no codes for it as the {quantization.method} section of config.json "
+                f"says they are stored: expected {module}.weight in 8 bits or {module}.weight_packed. Copy it again"
+            )
+    return found
+
+
+def refuse_undeclared(tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Refuse what is quantized by what it holds though config.json says nothing of it; served plain it would be noise.
+
+    Raises:
+        UnsupportedModelError: names the tensor.
+    """
+    for name, info in tensors.items():
+        leaf = name.rpartition(".")[2]
+        if leaf in _LEAVES or (leaf == "weight" and len(info.shape) >= 2 and info.dtype.disk in _CODES):
+            raise UnsupportedModelError(
+                f"{where}: holds {name}, as a quantized checkpoint does ({info.dtype.disk}), but config.json "
+                "has no quantization_config. Copy config.json again, or take the original checkpoint"
+            )
+
+
+def read_codes(store: Store, weight: QuantizedWeight, start: int, stop: int, out: Array) -> Array:
+    """Rows `[start, stop)` of the codes, into `out` [stop - start, in] of the scheme's dtype."""
+    if weight.stored.layout != "packed":
+        return read_rows(store, weight.codes, start, stop, out)
+    # An int32 holds four codes, the first in its lowest byte: in the order of the file, one byte is one code.
+    words = out.view(BY_DISK_NAME["I32"].numpy)
+    read_rows(store, weight.codes, start, stop, words)
+    codes = out.view(np.uint8)
+    np.bitwise_xor(codes, _SIGN, out=codes)
+    return out
+
+
+def read_scales(store: Store, weight: QuantizedWeight, start: int, stop: int) -> Array:
+    """Rows `[start, stop)` of the scales, [stop - start, `scales_shape[1]`] in their type on disk.
+
+    Raises:
+        CheckpointError: one is not a number, or infinite.
+    """
+    info = weight.scales
+    if weight.has_one_scale:
+        values = np.broadcast_to(read_whole(store, info).reshape(1, 1), (stop - start, 1))
+    else:
+        values = read_rows(store, info, start, stop).reshape(stop - start, weight.scales_shape[1])
+    wrong = np.flatnonzero(~np.isfinite(values.astype(np.float32)).all(axis=1))
+    if wrong.size:
+        raise CheckpointError(
+            f"{store.uri}/{info.file}: {info.name}: row {start + int(wrong[0])} holds a scale that is not finite. "
+            "Copy the checkpoint again"
+        )
+    return values
+
+
+def _weight(
+    module: str, codes: TensorInfo, stored: Stored, tensors: Mapping[str, TensorInfo], where: str
+) -> QuantizedWeight:
+    packed, scheme = stored.layout == "packed", stored.scheme
+    name = f"{module}.weight_packed" if packed else f"{module}.weight"
+    disk = "I32" if packed else BY_NAME[scheme.weight_dtype].disk
+    if (codes.name, codes.dtype.disk, len(codes.shape)) != (name, disk, 2):
+        raise _wrong(where, codes, f"{name}, a matrix of {disk}")
+    shape = (codes.shape[0], codes.shape[1] * (4 if packed else 1))
+    label = f"{module}.weight_scale_inv" if stored.layout == "inverse" else f"{module}.weight_scale"
+    for needed in (label, f"{module}.weight_shape") if packed else (label,):
+        if needed not in tensors:
+            raise CheckpointError(
+                f"{where}: {needed} is missing: the codes {codes.name} mean nothing without. Copy the checkpoint again"
+            )
+    scales, block = tensors[label], scheme.weight_block_size
+    expected = (shape[0], 1) if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    allowed = {"tensor": ((), (1,), (1, 1)), "channel": (expected, expected[:1]), "block": (expected,)}[stored.strategy]
+    if scales.shape not in allowed or scales.dtype.disk not in _SCALES:
+        shapes = " or ".join(str(list(each)) for each in allowed)
+        raise _wrong(where, scales, f"{stored.strategy} scales of shape {shapes} in {', '.join(_SCALES)}")
+    return QuantizedWeight(stored, codes, scales, shape, expected)
+
+
+def _wrong(where: str, info: TensorInfo, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}/{info.file}: expected {expected}, as config.json says, "
+        f"got {info.name} {info.dtype.disk} {list(info.shape)}. Copy config.json and the weights again"
+    )
