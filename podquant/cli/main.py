@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "show what an artifact holds and how good it is",
     "verify": "check an artifact to the last byte",
     "merge": "put the tensor-parallel slices of an artifact together",
+    "export": "write an artifact in another form for other software",
     "demo": "plan, convert, verify, serve and ask a real small model",
 }
 """Command → its line in the help; `podquant.cli.<command>` is its module."""

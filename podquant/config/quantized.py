@@ -52,12 +52,20 @@ class Stored:
     layout: Layout
 
 
-@dataclass(frozen=True)
-class Group:
-    """Modules that are stored alike: `targets` are names, `re:` patterns or classes (`Linear`, `Embedding`)."""
+class Targets:
+    """Modules by their names, by `re:` patterns that match from a name's start, or by class (`Linear`, `Embedding`)."""
 
-    targets: tuple[str, ...]
-    stored: Stored
+    def __init__(self, targets: Sequence[str]) -> None:
+        self._names = frozenset(targets)
+        self._patterns = [re.compile(target[3:]) for target in targets if target.startswith("re:")]
+
+    def rank(self, module: str) -> int | None:
+        """How closely they mean a module: 0 by its name, 1 by a pattern, 2 by its class; None for not at all."""
+        if module in self._names:
+            return 0
+        if any(pattern.match(module) for pattern in self._patterns):
+            return 1
+        return 2 if ("Embedding" if kind_of(module) == "embedding" else "Linear") in self._names else None
 
 
 @dataclass(frozen=True)
@@ -66,37 +74,30 @@ class Quantization:
 
     Attributes:
         method: its `quant_method`.
-        groups: in its order.
-        ignore: targets that no group has, whatever it says.
+        groups: modules that are stored alike, in its order.
+        ignore: modules that no group has, whatever it says.
+        left: names of modules that are left alone with everything below them.
     """
 
     method: str
-    groups: tuple[Group, ...]
-    ignore: tuple[str, ...]
+    groups: tuple[tuple[Targets, Stored], ...]
+    ignore: Targets
+    left: frozenset[str] = frozenset()
 
     def stored(self, module: str) -> Stored | None:
         """How a module is stored if it is quantized; None if the section leaves it out.
 
-        A target that is its name comes before one that is a pattern, and that before one that is its class.
+        A group that names it comes before one with a pattern for it, and that before one that has its class.
         """
-        if any(_rank(target, module) is not None for target in self.ignore):
+        parts = module.split(".")
+        if self.ignore.rank(module) is not None or any(
+            ".".join(parts[:count]) in self.left for count in range(1, len(parts) + 1)
+        ):
             return None
         ranked = [
-            (rank, number)
-            for number, group in enumerate(self.groups)
-            for target in group.targets
-            if (rank := _rank(target, module)) is not None
+            (rank, number) for number, group in enumerate(self.groups) if (rank := group[0].rank(module)) is not None
         ]
-        return self.groups[min(ranked)[1]].stored if ranked else None
-
-
-def _rank(target: str, module: str) -> int | None:
-    """How closely a target means a module, 0 closest; None for not at all. A pattern matches from the name's start."""
-    if target == module:
-        return 0
-    if target.startswith("re:"):
-        return 1 if re.match(target[3:], module) else None
-    return 2 if target == ("Embedding" if kind_of(module) == "embedding" else "Linear") else None
+        return self.groups[min(ranked)[1]][1] if ranked else None
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
@@ -144,8 +145,7 @@ def _read_fp8(section: Mapping[str, Any], at: str) -> Quantization:
         _refuse(at, "fp8 without weight_block_size")
     stored = Stored(Scheme("float8_e4m3fn", None, _block(block, f"{at}: weight_block_size")), "block", "inverse")
     left = _names(section.get("modules_to_not_convert"), f"{at}: modules_to_not_convert")
-    ignore = tuple(f"re:{re.escape(name)}(\\.|$)" for name in left)
-    return Quantization("fp8", (Group(("re:",), stored),), ignore)
+    return Quantization("fp8", ((Targets(["re:"]), stored),), Targets([]), frozenset(left))
 
 
 def _read_compressed_tensors(section: Mapping[str, Any], at: str) -> Quantization:
@@ -159,10 +159,10 @@ def _read_compressed_tensors(section: Mapping[str, Any], at: str) -> Quantizatio
     if not isinstance(groups, dict) or not groups:
         _malformed(f"{at}: config_groups", "an object with groups", groups)
     read = tuple(_read_group(group, section.get("format"), f"{at}: {name}") for name, group in groups.items())
-    return Quantization("compressed-tensors", read, _names(section.get("ignore"), f"{at}: ignore"))
+    return Quantization("compressed-tensors", read, Targets(_names(section.get("ignore"), f"{at}: ignore")))
 
 
-def _read_group(group: Any, default_format: Any, at: str) -> Group:
+def _read_group(group: Any, default_format: Any, at: str) -> tuple[Targets, Stored]:
     if not isinstance(group, dict):
         _malformed(at, "an object with targets and weights", group)
     targets = _names(group.get("targets"), f"{at}: targets")
@@ -184,7 +184,7 @@ def _read_group(group: Any, default_format: Any, at: str) -> Group:
     if group.get("output_activations"):
         _refuse(at, "compressed-tensors with output_activations")
     activations = _activations(group.get("input_activations"), block, f"{at}: input_activations")
-    return Group(targets, Stored(Scheme(dtype, activations, block), strategy, layout))
+    return Targets(targets), Stored(Scheme(dtype, activations, block), strategy, layout)
 
 
 def _strategy(weights: Mapping[str, Any], at: str) -> tuple[Strategy, tuple[int, int] | None]:

@@ -135,7 +135,7 @@ def inverse(size: tuple[int, int]) -> dict[str, Any]:
 
 def is_linear(name: str, array: Array) -> bool:
     """Whether a tensor is one that these tools quantize."""
-    return array.ndim == 2 and "layers" in name and not name.endswith("mlp.gate.weight")
+    return array.ndim == 2 and "layers" in name and not name.endswith(".gate.weight")
 
 
 def write_pair(golden: Path, place: Path, section: Mapping[str, Any], write: Write) -> tuple[Path, Path]:

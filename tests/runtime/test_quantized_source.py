@@ -12,7 +12,14 @@ import pytest
 
 from podquant.config.rules import load_quantization_config
 from podquant.errors import CheckpointError, ConfigError, UnsupportedModelError
+from podquant.model.families import read_model_config
+from podquant.model.matmul import Numerics
+from podquant.runtime.load import load_weights
+from podquant.runtime.mesh import make_mesh
+from podquant.runtime.programs import Model
 from podquant.runtime.source import open_source
+from podquant.runtime.windows import Limits
+from podquant.storage.publication import open_publication
 from tests.runtime.quantized_checkpoints import (
     TOKEN,
     Tensors,
@@ -28,6 +35,7 @@ from tests.runtime.quantized_checkpoints import (
     write_pair,
 )
 from tests.runtime.test_goldens import GOLDENS, all_logits, load, mean_kl, reference
+from tests.storage.gcs_emulator import GcsEmulator
 
 SIZE = (32, 80)
 FORMS: Mapping[str, tuple[Any, Write]] = {
@@ -257,3 +265,37 @@ def test_rules_may_say_what_becomes_of_activations(tmp_path: Path, text: str, me
     assert scheme.activation_dtype == "float8_e4m3fn"
     assert source.scheme_of("lm_head") is None
     source.close()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_windows_and_shards_give_the_same_arrays(tmp_path: Path, form: str) -> None:
+    """Windows of a few rows over four devices (two where blocks do not go into four), and one window on one."""
+    place, _ = write_pair(GOLDENS / "llama", tmp_path, *FORMS[form])
+    source = open_source(str(place))
+    _, expected = load(source, 1)
+    config, mesh = read_model_config(source.config), make_mesh("cpu", 2 if "blocks" in form or form == "inverse" else 4)
+    model = Model(config, source.scheme_of, Numerics("float32", "cpu"), mesh)
+    few = Limits(window_bytes=2048, ahead_bytes=8192, gathered_bytes=2048, whole_bytes=100, tile_rows=1)
+    for leaf, one, several in zip(model.leaves, expected, load_weights(model, source, limits=few), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(several).tobytes(), leaf.path
+    source.close()
+
+
+@pytest.mark.parametrize("form", ["int8, one scale", "packed"])
+def test_every_byte_in_a_bucket_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """What no device asks for (shapes), and what all of them do (one scale for all), adds up to the file's checksum."""
+    place, _ = write_pair(GOLDENS / "llama", tmp_path, *FORMS[form])
+    with GcsEmulator("b") as emulator:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
+        with open_publication("gs://b/model") as publication:
+            for path in sorted(place.iterdir(), reverse=True):
+                publication.write_small(path.name, path.read_bytes())
+            publication.publish()
+        here, there = open_source(str(place)), open_source("gs://b/model")
+        assert there.wholes
+        assert here.fingerprint == there.fingerprint
+        expected, found = load(here, 1)[1], load(there, 2)[1]
+        here.close()
+        there.close()
+    for one, other in zip(expected, found, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
