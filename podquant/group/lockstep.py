@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from podquant.errors import ClusterError, ConfigError
 from podquant.group.fingerprint import differences
 from podquant.group.launch import Deadlines
-from podquant.group.wire import Array, Connection, Listener, WireError, connect
+from podquant.group.wire import Array, Connection, Listener, Message, WireError, connect, encode
 from podquant.runtime.executor import Executor
 from podquant.runtime.programs import Bucket
 
@@ -40,15 +41,21 @@ class Announcer:
 
     def announce(self, bucket: Bucket, arrays: Sequence[Array]) -> None:
         """Tell all others of a step. Raises WireError if one is gone."""
+        if not self._followers:
+            return
         self._num_steps += 1
+        ints, *others = arrays
+        used = np.flatnonzero(ints.any(axis=0))  # page tables are as wide as the longest context, and seldom full
         body = {
             "step": self._num_steps,
             "batch": bucket.batch,
             "length": bucket.length,
             "scores": bucket.scores,
+            "width": ints.shape[1],
         }
+        payload = encode(body, [ints[:, : used[-1] + 1 if len(used) else 0], *others])
         for follower in self._followers:
-            follower.send(body, arrays, timeout=self._deadlines.liveness)
+            follower.send_encoded(payload, timeout=self._deadlines.liveness)
 
     def end(self) -> None:
         """Tell the others that no step follows."""
@@ -158,11 +165,17 @@ def follow(
         expected += 1
         on_busy(time.monotonic())
         bucket = Bucket(message.body["batch"], message.body["length"], message.body["scores"])
-        sampled, _ = executor.run(bucket, message.arrays)
+        sampled, _ = executor.run(bucket, _arrays(message))
         ahead.append(sampled.tokens)
         if len(ahead) > _AHEAD:
             ahead.popleft().block_until_ready()
         on_busy(None)
+
+
+def _arrays(message: Message) -> list[Array]:
+    """The host values of a step, as wide as they were."""
+    ints, *others = message.arrays
+    return [np.pad(ints, ((0, 0), (0, message.body["width"] - ints.shape[1]))), *others]
 
 
 def _guarded(peer: socket.socket, key: bytes, welcome: Callable[[Connection], None]) -> None:

@@ -62,6 +62,7 @@ class _Way:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def mac(self, payload: bytes | bytearray) -> bytes:
+        """Of the next message."""
         self.count += 1
         return hmac.digest(self.key, struct.pack(">Q", self.count) + payload, "sha256")
 
@@ -95,14 +96,15 @@ class Connection:
 
     def send(self, body: Mapping[str, Any], arrays: Sequence[Array] = (), *, timeout: float = 10.0) -> None:
         """Send a message; arrays must be int32 or float32. Blocks while the network is full, `timeout` at most."""
-        described = [[array.dtype.name, list(array.shape)] for array in arrays]
-        head = json.dumps([body, described], separators=(",", ":")).encode()
-        payload = b"".join([_HEAD.pack(len(head)), head, *(np.ascontiguousarray(array).tobytes() for array in arrays)])
+        self.send_encoded(encode(body, arrays), timeout=timeout)
+
+    def send_encoded(self, payload: bytes, *, timeout: float = 10.0) -> None:
+        """Send what `encode` made: once, for several connections."""
         if len(payload) > MOST_BYTES:
             raise WireError(f"{self.address}: a message of {len(payload):,} bytes; the most is {MOST_BYTES:,}")
         try:
             with self._send.lock:
-                frame = _HEAD.pack(len(payload)) + payload + self._send.mac(payload)
+                frame = b"".join((_HEAD.pack(len(payload)), payload, self._send.mac(payload)))
                 self._socket.settimeout(timeout)
                 self._socket.sendall(frame)
         except OSError as error:
@@ -204,6 +206,13 @@ def connect(address: tuple[str, int], secret: bytes, *, timeout: float) -> Conne
     except OSError as error:
         raise WireError(f"{address[0]}:{address[1]}: cannot connect: {_reason(error)}") from error
     return Connection(peer, secret, is_server=False)
+
+
+def encode(body: Mapping[str, Any], arrays: Sequence[Array] = ()) -> bytes:
+    """A message as bytes: JSON with the arrays' types and shapes, and behind it their own."""
+    described = [[array.dtype.name, list(array.shape)] for array in arrays]
+    head = json.dumps([body, described], separators=(",", ":")).encode()
+    return b"".join([_HEAD.pack(len(head)), head, *(np.ascontiguousarray(array).tobytes() for array in arrays)])
 
 
 def _decode(payload: bytearray, address: str) -> Message:

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,14 +62,17 @@ def test_ranks_meet_whatever_strangers_do_meanwhile() -> None:
     assert isinstance(strangers[0], WireError)
     assert "does not know this group's secret" in str(strangers[0])
     announcer = Announcer(met, DEADLINES)
-    ints = np.arange(6, dtype=np.int32).reshape(1, 6)
-    announcer.announce(Bucket(1, 32, scores=True), [ints, ints.astype(np.float32)])
-    for connection in joined:
-        while "beat" in (message := connection.receive(timeout=3)).body:
-            pass
-        assert message.body == {"step": 1, "batch": 1, "length": 32, "scores": True}
-        assert [array.tolist() for array in message.arrays] == [ints.tolist()] * 2
+    ints = np.pad(np.arange(6, dtype=np.int32).reshape(1, 6), ((0, 1), (0, 100)))
+    floats, tokens = np.ones((2, 3), np.float32), np.full((2, 32), 7, np.int32)
+    steps = [(Bucket(2, 32, scores=True), [ints, floats, tokens, tokens]), (Bucket(2, 1), [ints * 0, floats])]
+    for bucket, arrays in steps:
+        announcer.announce(bucket, arrays)
     announcer.end()
+    expected = [(bucket, [array.tolist() for array in arrays]) for bucket, arrays in steps]
+    for connection in joined:
+        executor = Recorder()
+        follow(executor, connection, DEADLINES, lambda since: None)  # type: ignore[arg-type]
+        assert executor.ran == expected
     for connection in (*joined, *met):
         connection.close()
 
@@ -104,7 +109,7 @@ class Recorder:
 
     def run(self, bucket: Bucket, arrays: Any) -> Any:
         self.ran.append((bucket, [array.tolist() for array in arrays]))
-        return type("Sampled", (), {"tokens": np.zeros(1)})(), None
+        return SimpleNamespace(tokens=jnp.zeros(1)), None
 
 
 def pair() -> tuple[Connection, Connection]:
