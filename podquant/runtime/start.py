@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Self
 
@@ -28,7 +28,7 @@ from podquant.runtime.pages import PagePool
 from podquant.runtime.programs import CacheShape, Model
 from podquant.runtime.scheduler import Scheduler
 from podquant.runtime.source import WeightSource, open_source
-from podquant.runtime.tokenizer import Tokenizer
+from podquant.runtime.tokenizer import FILES, Tokenizer
 from podquant.storage.hub import download_model, is_offline
 
 _log = logging.getLogger(__name__)
@@ -172,16 +172,18 @@ def load_tokenizer(opened: Opened) -> Tokenizer | None:
     """The model's tokenizer, wherever its files are; None where the options want none.
 
     Raises:
-        CheckpointError: its files are missing or wrong.
+        CheckpointError: its files are missing or wrong, or are not of this model.
     """
     if opened.options.skip_tokenizer_init:
         return None
     store = opened.source.store
     with TemporaryDirectory(prefix="podquant-") as folder:
         for name, size in store.list().items():
-            if "/" not in name and size <= _SMALL_BYTES and not name.endswith(".safetensors"):
-                (Path(folder) / name).write_bytes(store.read(name))
-        return Tokenizer.load(Path(folder), opened.source.config)
+            if size <= _SMALL_BYTES and any(PurePath("/", name).match("/" + pattern) for pattern in FILES):
+                path = Path(folder, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(store.read(name))
+        return Tokenizer.load(Path(folder), opened.source.config, vocab_size=opened.config.vocab_size, where=store.uri)
 
 
 def _locate(options: EngineOptions, *, by_ranges: bool) -> str:

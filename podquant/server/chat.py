@@ -16,7 +16,7 @@ from podquant.runtime.tokenizer import Tokenizer
 from podquant.server.gather import gather, usage
 from podquant.server.generation import ClientGoneError
 from podquant.server.schemas import ChatBody, Message
-from podquant.server.service import encode, require_tokenizer, service_of
+from podquant.server.service import off_loop, require_tokenizer, require_unicode, service_of
 from podquant.server.stream import EventStream, Template, event
 from podquant.server.token_text import TokenText
 
@@ -44,8 +44,11 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
 
 async def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """The prompt of a chat. Raises RequestError if the template refuses the messages."""
-    text = tokenizer.apply_chat_template([message.model_dump(exclude_unset=True) for message in messages])
-    return await encode(tokenizer, text, add_special_tokens=False)
+    chat = [message.model_dump(exclude_unset=True) for message in messages]
+    for message in chat:
+        for text in message.values():
+            require_unicode(text, "messages")
+    return await off_loop(sum(len(message["content"]) for message in chat), lambda: tokenizer.encode_chat(chat))
 
 
 class _Writer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import Request as HttpRequest
@@ -107,14 +107,22 @@ def require_tokenizer(engine: Backend, param: str) -> Tokenizer:
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
     """Token ids of a text, without holding up the event loop if it is long. RequestError if it is not Unicode."""
+    require_unicode(text, "prompt")
+    return await off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def require_unicode(text: str, param: str) -> None:
+    """Raises RequestError, which blames `param`, for half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
             f"The text is not valid Unicode: {error.object[error.start]!r} at {error.start} is half a surrogate pair. "
             "Send whole characters.",
-            "prompt",
+            param,
         ) from None
-    if len(text) < _LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+async def off_loop(length: int, work: Callable[[], list[int]]) -> list[int]:
+    """What `work` gives on a text of so many characters, without holding up the event loop if it is long."""
+    return work() if length < _LONG_TEXT else await asyncio.to_thread(work)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from podquant.runtime.tokenizer import Tokenizer
+from podquant.runtime.vocabulary import Vocabulary
+from podquant.runtime.vocabulary_json import JsonVocabulary
+from podquant.runtime.vocabulary_sentencepiece import SentencepieceVocabulary
+from podquant.runtime.vocabulary_tiktoken import TiktokenClass, TiktokenVocabulary
+from tests.runtime.vocabularies import QWEN_PATTERN, sentencepiece_model, trained_ranks
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, then the dog jumps over the fox.",
@@ -78,7 +84,23 @@ def unigram() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-KINDS = {"byte_level": byte_level, "byte_fallback": byte_fallback, "unigram": unigram}
+def ranks() -> TiktokenVocabulary:
+    """Byte-level BPE in tiktoken's form."""
+    return TiktokenVocabulary(TiktokenClass(QWEN_PATTERN), trained_ranks(), {"<s>": 400, "</s>": 401}, {400, 401})
+
+
+def sentencepiece() -> SentencepieceVocabulary:
+    """Llama 2's kind in sentencepiece's own form."""
+    return SentencepieceVocabulary(sentencepiece_model("llama"))
+
+
+KINDS: dict[str, Callable[[], Vocabulary]] = {
+    "byte_level": lambda: JsonVocabulary(byte_level()),
+    "byte_fallback": lambda: JsonVocabulary(byte_fallback()),
+    "unigram": lambda: JsonVocabulary(unigram()),
+    "ranks": ranks,
+    "sentencepiece": sentencepiece,
+}
 
 
 @pytest.fixture(scope="session", params=list(KINDS))
@@ -88,9 +110,9 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def byte_level_tokenizer() -> Tokenizer:
-    return Tokenizer(byte_level(), eos_ids=[2])
+    return Tokenizer(JsonVocabulary(byte_level()), eos_ids=[2])
 
 
 @pytest.fixture(scope="session")
 def byte_fallback_tokenizer() -> Tokenizer:
-    return Tokenizer(byte_fallback(), eos_ids=[2])
+    return Tokenizer(JsonVocabulary(byte_fallback()), eos_ids=[2])

@@ -15,7 +15,7 @@ from podquant.runtime.tokenizer import Tokenizer
 @pytest.fixture
 def checkpoint(tmp_path: Path, byte_level_tokenizer: Tokenizer) -> Path:
     """A directory with a tokenizer whose special tokens are `<unk>` 0, `<s>` 1 and `</s>` 2."""
-    byte_level_tokenizer._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    byte_level_tokenizer._vocabulary._tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
 
@@ -123,5 +123,108 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
 )
 def test_broken_settings_are_refused(checkpoint: Path, content: str, match: str) -> None:
     (checkpoint / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=match):
+        Tokenizer.load(checkpoint, {})
+
+
+def test_added_tokens_that_the_vocabulary_lacks_are_added(checkpoint: Path) -> None:
+    added = {"378": {"content": "<tool>", "special": False}, "377": {"content": "<pad>", "special": True}}
+    write(checkpoint, "tokenizer_config.json", {"added_tokens_decoder": added | {"1": {"content": "<s>"}}})
+    write(checkpoint, "added_tokens.json", {"<|end|>": 379, "<tool>": 378})
+    write(checkpoint, "special_tokens_map.json", {"additional_special_tokens": ["<|end|>"]})
+    tokenizer = Tokenizer.load(checkpoint, {"vocab_size": 380})
+    assert tokenizer.encode("<pad><tool><|end|>") == [377, 378, 379]
+    assert tokenizer.decode([377, 378, 379]) == "<tool>"
+
+
+def test_an_added_token_whose_id_is_not_the_next_is_refused(checkpoint: Path) -> None:
+    write(checkpoint, "added_tokens.json", {"<tool>": 500})
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: lacks the token '<tool>'.*id 500.*next free id is 377"
+    ):
+        Tokenizer.load(checkpoint, {})
+
+
+def test_flags_of_a_special_token_stay(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    content["added_tokens"][2]["rstrip"] = True
+    write(checkpoint, "tokenizer.json", content)
+    for special in (True, False):
+        content["added_tokens"][2]["special"] = special
+        write(checkpoint, "tokenizer.json", content)
+        write(checkpoint, "special_tokens_map.json", {"eos_token": "</s>"})
+        tokenizer = Tokenizer.load(checkpoint, {})
+        assert tokenizer.encode("</s>  a") == [2, *tokenizer.encode("a")]
+        assert 2 in tokenizer.special_ids
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [({"add_bos_token": True}, [1], []), ({"add_bos_token": True, "add_eos_token": True}, [1], [2]), ({}, [], [])],
+)
+def test_the_settings_say_which_tokens_are_added_where_the_vocabulary_does_not(
+    checkpoint: Path, flags: dict[str, bool], before: list[int], after: list[int]
+) -> None:
+    write(checkpoint, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"} | flags)
+    tokenizer = Tokenizer.load(checkpoint, {})
+    plain = tokenizer.encode("hello", add_special_tokens=False)
+    assert tokenizer.encode("hello") == [*before, *plain, *after]
+
+
+def test_chat_templates_are_read_from_every_file(checkpoint: Path) -> None:
+    write(checkpoint, "chat_template.json", {"chat_template": "json"})
+    assert Tokenizer.load(checkpoint, {}).apply_chat_template([]) == "json"
+    write(checkpoint, "tokenizer_config.json", {"chat_template": "settings"})
+    assert Tokenizer.load(checkpoint, {}).apply_chat_template([]) == "settings"
+    (checkpoint / "chat_template.jinja").write_text("jinja")
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    tokenizer = Tokenizer.load(checkpoint, {})
+    assert [tokenizer.apply_chat_template([], tools) for tools in (None, [{"name": "clock"}])] == ["jinja", "tools"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_config", "vocab_size", "match"),
+    [
+        ({}, 376, r"vocabulary has ids up to 376, but the model's `vocab_size` is 376.*of another model"),
+        (
+            {"eos_token": "<end>", "added_tokens_decoder": {"377": {"content": "<end>"}}},
+            *(377, r"`eos_token` '<end>' has id 377, but the model's `vocab_size` is 377"),
+        ),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_the_model_is_refused(
+    checkpoint: Path, tokenizer_config: dict[str, Any], vocab_size: int, match: str
+) -> None:
+    write(checkpoint, "tokenizer_config.json", tokenizer_config)
+    with pytest.raises(CheckpointError, match=match):
+        Tokenizer.load(checkpoint, {"vocab_size": vocab_size})
+
+
+def test_an_added_token_beyond_the_model_is_told(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # as Gemma 3's smallest has it: the token of images, and no embedding for it
+    write(checkpoint, "tokenizer_config.json", {"added_tokens_decoder": {"377": {"content": "<image>"}}})
+    assert Tokenizer.load(checkpoint, {"vocab_size": 377}).encode("<image>") == [377]
+    assert "added tokens that the model lacks: ['<image>']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("added_tokens.json", {"<a>": "7"}, r"added_tokens\.json: expected a token id for '<a>', got '7'"),
+        (
+            "generation_config.json",
+            {"eos_token_id": ["7"]},
+            r"generation_config\.json: expected a token id for 'eos_tok",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"7": "<a>"}},
+            "`added_tokens_decoder` to map ids to objects",
+        ),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(checkpoint: Path, name: str, content: dict[str, Any], match: str) -> None:
+    write(checkpoint, name, content)
     with pytest.raises(CheckpointError, match=match):
         Tokenizer.load(checkpoint, {})
