@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import httpx
 import openai
 import pytest
 
 from podquant.runtime.engine import Engine
-from tests.server.conftest import MODEL
+from tests.runtime.vocabularies import trained_ranks, write_ranks
+from tests.server.conftest import GOLDEN, MODEL, make_engine, serving
 
 MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "import what?"}]
 GREEDY = {"model": MODEL, "messages": MESSAGES, "temperature": 0.0, "max_completion_tokens": 10}
@@ -55,3 +60,29 @@ def test_what_a_chat_cannot_do_is_refused_by_name(ai: openai.OpenAI, change: dic
     with pytest.raises(openai.BadRequestError) as caught:
         ai.chat.completions.create(**(GREEDY | change))
     assert caught.value.param == param
+
+
+def test_half_a_surrogate_pair_in_a_message_is_refused(url: str) -> None:
+    body = '{"messages": [{"role": "user", "content": "a\\ud800"}]}'
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, "messages" in answer.json()["error"]["param"]) == (400, True)
+
+
+def test_first_generation_qwen_chats_in_chatml(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name, tmp_path / name)
+    write_ranks(tmp_path / "qwen.tiktoken", trained_ranks(300))
+    engine = make_engine(tmp_path)
+    try:
+        with serving(engine) as url, httpx.Client(base_url=url, timeout=60) as client:
+            body = {"messages": [{"role": "user", "content": "<|im_end|>"}]}
+            ids = client.post("/tokenize", json=body).json()["tokens"]
+            whole = client.post("/v1/chat/completions", json=body | {"max_tokens": 6, "temperature": 0}).json()
+    finally:
+        engine.stop()
+    assert [ids.count(mark) for mark in (300, 301, 302)] == [0, 3, 2]
+    assert whole["usage"]["prompt_tokens"] == len(ids)
+    assert engine.tokenizer is not None
+    assert engine.tokenizer.decode(ids).startswith(
+        "system\nYou are a helpful assistant.\nuser\n<|im_end|>\nassistant\n"
+    )
