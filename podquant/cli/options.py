@@ -74,6 +74,7 @@ class ServeOptions:
         "what to run on (default: a TPU if there is one, then CUDA, then CPU)"
     )
     tp_size: int = _flag("devices to cut the model over", 1, "N")
+    ep_size: int = _flag("share routed experts out among N groups of the --tp-size devices, whole ones to each", 1, "N")
     dp_size: int = _flag("replicas of the model, each on --tp-size devices, behind one port", 1, "N")
     nnodes: int = _flag(
         "hosts to serve on; start one process on each, with the same flags but for --node-rank, and the same secret in "
@@ -131,6 +132,7 @@ class ServeOptions:
         self._require(self.api_key != "", "api_key", "at least one character", "leave it out to serve anybody")
         for name in (
             "tp_size",
+            "ep_size",
             "dp_size",
             "nnodes",
             "max_running_requests",
@@ -204,6 +206,7 @@ class ServeOptions:
             model_path=self.model_path,
             quantization_config_path=self.quantization_config_path,
             tp_size=self.tp_size,
+            ep_size=self.ep_size,
             device=self.device or detect_device(Path("/dev")),
             dtype=self.dtype,
             max_running_requests=self.max_running_requests,

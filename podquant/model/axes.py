@@ -18,6 +18,13 @@ RULES: Mapping[str, str | None] = {
     "key_value_heads": TP,
     "value_heads": TP,
     "ffn": TP,  # gate's and up's output, down's input
+    "shared_ffn": TP,  # the same of a shared expert
+    "shared_ffn_block": TP,
+    "shards": TP,  # routed experts, laid out for each shard: see `moe`
+    "local_expert": None,
+    "local_ffn": None,
+    "local_block": None,
+    "experts": None,  # the router's outputs
     "embed": None,  # the residual stream
     "head_dim": None,
     "latent": None,  # what every shard computes and caches whole

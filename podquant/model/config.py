@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.model.latent import LatentConfig
@@ -25,11 +25,49 @@ class RopeConfig:
         kind: `default`, `linear`, `llama3` or `yarn`.
         theta: the base wavelength.
         parameters: the other numbers of that kind, under their names in config.json.
+        partial: the share of each head's dimensions, the first ones, that is rotated.
     """
 
     kind: str
     theta: float
     parameters: Mapping[str, float | bool]
+    partial: float = 1.0
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The layers whose MLP is a mixture of experts, and how a token finds its experts; see `routing.route`.
+
+    Attributes:
+        num_experts: E, routed experts of a layer.
+        top_k: experts that a token goes to.
+        ffn_size: F, inner width of a routed expert.
+        shared_ffn_size: inner width of the expert that every token goes to; 0 for none.
+        shared_gate: its output is scaled by the sigmoid of a projection of the token.
+        layers: for each layer, whether it has experts; the others have an ordinary MLP.
+        scoring: what makes scores of the router's logits.
+        normalize: the scores of a token's experts are made to add up to 1 ...
+        scaling: ... and multiplied by this.
+        num_groups: groups of experts, of which a token chooses `top_groups` first.
+        group_score: a group's score: its best expert's, or the sum of its best two.
+        correction_bias: a bias for each expert is added to its score when experts are chosen, and only then.
+        renames: parts of module names of the decoder → what they are called on disk.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_size: int
+    layers: tuple[bool, ...]
+    shared_ffn_size: int = 0
+    shared_gate: bool = False
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scaling: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    correction_bias: bool = False
+    renames: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +95,7 @@ class ModelConfig:
         eos_token_ids: tokens that end a text.
         bos_token_id: the token that begins one, if any.
         latent: latent attention; None: every head has keys and values of its own.
+        moe: the layers with experts, if any.
     """
 
     architecture: str
@@ -81,6 +120,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     latent: LatentConfig | None = None
+    moe: MoEConfig | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.moe is not None and self.moe.layers[layer]
+
+    def layer_module(self, layer: int, name: str) -> str:
+        """What a module of a layer is called on disk, from its name in the decoder: `self_attn.q_proj`."""
+        renames = self.moe.renames if self.moe else {}
+        return ".".join(["model.layers", str(layer), *(renames.get(part, part) for part in name.split("."))])
 
 
 class ConfigReader:
@@ -158,8 +207,13 @@ _ROPE_TAKES: Mapping[str, Sequence[str]] = {
 }
 
 
-def read_rope(reader: ConfigReader) -> RopeConfig:
-    """Read the rotary embedding: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
+def read_rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
+    """Read the rotary embedding: `rope_theta` with `rope_scaling`, or `rope_parameters`.
+
+    Args:
+        reader: config.json.
+        partial: the share of a head that is rotated if the file does not say; None: all of it, whatever the file says.
+    """
     new = reader.values.get("rope_parameters")
     old = reader.values.get("rope_scaling")
     key = "rope_parameters" if new is not None else "rope_scaling"
@@ -174,7 +228,8 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         raise UnsupportedModelError(
             f"{reader.where}: rope type {kind!r} in `{key}` is not supported; supported are {', '.join(_ROPE_NEEDS)}"
         )
-    if values.get("partial_rotary_factor", 1.0) != 1.0 or reader.values.get("partial_rotary_factor", 1.0) != 1.0:
+    share = inner.number("partial_rotary_factor", reader.number("partial_rotary_factor", partial or 1.0))
+    if partial is None and share != 1.0:
         raise UnsupportedModelError(f"{reader.where}: a `partial_rotary_factor` other than 1.0 is not supported")
     missing = [name for name in _ROPE_NEEDS[kind] if values.get(name) is None]
     if missing:
@@ -187,7 +242,7 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         if value is None or (value == 0 and name.startswith("mscale")):  # some write 0 for a scale they do not use
             continue
         parameters[name] = inner.flag(name, True) if name == "truncate" else inner.number(name)
-    return RopeConfig(kind, theta, parameters)
+    return RopeConfig(kind, theta, parameters, share)
 
 
 def read_windows(reader: ConfigReader, num_layers: int, window: int | None, first_windowed: int = 0) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from podquant.config.scheme import Scheme
-from podquant.errors import MeshError
+from podquant.errors import MeshError, UnsupportedModelError
 from podquant.model.attention import Attention, KVCache, Positions
 from podquant.model.config import ModelConfig
 from podquant.model.embedding import Embedding
@@ -26,6 +26,8 @@ from podquant.model.linear import Linear, RMSNorm
 from podquant.model.matmul import Numerics
 from podquant.model.mla import LatentAttention, projections_of
 from podquant.model.mlp import MLP
+from podquant.model.moe import MoE, expert_names, modules_of
+from podquant.model.parameter import ExpertWeight
 
 SchemeOf = Callable[[str], Scheme | None]
 """From a module's name on disk to how it is quantized."""
@@ -42,19 +44,22 @@ class Layout:
         tp_size: shards.
         num_kv_heads: key/value heads over all shards; each shard has a copy of one if there are fewer than shards.
         vocab_size: rows of the embedding over all shards, rounded up to a multiple of them.
+        ep_size: groups of shards among which routed experts are shared out.
     """
 
     tp_size: int
     num_kv_heads: int
     vocab_size: int
+    ep_size: int = 1
 
 
-def plan_layout(config: ModelConfig, tp_size: int) -> Layout:
-    """Lay a model out over `tp_size` shards.
+def plan_layout(config: ModelConfig, tp_size: int, ep_size: int = 1) -> Layout:
+    """Lay a model out over `tp_size` shards, in `ep_size` groups that have some of its experts each.
 
     Raises:
-        MeshError: heads, key/value heads or FFN width do not divide; names them and the sizes that fit.
+        MeshError: heads, key/value heads, FFN width or experts do not divide; names them and the sizes that fit.
     """
+    _check_experts(config, tp_size, ep_size)
 
     def misfit(size: int) -> list[str]:
         found = []
@@ -62,41 +67,63 @@ def plan_layout(config: ModelConfig, tp_size: int) -> Layout:
             found.append(f"{config.num_heads} attention heads")
         if config.num_kv_heads % size and size % config.num_kv_heads:
             found.append(f"{config.num_kv_heads} key/value heads")
-        if config.ffn_size % size:
+        if config.ffn_size % size and not all(map(config.has_experts, range(config.num_layers))):
             found.append(f"an FFN width of {config.ffn_size}")
+        if config.moe and size % ep_size == 0 and config.moe.ffn_size % (size // ep_size):
+            found.append(f"an expert's inner width of {config.moe.ffn_size}")
+        if config.moe and config.moe.shared_ffn_size % size:
+            found.append(f"a shared expert's inner width of {config.moe.shared_ffn_size}")
         return found
 
     wrong = misfit(tp_size)
     if wrong:
-        fitting = [size for size in range(1, config.num_heads + 1) if not misfit(size)]
+        fitting = [size for size in range(ep_size, config.num_heads + 1, ep_size) if not misfit(size)]
         raise MeshError(
             f"{config.architecture} cannot be cut into tp_size {tp_size}: {' and '.join(wrong)} do not divide; "
             f"tensor-parallel sizes that fit this model: {', '.join(map(str, fitting))}"
         )
-    return Layout(tp_size, max(config.num_kv_heads, tp_size), -(-config.vocab_size // tp_size) * tp_size)
+    return Layout(tp_size, max(config.num_kv_heads, tp_size), -(-config.vocab_size // tp_size) * tp_size, ep_size)
+
+
+def _check_experts(config: ModelConfig, tp_size: int, ep_size: int) -> None:
+    if ep_size == 1:
+        return
+    if config.moe is None:
+        raise MeshError(f"--ep-size {ep_size} shares out experts, and {config.architecture} has none: leave it out")
+    if tp_size % ep_size or config.moe.num_experts % ep_size:
+        fitting = [size for size in range(1, tp_size + 1) if tp_size % size == config.moe.num_experts % size == 0]
+        raise MeshError(
+            f"--ep-size {ep_size} must divide --tp-size {tp_size} and the {config.moe.num_experts} experts of "
+            f"{config.architecture}; sizes that fit: {', '.join(map(str, fitting))}"
+        )
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each behind a norm and beside a residual; `layers` of them stacked."""
+    """Attention and MLP, or experts, each behind a norm and beside a residual; `layers` of them from `start` on."""
 
     def __init__(
         self,
         config: ModelConfig,
         schemes: Mapping[str, Scheme | None],
         numerics: Numerics,
-        num_kv_heads: int,
+        layout: Layout,
         layers: int,
+        start: int,
     ) -> None:
         attention = {name: schemes[f"self_attn.{name}"] for name in _attention_names(config)}
-        mlp = {name: schemes[f"mlp.{name}"] for name in _MLP}
+        mlp = {name.removeprefix("mlp."): scheme for name, scheme in schemes.items() if name.startswith("mlp.")}
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, numerics, layers)
         self.self_attn: Attention | LatentAttention
         if config.latent is None:
-            self.self_attn = Attention(config, attention, numerics, num_kv_heads, layers)
+            self.self_attn = Attention(config, attention, numerics, layout.num_kv_heads, layers)
         else:
             self.self_attn = LatentAttention(config, attention, numerics, layers)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, numerics, layers)
-        self.mlp = MLP(config, mlp, numerics, layers)
+        self.mlp: MLP | MoE
+        if config.has_experts(start):
+            self.mlp = MoE(config, mlp, numerics, (layout.tp_size, layout.ep_size), layers, start)
+        else:
+            self.mlp = MLP(config, mlp, numerics, layers)
 
     def __call__(
         self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
@@ -104,7 +131,8 @@ class DecoderLayer(nnx.Module):
         """One layer on [M, D]; see `Attention`."""
         y, cache = self.self_attn(self.input_layernorm(x), cache, layer, window, at)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        y = self.post_attention_layernorm(x)
+        return x + (self.mlp(y, layer) if isinstance(self.mlp, MoE) else self.mlp(y)), cache
 
 
 class Segment(nnx.Module):
@@ -122,14 +150,15 @@ class Segment(nnx.Module):
 
     def __call__(self, x: jax.Array, cache: KVCache, at: Positions) -> tuple[jax.Array, KVCache]:
         """All layers on [M, D]."""
-        graph, stacked = nnx.split(self.layers)
+        graph, *states = nnx.split(self.layers, ExpertWeight, ...)
+        whole, stacked = states  # experts are taken from the stack where they are computed
         indices = np.arange(self.start, self.start + len(self.windows), dtype=np.int32)
 
         def body(
             carry: tuple[jax.Array, KVCache], layer: tuple[nnx.State[Any, Any], jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, KVCache], None]:
             state, index, window = layer
-            return nnx.merge(graph, state)(*carry, index, window, at), None
+            return nnx.merge(graph, whole, state)(*carry, index, window, at), None
 
         xs = (stacked, jnp.asarray(indices), jnp.asarray(self.windows, jnp.int32))
         carry, _ = jax.lax.scan(body, (x, cache), xs)
@@ -152,7 +181,7 @@ class Decoder(nnx.Module):
             Segment(
                 start,
                 config.windows[start:stop],
-                DecoderLayer(config, dict(schemes), numerics, layout.num_kv_heads, stop - start),
+                DecoderLayer(config, dict(schemes), numerics, layout, stop - start, start),
             )
             for start, stop, schemes in _segments(config, scheme_of)
         )
@@ -183,14 +212,33 @@ def _attention_names(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _segments(config: ModelConfig, scheme_of: SchemeOf) -> list[tuple[int, int, tuple[tuple[str, Scheme | None], ...]]]:
-    names = [f"self_attn.{name}" for name in _attention_names(config)] + [f"mlp.{name}" for name in _MLP]
-    per_layer = [
-        tuple((name, scheme_of(f"model.layers.{layer}.{name}")) for name in names) for layer in range(config.num_layers)
-    ]
     segments = []
     start = 0
-    for schemes, run in groupby(per_layer):
+    for schemes, run in groupby(_layer_schemes(config, scheme_of, layer) for layer in range(config.num_layers)):
         stop = start + len(list(run))
         segments.append((start, stop, schemes))
         start = stop
     return segments
+
+
+def _layer_schemes(config: ModelConfig, scheme_of: SchemeOf, layer: int) -> tuple[tuple[str, Scheme | None], ...]:
+    """The modules of a layer and how each is quantized: layers alike have the same."""
+    moe = config.moe if config.has_experts(layer) else None
+    names = [f"self_attn.{name}" for name in _attention_names(config)] + (
+        modules_of(moe) if moe else [f"mlp.{n}" for n in _MLP]
+    )
+    return tuple((name, _scheme(config, scheme_of, layer, name)) for name in names)
+
+
+def _scheme(config: ModelConfig, scheme_of: SchemeOf, layer: int, name: str) -> Scheme | None:
+    if config.moe is None or not name.startswith("mlp.experts."):
+        return scheme_of(config.layer_module(layer, name))
+    modules = [config.layer_module(layer, each) for each in expert_names(name, config.moe.num_experts)]
+    scheme = scheme_of(modules[0])
+    for module in modules:
+        if scheme_of(module) != scheme:
+            raise UnsupportedModelError(
+                f"{module} is not quantized as {modules[0]} is; the experts of a layer are computed together: quantize "
+                "them alike, by the `moe:` section and without naming some in `ignored_layers`"
+            )
+    return scheme

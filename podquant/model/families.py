@@ -12,7 +12,8 @@ from typing import Any
 from podquant.config.architectures import refuse_unsupported
 from podquant.dtypes import SOURCE_DTYPES
 from podquant.errors import CheckpointError, UnsupportedModelError
-from podquant.model.config import ConfigReader, ModelConfig, read_rope, read_windows
+from podquant.model.config import ConfigReader, ModelConfig, MoEConfig, read_rope, read_windows
+from podquant.model.moe_families import glm4_moe, mixtral, qwen2_moe, qwen3_moe
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,18 @@ class Family:
     Attributes:
         qkv_bias: whether q, k and v carry a bias; None: config.json's `attention_bias` says so.
         o_bias: the same for the output projection.
-        qk_norm: RMSNorm on each head of q and k.
+        qk_norm: RMSNorm on each head of q and k; None: config.json's `use_qk_norm` says so.
         window: from config.json to (sliding window or None, first layer that slides).
+        partial_rotary: the share of a head that is rotated if config.json does not say; None: always all of it.
+        moe: from config.json and the number of layers to its experts.
     """
 
     qkv_bias: bool | None = None
     o_bias: bool | None = None
-    qk_norm: bool = False
+    qk_norm: bool | None = False
     window: Callable[[ConfigReader], tuple[int | None, int]] = lambda reader: (None, 0)
+    partial_rotary: float | None = None
+    moe: Callable[[ConfigReader, int], MoEConfig | None] = lambda reader, num_layers: None
 
 
 def _mistral_window(reader: ConfigReader) -> tuple[int | None, int]:
@@ -45,11 +50,23 @@ def _qwen_window(reader: ConfigReader) -> tuple[int | None, int]:
     return reader.count("sliding_window", 4096), reader.count("max_window_layers", 28, least=0)
 
 
+def _mixtral_window(reader: ConfigReader) -> tuple[int | None, int]:
+    return (reader.count("sliding_window") if reader.values.get("sliding_window") is not None else None), 0
+
+
+def _qwen_moe_window(reader: ConfigReader) -> tuple[int | None, int]:
+    return (_qwen_window(reader)[0], 0)  # all layers slide, or none
+
+
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(qkv_bias=False, o_bias=False, window=_mistral_window),
     "Qwen2ForCausalLM": Family(qkv_bias=True, o_bias=False, window=_qwen_window),
     "Qwen3ForCausalLM": Family(qk_norm=True, window=_qwen_window),
+    "MixtralForCausalLM": Family(qkv_bias=False, o_bias=False, window=_mixtral_window, moe=mixtral),
+    "Qwen2MoeForCausalLM": Family(qkv_bias=True, o_bias=False, window=_qwen_window, moe=qwen2_moe),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, window=_qwen_moe_window, moe=qwen3_moe),
+    "Glm4MoeForCausalLM": Family(o_bias=False, qk_norm=None, partial_rotary=0.5, moe=glm4_moe),
 }
 
 _ACTIVATIONS = {
@@ -113,16 +130,17 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope=read_rope(reader),
+        rope=read_rope(reader, family.partial_rotary),
         windows=read_windows(reader, num_layers, window, first_windowed),
         tied_embeddings=reader.flag("tie_word_embeddings", False),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
         mlp_bias=reader.flag("mlp_bias", False),
-        qk_norm=family.qk_norm,
+        qk_norm=reader.flag("use_qk_norm", False) if family.qk_norm is None else family.qk_norm,
         activation=_ACTIVATIONS[config.get("hidden_act") or "silu"],
         max_positions=reader.count("max_position_embeddings", 2048),
         dtype=dtype,
         eos_token_ids=reader.token_ids("eos_token_id"),
         bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
+        moe=family.moe(reader, num_layers),
     )

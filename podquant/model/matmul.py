@@ -6,7 +6,7 @@ are then held as bfloat16 (or float32), which represents each of them exactly.
 
 Measured on XLA:CPU (jax 0.12): bf16 and int8 dots reach the fast library only from two rows up, so one row is padded to
 two; an int8 weight-only product is fastest with the activation split into two int8 parts, at 1.6e-5 of the token's
-largest magnitude.
+largest magnitude. In float32, where parity is the point, there are three: such an error can change a token's experts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from podquant.config.scheme import Scheme
-from podquant.quantize.activations import quantize_per_token, split_int8, token_absmax
+from podquant.quantize.activations import LOW_STEPS, quantize_per_token, split_int8, token_absmax
 
 OperandKind = Literal["plain", "split_int8", "int8", "float8_e4m3fn"]
 
@@ -47,6 +47,7 @@ class Form:
         accumulator: the dot's result type.
         min_rows: fewer rows are padded to this many.
         block: `(rows, columns)` of a scale block, None for one scale per output channel or no scale.
+        parts: int8 parts of the activation under `split_int8`.
     """
 
     operand: OperandKind
@@ -55,6 +56,7 @@ class Form:
     accumulator: str = "float32"
     min_rows: int = 1
     block: tuple[int, int] | None = None
+    parts: int = 1
 
 
 def form_of(scheme: Scheme | None, numerics: Numerics) -> Form:
@@ -68,7 +70,7 @@ def form_of(scheme: Scheme | None, numerics: Numerics) -> Form:
         if not cpu:
             return Form("plain", numerics.dtype, weight, block=block)
         if weight == "int8":
-            return Form("split_int8", "int8", "int8", "int32", block=block)
+            return Form("split_int8", "int8", "int8", "int32", block=block, parts=2 if low else 3)
         return Form("plain", numerics.dtype, numerics.dtype, min_rows=2 if low else 1, block=block)
     if weight == activation == "int8":
         return Form("int8", "int8", "int8", "int32", min_rows=2 if cpu else 1, block=block)
@@ -96,7 +98,7 @@ class Operand:
     num_rows: int
 
 
-def prepare(x: jax.Array, form: Form, token_axis: str | None = None) -> Operand:
+def prepare(x: jax.Array, form: Form, token_axis: str | None = None, absmax: jax.Array | None = None) -> Operand:
     """Bring `x` [M, D] into the form its product needs.
 
     Args:
@@ -104,6 +106,7 @@ def prepare(x: jax.Array, form: Form, token_axis: str | None = None) -> Operand:
         form: of the product.
         token_axis: the mesh axis over which a token's scale is shared, at the price of a small collective; None: every
             shard scales its own columns by their own maximum.
+        absmax: float32 [M, 1], each token's largest magnitude where it is known, of at least `min_rows` tokens.
     """
     num_rows = x.shape[0]
     if num_rows < form.min_rows:
@@ -111,9 +114,11 @@ def prepare(x: jax.Array, form: Form, token_axis: str | None = None) -> Operand:
     if form.operand == "plain":
         return Operand(x.astype(form.operand_dtype), None, 1, num_rows)
     if form.operand == "split_int8":
-        high, low, scale = split_int8(x)
-        return Operand(jnp.concatenate([high, low]), jnp.concatenate([scale, scale / 254.0]), 2, num_rows)
-    absmax = None if token_axis is None else jax.lax.pmax(token_absmax(x), token_axis)
+        *split, scale = split_int8(x, form.parts)
+        scales = [scale / LOW_STEPS**part for part in range(form.parts)]
+        return Operand(jnp.concatenate(split), jnp.concatenate(scales), form.parts, num_rows)
+    if token_axis is not None:
+        absmax = jax.lax.pmax(token_absmax(x), token_axis)
     codes, scale = quantize_per_token(x, form.operand, absmax)
     return Operand(codes.astype(form.operand_dtype), scale, 1, num_rows)
 

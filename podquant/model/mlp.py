@@ -13,7 +13,7 @@ from podquant.model.config import ModelConfig
 from podquant.model.linear import Linear, project
 from podquant.model.matmul import Numerics
 
-_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -28,20 +28,36 @@ class MLP(nnx.Module):
         schemes: for each projection's name, how it is quantized.
         numerics: what the model computes in.
         layers: how many are stacked.
+        width: F; None: the model's.
     """
 
-    def __init__(self, config: ModelConfig, schemes: dict[str, Scheme | None], numerics: Numerics, layers: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        schemes: dict[str, Scheme | None],
+        numerics: Numerics,
+        layers: int,
+        width: int | None = None,
+    ) -> None:
         self.activation = config.activation
 
         def linear(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Linear:
             return Linear(shape, axes, scheme=schemes[name], numerics=numerics, bias=config.mlp_bias, layers=layers)
 
-        wide = (config.ffn_size, config.hidden_size)
-        self.gate_proj = linear("gate_proj", wide, ("ffn", "embed"))
-        self.up_proj = linear("up_proj", wide, ("ffn", "embed"))
-        self.down_proj = linear("down_proj", (config.hidden_size, config.ffn_size), ("embed", "ffn"))
+        axis = "ffn" if width is None else "shared_ffn"
+        width = config.ffn_size if width is None else width
+        self.gate_proj = linear("gate_proj", (width, config.hidden_size), (axis, "embed"))
+        self.up_proj = linear("up_proj", (width, config.hidden_size), (axis, "embed"))
+        self.down_proj = linear("down_proj", (config.hidden_size, width), ("embed", axis))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[M, D] to [M, D]."""
+        return self.down_proj(self._inner(x))
+
+    def partial(self, x: jax.Array) -> jax.Array:
+        """This shard's part of the result on [M, D], to be added to those of the others: [M, D] float32, no bias."""
+        return self.down_proj.product(self.down_proj.prepare(self._inner(x)))
+
+    def _inner(self, x: jax.Array) -> jax.Array:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(_ACTIVATIONS[self.activation](gate) * up)
+        return ACTIVATIONS[self.activation](gate) * up

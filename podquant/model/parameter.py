@@ -12,6 +12,10 @@ class Weight(nnx.Param):  # type: ignore[type-arg]  # nnx.Param is generic only 
     """A parameter with its logical axes; see `axes.RULES`."""
 
 
+class ExpertWeight(Weight):
+    """One whose layers are not scanned over: an expert is taken from the stack where its product is computed."""
+
+
 def declare(shape: Sequence[int], dtype: str, axes: Sequence[str], layers: int | None = None) -> Weight:
     """Declare a weight.
 

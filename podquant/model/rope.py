@@ -20,8 +20,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[NDArray[np.flo
         head_dim: H, even.
 
     Returns:
-        [H/2] float32, and the attention factor (1.0 but for YaRN).
+        [R/2] float32, R the dimensions of a head that are rotated, and the attention factor (1.0 but for YaRN).
     """
+    head_dim = int(head_dim * rope.partial)
     base = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         return (base / rope.parameters["factor"]).astype(np.float32), 1.0
@@ -72,7 +73,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [..., 1, H/2], for int32 positions [...]; computed once a step for all layers."""
+    """Cosine and sine, float32 [..., 1, R/2], for int32 positions [...]; computed once a step for all layers."""
     frequencies, factor = inverse_frequencies(rope, head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies).reshape(
         (1,) * (positions.ndim + 1) + (-1,)
@@ -81,9 +82,9 @@ def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax
 
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate heads [..., heads, H], the two halves of H as the pairs (the layout of Hugging Face checkpoints)."""
+    """Rotate the first R dimensions of heads [..., heads, H], their two halves as the pairs, as Hugging Face does."""
     cos, sin = cos_sin
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    half = cos.shape[-1]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)

@@ -17,8 +17,8 @@ from podquant.dtypes import BY_NAME, QUANTIZED_DTYPES
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
 
-_LOW_STEPS = 254.0
-"""How many steps of the low part of `split_int8` make one of the high part: half a step is then 127 low ones."""
+LOW_STEPS = 254.0
+"""How many steps of one part of `split_int8` make one of that before it: half a step is then 127 lower ones."""
 
 
 def quantize_per_token(x: jax.Array, dtype: str, absmax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -44,24 +44,27 @@ def quantize_per_token(x: jax.Array, dtype: str, absmax: jax.Array | None = None
     return jnp.clip(ratio, -target.qmax, target.qmax).astype(target.numpy), scale
 
 
-def split_int8(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Split each token into two int8 parts: `x ≈ scale · (high + low / 254)`, within 1.6e-5 of the token's maximum.
+def split_int8(x: jax.Array, parts: int = 2) -> tuple[jax.Array, ...]:
+    """Split each token into int8 parts: `x ≈ scale · Σ part[i] / 254^i`, two within 1.6e-5 of the token's maximum.
 
     For weight-only int8 where the fast matmul is int8 by int8 (XLA:CPU): two int8 matmuls, stacked as one of twice the
-    rows, are nearer to the exact product than one in bfloat16, and faster.
+    rows, are nearer to the exact product than one in bfloat16, and faster. Three are as near as one in float32.
 
     Args:
         x: bfloat16 or float32, `[..., D]`.
+        parts: how many.
 
     Returns:
-        high and low, int8 `[..., D]`, and scale, float32 `[..., 1]`.
+        The parts, int8 `[..., D]`, the largest first, and scale, float32 `[..., 1]`.
     """
     values = x.astype(jnp.float32)
     scale = _scale(token_absmax(values), 127.0)
-    ratio = values / scale
-    high = jnp.clip(jnp.round(ratio), -127.0, 127.0)
-    low = jnp.clip(jnp.round((ratio - high) * _LOW_STEPS), -127.0, 127.0)
-    return high.astype(jnp.int8), low.astype(jnp.int8), scale
+    left, codes = values / scale, []
+    for _ in range(parts):
+        rounded = jnp.clip(jnp.round(left), -127.0, 127.0)
+        codes.append(rounded.astype(jnp.int8))
+        left = (left - rounded) * LOW_STEPS
+    return *codes, scale
 
 
 def token_absmax(x: jax.Array) -> jax.Array:

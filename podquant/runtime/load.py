@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
 import jax
@@ -24,6 +24,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from podquant.runtime.agreement import agree, check_files
+from podquant.runtime.expert_windows import (
+    ExpertWindow,
+    expert_windows,
+    is_expert,
+    place_experts,
+    read_part,
+    require_experts,
+)
 from podquant.runtime.hostmemory import empty
 from podquant.runtime.mesh import Exchange, exchange_over
 from podquant.runtime.place import place
@@ -36,8 +44,8 @@ from podquant.runtime.windows import (
     disk_names,
     disk_shape,
     local_devices,
+    module_windows,
     modules_of,
-    plan_windows,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -84,7 +92,9 @@ def load_weights(
         StorageError: bytes could not be read, or are not those the storage has a checksum of.
     """
     for leaf in model.leaves:
-        if leaf.path[-1] != "weight_scale":
+        if is_expert(leaf.path):
+            require_experts(model, source, leaf)
+        elif leaf.path[-1] != "weight_scale":
             for name in disk_names(model, leaf.path[:-1]):
                 require(source, f"{name}.{leaf.path[-1]}", disk_shape(model.config, leaf))
     exchange = exchange or exchange_over(model.mesh)
@@ -92,7 +102,7 @@ def load_weights(
     module_of = {leaf: number for number, leaves in enumerate(modules) for leaf in leaves.values()}
     loaded: dict[int, jax.Array] = {}
     with _Reader(model, source, limits) as reader:
-        windows = reader.read(plan_windows(model, source, limits))
+        windows = reader.read(_plan(model, source, limits))
         groups = groupby(windows, lambda read: module_of[read.window.stream.leaves[0]])
         for leaves, (_, group) in zip(modules, groups, strict=True):
             _load_module(model, list(leaves.values()), group, loaded, on_progress)
@@ -101,11 +111,20 @@ def load_weights(
     return tuple(loaded[index] for index in range(len(model.leaves)))
 
 
+def _plan(model: Model, source: WeightSource, limits: Limits) -> Iterator[Window | ExpertWindow]:
+    turns = count()
+    for path, leaves in modules_of(model).items():
+        if is_expert(path):
+            yield from expert_windows(model, source, path, leaves, limits)
+        else:
+            yield from module_windows(model, source, path, leaves, limits, turns)
+
+
 @dataclass(frozen=True)
 class _Read:
     """A window, and the blocks of this process's devices once they are read."""
 
-    window: Window
+    window: Window | ExpertWindow
     blocks: list[Future[Blocks]]
     nbytes: int
 
@@ -127,7 +146,10 @@ def _load_module(
         for position, index in enumerate(read.window.stream.leaves):
             moved = [jax.device_put(block[position], device) for block, device in zip(blocks, devices, strict=True)]
             jax.block_until_ready([loaded[each] for each in leaves])
-            loaded[index] = place(model, index, loaded[index], read.window, moved)
+            if isinstance(read.window, ExpertWindow):
+                loaded[index] = place_experts(model, index, loaded[index], read.window, moved)
+            else:
+                loaded[index] = place(model, index, loaded[index], read.window, moved)
         on_progress(read.window.nbytes)
 
 
@@ -159,7 +181,7 @@ class _Reader:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def read(self, windows: Iterable[Window]) -> Iterator[_Read]:
+    def read(self, windows: Iterable[Window | ExpertWindow]) -> Iterator[_Read]:
         """The windows in order, read as far ahead as the limits allow.
 
         Raises:
@@ -186,13 +208,15 @@ class _Reader:
             raise self.failure
         return read
 
-    def _held_bytes(self, window: Window) -> int:
+    def _held_bytes(self, window: Window | ExpertWindow) -> int:
         """Of host memory: what is read, and what is made of it."""
         size = int(np.prod(window.block_shape))
         widths = [self._model.leaves[index].dtype.itemsize for index in window.stream.leaves[:1]]
         return len(self._devices) * size * (window.stream.itemsize + sum(widths))
 
-    def _read(self, window: Window, device: int) -> Blocks:
+    def _read(self, window: Window | ExpertWindow, device: int) -> Blocks:
+        if isinstance(window, ExpertWindow):
+            return self._read_experts(window, device)
         stream = window.stream
         first, last = window.rows_of(device)
         values: Blocks = ()
@@ -212,6 +236,20 @@ class _Reader:
                 block[: len(values[position])] = _as_dtype(values[position], dtype)
             blocks.append(block)
         return tuple(blocks)
+
+    def _read_experts(self, window: ExpertWindow, device: int) -> Blocks:
+        dtypes = [self._model.leaves[index].dtype for index in window.stream.leaves]
+        blocks = tuple(empty(window.shape_of(i), dtype) for i, dtype in enumerate(dtypes))
+        for slot, part in enumerate(window.parts_of(device)):
+            values: Blocks = ()
+            if part is not None and self.failure is None:
+                try:
+                    values = read_part(self._source, window.stream, part)
+                except Exception as error:
+                    self.failure = self.failure or error
+            for position, block in enumerate(blocks):
+                block[slot] = _as_dtype(values[position], block.dtype) if values else 0
+        return blocks
 
     def _inner_shape(self, window: Window, position: int) -> tuple[int, ...]:
         """Of a row of a block."""

@@ -14,6 +14,7 @@ class EngineOptions:
         model_path: a directory with an artifact or a Hugging Face checkpoint, or a Hugging Face id.
         quantization_config_path: quantize a checkpoint by these rules while loading it.
         tp_size: devices to cut the model over.
+        ep_size: groups of these among which routed experts are shared out, each with whole ones; divides tp_size.
         device: the JAX platform.
         dtype: of activations and unquantized weights; `auto` takes the checkpoint's (float16 becomes bfloat16).
         max_running_requests: sequences that are computed at a time.
@@ -33,6 +34,7 @@ class EngineOptions:
     model_path: str
     quantization_config_path: str | None = None
     tp_size: int = 1
+    ep_size: int = 1
     device: Literal["tpu", "cpu", "cuda"] = "tpu"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_running_requests: int = 8

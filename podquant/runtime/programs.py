@@ -95,6 +95,7 @@ class Model:
         scheme_of: how each module is quantized, by its name on disk.
         numerics: what it computes in.
         mesh: one axis, `tp`.
+        ep_size: groups of its devices among which routed experts are shared out.
 
     Attributes:
         schemes: those its modules are quantized by.
@@ -103,12 +104,14 @@ class Model:
         MeshError: the model cannot be cut into that many shards.
     """
 
-    def __init__(self, config: ModelConfig, scheme_of: SchemeOf, numerics: Numerics, mesh: Mesh) -> None:
+    def __init__(
+        self, config: ModelConfig, scheme_of: SchemeOf, numerics: Numerics, mesh: Mesh, ep_size: int = 1
+    ) -> None:
         self.config = config
         self.numerics = numerics
         self.schemes: set[Scheme] = set()
         self.mesh = mesh
-        self.layout: Layout = plan_layout(config, mesh.size)
+        self.layout: Layout = plan_layout(config, mesh.size, ep_size)
 
         def scheme_seen(module: str) -> Scheme | None:
             scheme = scheme_of(module)
@@ -133,6 +136,8 @@ class Model:
         unpadded = {"heads": self.config.num_heads * self.config.head_dim, "ffn": self.config.ffn_size}
         if self.config.latent is not None:
             unpadded |= self.config.latent.axis_sizes(self.config.num_heads)
+        if self.config.moe:
+            unpadded["shared_ffn"] = self.config.moe.shared_ffn_size
         for leaf, sharding in zip(self.leaves, self.shardings, strict=True):
             for size, axis, mesh_axis in zip(leaf.shape, leaf.axes, sharding.spec, strict=True):
                 true = unpadded.get(axis, size)

@@ -100,7 +100,7 @@ def start_executor(
     mesh = make_mesh(options.device, options.tp_size)
     device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     numerics = Numerics(_dtype(options, opened.config), device.platform)
-    model = Model(opened.config, source.scheme_of, numerics, mesh)
+    model = Model(opened.config, source.scheme_of, numerics, mesh, options.ep_size)
     for line in advise(device.device_kind, model.schemes):
         _log.warning("%s", line)
     began = time.monotonic()
@@ -196,7 +196,14 @@ def _locate(options: EngineOptions, *, by_ranges: bool) -> str:
 
 
 def _check(options: EngineOptions) -> None:
-    for name in ("tp_size", "max_running_requests", "max_waiting_requests", "chunked_prefill_size", "page_size"):
+    for name in (
+        "tp_size",
+        "ep_size",
+        "max_running_requests",
+        "max_waiting_requests",
+        "chunked_prefill_size",
+        "page_size",
+    ):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(options, name)}")
     for name, most in (("page_size", CHUNK_TOKENS), ("chunked_prefill_size", 1 << 20)):

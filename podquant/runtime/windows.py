@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import count
 
 import numpy as np
 
@@ -155,12 +156,28 @@ def plan_windows(model: Model, source: WeightSource, limits: Limits) -> Iterator
         source: has every tensor, see `disk_shape`.
         limits: how large they may be.
     """
-    turn = 0
+    turns = count()
     for path, leaves in modules_of(model).items():
-        for layer, module in enumerate(disk_names(model, path)):
-            for stream in _streams(model, source, module, layer, leaves, limits):
-                yield from _windows(model, stream, limits, turn)
-                turn += 1
+        yield from module_windows(model, source, path, leaves, limits, turns)
+
+
+def module_windows(
+    model: Model,
+    source: WeightSource,
+    path: tuple[str | int, ...],
+    leaves: dict[str, int],
+    limits: Limits,
+    turns: Iterator[int],
+) -> Iterator[Window]:
+    """The windows of one module, and of all layers stacked in it.
+
+    Args:
+        path, leaves: an item of `modules_of`.
+        turns: counts the tensors, to give those that one process reads whole to each in turn.
+    """
+    for layer, module in enumerate(disk_names(model, path)):
+        for stream in _streams(model, source, module, layer, leaves, limits):
+            yield from _windows(model, stream, limits, next(turns))
 
 
 def modules_of(model: Model) -> dict[tuple[str | int, ...], dict[str, int]]:
@@ -176,7 +193,7 @@ def disk_names(model: Model, path: tuple[str | int, ...]) -> list[str]:
     if path[0] == "segments":
         segment = model.segments[int(path[1])]
         rest = ".".join(map(str, path[3:]))
-        return [f"model.layers.{layer}.{rest}" for layer in range(*segment)]
+        return [model.config.layer_module(layer, rest) for layer in range(*segment)]
     return [{"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}[str(path[0])]]
 
 
@@ -190,7 +207,10 @@ def disk_shape(config: ModelConfig, leaf: Leaf) -> tuple[int, ...]:
         "ffn": config.ffn_size,
         "head_dim": config.head_dim,
         **(config.latent.axis_sizes(config.num_heads) if config.latent else {}),
+        "one": 1,
     }
+    if config.moe:
+        sizes |= {"experts": config.moe.num_experts, "shared_ffn": config.moe.shared_ffn_size}
     return tuple(sizes[axis] for axis in leaf.axes if axis != "layers")
 
 

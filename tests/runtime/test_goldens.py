@@ -31,10 +31,11 @@ from podquant.runtime.programs import CacheShape, Model, step_positions
 from podquant.runtime.source import WeightSource, open_source
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Logits = Callable[[str, str, int], Array]
+Logits = Callable[..., Array]
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 NAMES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-mha", "qwen3")
+MOE_NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
 MODES: Mapping[str, str | None] = {
     "none": None,
     "int8": "int8_keep_embedding.yaml",
@@ -47,8 +48,19 @@ MODES: Mapping[str, str | None] = {
 
 EXACT_MODES = ("none", "int8", "fp8", "int8_all")
 MOST_KL = {"int8_w8a8": 1e-3, "fp8_w8a8": 3e-3}
+MOST_KL_MOE = {"int8_w8a8": 5e-3, "fp8_w8a8": 2e-2}
+"""A rounding that flips can flip a route."""
 LEAST_CORRELATION = {"int8": 0.85, "int8_all": 0.85, "int8_w8a8": 0.85, "fp8": 0.90, "fp8_w8a8": 0.90}
 TP_SIZES = (1, 2, 4)
+SHARDS = [(name, mode, 1, 1) for name in MOE_NAMES for mode in MODES]
+SHARDS += [(name, mode, 4, 2) for name in MOE_NAMES for mode in MODES]
+SHARDS += [
+    (name, mode, tp, ep)
+    for name in ("qwen2_moe", "glm4_moe")
+    for mode in ("int8", "int8_w8a8")
+    for tp, ep in ((2, 1), (2, 2), (4, 1), (4, 4))
+]
+"""(checkpoint, mode, tp, ep): on how many devices, and in how many groups experts are shared out among them."""
 PAGE_SIZE = 16
 
 
@@ -74,8 +86,9 @@ def open_artifact(name: str, mode: str, directory: Path) -> WeightSource:
     return open_source(target)
 
 
-def load(source: WeightSource, tp: int) -> tuple[Model, tuple[jax.Array, ...]]:
-    model = Model(read_model_config(source.config), source.scheme_of, Numerics("float32", "cpu"), make_mesh("cpu", tp))
+def load(source: WeightSource, tp: int, ep: int = 1) -> tuple[Model, tuple[jax.Array, ...]]:
+    config, numerics = read_model_config(source.config), Numerics("float32", "cpu")
+    model = Model(config, source.scheme_of, numerics, make_mesh("cpu", tp), ep)
     return model, load_weights(model, source)
 
 
@@ -114,9 +127,9 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> Logits:
     directory = tmp_path_factory.mktemp("artifacts")
 
     @cache
-    def compute(name: str, mode: str, tp: int) -> Array:
+    def compute(name: str, mode: str, tp: int, ep: int = 1) -> Array:
         source = open_on_load(name, mode)
-        model, weights = load(source, tp)
+        model, weights = load(source, tp, ep)
         source.close()
         if tp == 1 and MODES[mode]:
             artifact = open_artifact(name, mode, directory)
@@ -154,6 +167,15 @@ def test_logits_equal_the_reference(logits: Logits, name: str, mode: str, tp: in
 @pytest.mark.parametrize("name", NAMES)
 def test_distributions_equal_the_reference(logits: Logits, name: str, mode: str, tp: int) -> None:
     assert mean_kl(reference(name)[f"logits_{mode}"], logits(name, mode, tp)) <= MOST_KL[mode]
+
+
+@pytest.mark.parametrize(("name", "mode", "tp", "ep"), SHARDS)
+def test_logits_of_experts_equal_the_reference(logits: Logits, name: str, mode: str, tp: int, ep: int) -> None:
+    expected, got = reference(name)[f"logits_{mode}"], logits(name, mode, tp, ep)
+    if mode in MOST_KL_MOE:
+        assert mean_kl(expected, got) <= MOST_KL_MOE[mode]
+    else:
+        assert np.abs(got - expected).max() <= 2e-3
 
 
 @pytest.mark.parametrize("tp", TP_SIZES)

@@ -1,0 +1,103 @@
+"""What config.json says of experts, family by family: each a short declaration of how it differs.
+
+Keys and defaults are those of the configuration classes in Hugging Face transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from podquant.errors import CheckpointError
+from podquant.model.config import ConfigReader, MoEConfig
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def mixtral(reader: ConfigReader, num_layers: int) -> MoEConfig:
+    """arXiv:2401.04088. Its experts are as wide as a dense model's MLP, and named otherwise."""
+    renames = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    return _checked(
+        reader, reader.count("num_experts_per_tok", 2), reader.count("intermediate_size"), (True,) * num_layers,
+        renames=renames,
+    )  # fmt: skip
+
+
+def qwen2_moe(reader: ConfigReader, num_layers: int) -> MoEConfig:
+    """A shared expert behind a gate of its own; scores are not normalized unless the file says so."""
+    return _checked(
+        reader,
+        reader.count("num_experts_per_tok", 4),
+        reader.count("moe_intermediate_size"),
+        _qwen_layers(reader, num_layers),
+        shared_ffn_size=reader.count("shared_expert_intermediate_size"),
+        shared_gate=True,
+        normalize=reader.flag("norm_topk_prob", False),
+        renames={"shared_experts": "shared_expert"},
+    )
+
+
+def qwen3_moe(reader: ConfigReader, num_layers: int) -> MoEConfig:
+    """arXiv:2505.09388. No shared expert."""
+    return _checked(
+        reader,
+        reader.count("num_experts_per_tok", 8),
+        reader.count("moe_intermediate_size"),
+        _qwen_layers(reader, num_layers),
+        normalize=reader.flag("norm_topk_prob", False),
+    )
+
+
+def glm4_moe(reader: ConfigReader, num_layers: int) -> MoEConfig:
+    """arXiv:2508.06471: routed as DeepSeek-V3 does."""
+    return deepseek_routing(reader, num_layers)
+
+
+def deepseek_routing(reader: ConfigReader, num_layers: int) -> MoEConfig:
+    """DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, a bias that balances, groups by their best two; shared experts.
+
+    Layers beyond `num_hidden_layers`, which predict further tokens, are not run.
+    """
+    width = reader.count("moe_intermediate_size")
+    dense = reader.count("first_k_dense_replace", 0, least=0)
+    reader.refuse_unless("moe_layer_freq", [1])
+    reader.refuse_unless("scoring_func", ["sigmoid"])
+    reader.refuse_unless("topk_method", ["noaux_tc"])
+    return _checked(
+        reader,
+        reader.count("num_experts_per_tok", 8),
+        width,
+        tuple(layer >= dense for layer in range(num_layers)),
+        shared_ffn_size=width * reader.count("n_shared_experts", 1, least=0),
+        scoring="sigmoid",
+        normalize=reader.flag("norm_topk_prob", True),
+        scaling=reader.number("routed_scaling_factor", 1.0),
+        num_groups=reader.count("n_group", 1),
+        top_groups=reader.count("topk_group", 1),
+        group_score="top2",
+        correction_bias=True,
+    )
+
+
+def _qwen_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
+    step = reader.count("decoder_sparse_step", 1)
+    dense = reader.values.get("mlp_only_layers") or []
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+
+
+def _checked(reader: ConfigReader, top_k: int, ffn_size: int, layers: tuple[bool, ...], **more: Any) -> MoEConfig:
+    """With the number of experts, under whichever key it is; refuses what no token could be routed by."""
+    key = next((key for key in _COUNTS if reader.values.get(key) is not None), _COUNTS[0])
+    experts = reader.count(key)
+    moe = MoEConfig(experts, top_k, ffn_size, layers, **more)
+    groups = moe.num_groups
+    if experts % groups or moe.top_groups > groups or top_k > experts // groups * moe.top_groups:
+        raise CheckpointError(
+            f"{reader.where}: a token cannot choose {top_k} of `{key}: {experts}` experts in {moe.top_groups} of "
+            f"{groups} groups: expected groups of equal size that hold as many; is the file complete?"
+        )
+    if moe.group_score == "top2" and groups > 1 and experts // groups < 2:
+        raise CheckpointError(
+            f"{reader.where}: groups are chosen by their best two experts, but {experts} experts in {groups} groups "
+            "have one each; is the file complete?"
+        )
+    return moe
