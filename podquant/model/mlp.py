@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from podquant.config.scheme import Scheme
+from podquant.model.axes import TP
 from podquant.model.config import ModelConfig
 from podquant.model.linear import Linear, project
 from podquant.model.matmul import Numerics
@@ -56,7 +58,10 @@ class MLP(nnx.Module):
 
     def partial(self, x: jax.Array) -> jax.Array:
         """This shard's part of the result on [M, D], to be added to those of the others: [M, D] float32, no bias."""
-        return self.down_proj.product(self.down_proj.prepare(self._inner(x)))
+        down = self.down_proj
+        y = down.product(down.prepare(self._inner(x)))
+        # What is summed already counts once.
+        return jnp.where(jax.lax.axis_index(TP) == 0, y, 0.0) if down.sums_exactly else y
 
     def _inner(self, x: jax.Array) -> jax.Array:
         gate, up = project(x, self.gate_proj, self.up_proj)

@@ -84,16 +84,25 @@ def test_yarn_falls_back_to_the_context_it_has() -> None:
 
 
 def test_each_family_differs_as_declared() -> None:
+    moe = {"num_experts": 8, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96}
     biases = {
-        name: (c.qkv_bias, c.o_bias) for name in FAMILIES if (c := read(architectures=[name], attention_bias=True))
+        name: (c.qkv_bias, c.o_bias)
+        for name in FAMILIES
+        if (c := read(architectures=[name], attention_bias=True, **moe))
     }
     assert biases == {
         "LlamaForCausalLM": (True, True),
         "MistralForCausalLM": (False, False),
         "Qwen2ForCausalLM": (True, False),
         "Qwen3ForCausalLM": (True, True),
+        "MixtralForCausalLM": (False, False),
+        "Qwen2MoeForCausalLM": (True, False),
+        "Qwen3MoeForCausalLM": (True, True),
+        "Glm4MoeForCausalLM": (True, False),
     }
-    assert [name for name in FAMILIES if read(architectures=[name]).qk_norm] == ["Qwen3ForCausalLM"]
+    normed = [name for name in FAMILIES if read(architectures=[name], **moe).qk_norm]
+    assert normed == ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
+    assert read(architectures=["Glm4MoeForCausalLM"], use_qk_norm=True, **moe).qk_norm
 
 
 def test_the_goldens() -> None:

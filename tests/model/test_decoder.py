@@ -51,3 +51,13 @@ def test_what_does_not_divide_is_named(tp: int, changes: dict[str, Any], what: s
 def test_the_sizes_that_fit_are_named() -> None:
     with pytest.raises(MeshError, match=r"sizes that fit this model: 1, 2, 4, 8$"):
         plan_layout(config(), 3)
+
+
+def test_experts_are_shared_out() -> None:
+    path = Path(__file__).parents[1] / "data" / "goldens" / "qwen3_moe" / "config.json"
+    moe = read_model_config(json.loads(path.read_text()))
+    assert plan_layout(moe, 4, 2) == Layout(4, 4, 512, 2)
+    with pytest.raises(MeshError, match=r"--ep-size 3 must divide --tp-size 4 and the 8 experts .* fit: 1, 2, 4$"):
+        plan_layout(moe, 4, 3)
+    with pytest.raises(MeshError, match="LlamaForCausalLM has none"):
+        plan_layout(config(), 4, 2)

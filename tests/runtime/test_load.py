@@ -67,6 +67,44 @@ def test_an_artifact_and_quantizing_on_the_way_give_the_same_bits(tmp_path: Path
                 assert array.tobytes() == expected[path].tobytes(), path
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("rules", ["int8.yaml", "fp8.yaml"])
+def test_experts_of_an_artifact_are_those_quantized_on_the_way(tmp_path: Path, rules: str, tp: int) -> None:
+    expected = load(str(GOLDENS / "qwen3_moe"), rules, tp=tp)
+    found = load(to_artifact(GOLDENS / "qwen3_moe", rules, tmp_path / "artifact", 2), tp=tp)
+    assert found.keys() == expected.keys()
+    for path, array in found.items():
+        assert array.tobytes() == expected[path].tobytes(), path
+
+
+def test_experts_lie_in_the_order_of_their_numbers() -> None:
+    disk = load_file(GOLDENS / "mixtral" / "model.safetensors")
+    found = load(str(GOLDENS / "mixtral"), tp=2)
+    prefix = "model.layers.2.block_sparse_moe.experts"
+    for projection, name, axis in (("gate_proj", "w1", 0), ("up_proj", "w3", 0), ("down_proj", "w2", 1)):
+        weights = found["segments", 0, "layers", "mlp", "experts", projection, "weight"]
+        for expert in range(8):
+            whole = np.concatenate(weights[2, :, expert], axis=axis)
+            np.testing.assert_array_equal(whole, disk[f"{prefix}.{expert}.{name}.weight"].astype(np.float32))
+
+
+def test_a_missing_expert_is_refused_by_name(tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "qwen3_moe", tmp_path / "model")
+    lost = "model.layers.1.mlp.experts.6.up_proj.weight"
+    rewrite_tensors(lambda tensors: tensors.pop(lost))(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=rf"tensor {lost} is missing".replace(".", r"\.")):
+        load(str(tmp_path / "model"))
+
+
+def test_experts_of_a_layer_are_quantized_alike(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "quantization:\n  moe: {weight_dtype: int8}\n  ignored_layers: ['re:.*experts\\.3\\.up_proj']\n"
+    )
+    with pytest.raises(UnsupportedModelError, match=r"experts\.3\.up_proj is not quantized as .*experts\.0\.up_proj"):
+        load(str(GOLDENS / "qwen3_moe"), str(rules))
+
+
 def test_weights_are_those_of_the_file() -> None:
     disk = load_file(GOLDENS / "llama" / "model.safetensors")
     found = load(str(GOLDENS / "llama"), dtype="bfloat16")
