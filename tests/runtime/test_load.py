@@ -98,9 +98,7 @@ def test_a_missing_expert_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_experts_of_a_layer_are_quantized_alike(tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
-    rules.write_text(
-        "quantization:\n  moe: {weight_dtype: int8}\n  ignored_layers: ['re:.*experts\\.3\\.up_proj']\n"
-    )
+    rules.write_text("quantization:\n  moe: {weight_dtype: int8}\n  ignored_layers: ['re:.*experts\\.3\\.up_proj']\n")
     with pytest.raises(UnsupportedModelError, match=r"experts\.3\.up_proj is not quantized as .*experts\.0\.up_proj"):
         load(str(GOLDENS / "qwen3_moe"), str(rules))
 
