@@ -41,6 +41,7 @@ class Plan:
         units: in the order of their files.
         unmatched: rules that decide nothing in this model.
         redundant: a tied lm_head stored beside its embedding: left out, after checking that the two are equal.
+        further: layers that predict further tokens, which are left out, by name.
         copied: files copied unchanged → size.
         tp_size: slices that a tensor is cut into.
     """
@@ -52,6 +53,7 @@ class Plan:
     unmatched: tuple[UnmatchedRule, ...]
     redundant: tuple[TensorInfo, TensorInfo] | None
     copied: Mapping[str, int]
+    further: tuple[str, ...] = ()
     tp_size: int = 1
 
     @property
@@ -141,6 +143,7 @@ def plan_conversion(
         unmatched=resolution.unmatched,
         redundant=contents.redundant,
         copied={name: checkpoint.store.size(name) for name in checkpoint.other_files},
+        further=contents.further,
         tp_size=tp_size,
     )
 

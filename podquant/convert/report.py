@@ -45,6 +45,8 @@ def note_lines(plan: Plan) -> list[str]:
     if plan.redundant is not None:
         left_out, kept = plan.redundant
         lines.append(f"note: {left_out.name} is left out: config.json ties it to {kept.name}")
+    for layer in plan.further:
+        lines.append(f"note: {layer} is left out: podquant runs no layers that predict further tokens")
     if not any(module.scheme for module in plan.modules.values()):
         lines.append("warning: nothing is quantized: every module is kept in its own dtype")
     return lines

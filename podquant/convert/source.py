@@ -6,7 +6,7 @@ Knows nothing of rules or of how a tensor is quantized.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Contents:
         fused: the routed experts of a layer stored as one tensor, `…mlp.experts.down_proj`, by name.
         tied: lm_head shares the embedding's tensor.
         redundant: an lm_head stored beside the embedding it is tied to, left out → that embedding.
+        further: the layers beyond those that config.json counts, which predict further tokens: left out, by name.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -38,6 +39,7 @@ class Contents:
     fused: Mapping[str, TensorInfo]
     tied: bool
     redundant: tuple[TensorInfo, TensorInfo] | None
+    further: tuple[str, ...] = ()
 
 
 def read_contents(checkpoint: Checkpoint) -> Contents:
@@ -55,6 +57,8 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         if (module := module_of(name)) is not None and len(info.shape) >= 2
     }
     _check_layers(where, config, matrices)
+    further = _further_layers(config, checkpoint.tensors)
+    matrices = {module: info for module, info in matrices.items() if _layer_of(info.name) not in further}
     embedding = next((info for module, info in matrices.items() if kind_of(module) == "embedding"), None)
     head = next((info for module, info in matrices.items() if kind_of(module) == "lm_head"), None)
     says = config.get("tie_word_embeddings", head is None)
@@ -75,14 +79,31 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         redundant = (head, embedding)
         matrices = {module: info for module, info in matrices.items() if info is not head}
     tensors = {
-        name: info for name, info in checkpoint.tensors.items() if redundant is None or name != redundant[0].name
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if (redundant is None or name != redundant[0].name) and _layer_of(name) not in further
     }
     fused = {
         name: info
         for name, info in tensors.items()
         if module_of(name) is None and len(info.shape) >= 3 and kind_of(name) == "expert"
     }
-    return Contents(tensors, matrices, fused, tied, redundant)
+    return Contents(tensors, matrices, fused, tied, redundant, further)
+
+
+def _layer_of(tensor: str) -> str | None:
+    """The layer that a tensor belongs to: `model.layers.3`."""
+    match = _LAYER.match(tensor)
+    return f"{match[1]}.{match[2]}" if match else None
+
+
+def _further_layers(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """Layers beyond `num_hidden_layers`, where config.json says that it has some that predict further tokens."""
+    count = config.get("num_hidden_layers")
+    if not isinstance(count, int) or not (config.get("num_nextn_predict_layers") or config.get("num_mtp_layers")):
+        return ()
+    matches = [match for name in names if (match := _LAYER.match(name)) and int(match[2]) >= count]
+    return tuple(dict.fromkeys(f"{match[1]}.{match[2]}" for match in matches))
 
 
 def _refuse_quantized(where: str, checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from podquant.checkpoint.index import Checkpoint
+from podquant.convert.report import note_lines
 from podquant.convert.source import read_contents
 from podquant.errors import CheckpointError, UnsupportedModelError
 
@@ -73,6 +74,18 @@ def test_a_layer_beyond_the_count_may_hold_more(make_source: Callable[..., Any])
         {f"model.layers.1.{name}.weight": matrix for name, matrix in extra.items()}, num_hidden_layers=1
     )
     assert "model.layers.1.eh_proj" in read_contents(Checkpoint.open(str(source.path))).modules
+
+
+def test_layers_that_predict_further_tokens_are_left_out(make_source: Callable[..., Any]) -> None:
+    """DeepSeek-V3 counts 61 layers and stores a 62nd, which only speculative decoding runs."""
+    extra = {f"model.layers.1.{name}.weight": MATRIX for name in ("eh_proj", "mlp.up_proj")}
+    source = make_source(extra, num_hidden_layers=1, num_nextn_predict_layers=1)
+    contents = read_contents(Checkpoint.open(str(source.path)))
+    assert contents.further == ("model.layers.1",)
+    assert not any(name.startswith("model.layers.1.") for name in [*contents.tensors, *contents.modules])
+    assert any(name.startswith("model.layers.0.") for name in contents.tensors)
+    line = "note: model.layers.1 is left out: podquant runs no layers that predict further tokens"
+    assert line in note_lines(source.plan("int8.yaml")[1])
 
 
 @pytest.mark.parametrize(
