@@ -12,8 +12,10 @@ from typing import Any
 from podquant.config.architectures import refuse_unsupported
 from podquant.dtypes import SOURCE_DTYPES
 from podquant.errors import CheckpointError, UnsupportedModelError
-from podquant.model.config import ConfigReader, ModelConfig, MoEConfig, read_rope, read_windows
-from podquant.model.moe_families import glm4_moe, mixtral, qwen2_moe, qwen3_moe
+from podquant.model.config import ConfigReader, ModelConfig, MoEConfig, RopeConfig, read_rope, read_windows
+from podquant.model.deepseek import read_latent
+from podquant.model.latent import LatentConfig
+from podquant.model.moe_families import deepseek_routing, deepseek_v2, glm4_moe, mixtral, qwen2_moe, qwen3_moe
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Family:
         window: from config.json to (sliding window or None, first layer that slides).
         partial_rotary: the share of a head that is rotated if config.json does not say; None: always all of it.
         moe: from config.json and the number of layers to its experts.
+        latent: from config.json to its latent attention.
     """
 
     qkv_bias: bool | None = None
@@ -35,6 +38,7 @@ class Family:
     window: Callable[[ConfigReader], tuple[int | None, int]] = lambda reader: (None, 0)
     partial_rotary: float | None = None
     moe: Callable[[ConfigReader, int], MoEConfig | None] = lambda reader, num_layers: None
+    latent: Callable[[ConfigReader, RopeConfig], LatentConfig] | None = None
 
 
 def _mistral_window(reader: ConfigReader) -> tuple[int | None, int]:
@@ -67,6 +71,8 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2MoeForCausalLM": Family(qkv_bias=True, o_bias=False, window=_qwen_window, moe=qwen2_moe),
     "Qwen3MoeForCausalLM": Family(qk_norm=True, window=_qwen_moe_window, moe=qwen3_moe),
     "Glm4MoeForCausalLM": Family(o_bias=False, qk_norm=None, partial_rotary=0.5, moe=glm4_moe),
+    "DeepseekV2ForCausalLM": Family(moe=deepseek_v2, latent=read_latent),
+    "DeepseekV3ForCausalLM": Family(moe=deepseek_routing, latent=read_latent),
 }
 
 _ACTIVATIONS = {
@@ -106,7 +112,9 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
     num_heads = reader.count("num_attention_heads")
     num_kv_heads = reader.count("num_key_value_heads", num_heads)
     hidden_size = reader.count("hidden_size")
-    head_dim = reader.count("head_dim", hidden_size // num_heads)
+    rope = read_rope(reader, family.partial_rotary)
+    latent = family.latent(reader, rope) if family.latent else None
+    head_dim = latent.rope_dim if latent else reader.count("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise CheckpointError(
             f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected an even number"
@@ -130,7 +138,7 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope=read_rope(reader, family.partial_rotary),
+        rope=rope,
         windows=read_windows(reader, num_layers, window, first_windowed),
         tied_embeddings=reader.flag("tie_word_embeddings", False),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
@@ -143,4 +151,5 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
         eos_token_ids=reader.token_ids("eos_token_id"),
         bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
         moe=family.moe(reader, num_layers),
+        latent=latent,
     )

@@ -5,6 +5,9 @@ heads share; W_UK and W_UV are rows of kv_b_proj. Since `q . (W_UK c) = (W_UK^T 
 and W_UV to what attention gives of the latents themselves: to attention this is one key/value head, whose value is the
 front of its key. The cache holds `[c, k_rope]` of each token, whole on every shard; heads are shared out.
 
+Prefill goes the same way. At DeepSeek's sizes a query and a key then take 2 (576 + 512) operations a head instead of
+2 (192 + 128), 3.4 times as many, but no key or value of the context has to be made anew for each chunk of a prompt.
+
 Both products read kv_b_proj's codes as they are. A row of W_UK is an input here, so its scale multiplies the query in
 front of the product; a row of W_UV is an output, so its scale multiplies behind it. With quantized activations it is c
 that kv_b_proj quantizes per token: here too, before c is cached, so the scores and values are those of the expanded

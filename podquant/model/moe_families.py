@@ -78,6 +78,28 @@ def deepseek_routing(reader: ConfigReader, num_layers: int) -> MoEConfig:
     )
 
 
+def deepseek_v2(reader: ConfigReader, num_layers: int) -> MoEConfig:
+    """arXiv:2405.04434: softmax scores as they are, of the best experts, or of the best in the best groups."""
+    width = reader.count("moe_intermediate_size")
+    dense = reader.count("first_k_dense_replace", 0, least=0)
+    reader.refuse_unless("moe_layer_freq", [1])
+    reader.refuse_unless("scoring_func", ["softmax"])
+    reader.refuse_unless("topk_method", ["greedy", "group_limited_greedy"])
+    reader.refuse_unless("norm_topk_prob", [False])
+    grouped = reader.values.get("topk_method") == "group_limited_greedy"
+    return _checked(
+        reader,
+        reader.count("num_experts_per_tok"),
+        width,
+        tuple(layer >= dense for layer in range(num_layers)),
+        shared_ffn_size=width * reader.count("n_shared_experts", 2, least=0),
+        normalize=False,
+        scaling=reader.number("routed_scaling_factor", 1.0),
+        num_groups=reader.count("n_group") if grouped else 1,
+        top_groups=reader.count("topk_group") if grouped else 1,
+    )
+
+
 def _qwen_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     step = reader.count("decoder_sparse_step", 1)
     dense = reader.values.get("mlp_only_layers") or []

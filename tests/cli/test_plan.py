@@ -81,11 +81,11 @@ def test_topology_and_hosts_exclude_each_other(model: str, capsys: pytest.Captur
 def test_an_architecture_that_is_not_run_is_planned_but_not_converted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = write_model(tmp_path / "model", "DeepseekV3ForCausalLM")
+    model = write_model(tmp_path / "model", "GptOssForCausalLM")
     assert main(["plan", model, *RULES]) == 0
-    assert "warning: podquant does not run DeepseekV3ForCausalLM yet" in capsys.readouterr().out
+    assert "warning: podquant does not run GptOssForCausalLM yet" in capsys.readouterr().out
     assert main(["convert", model, str(tmp_path / "out"), *RULES]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {model}/config.json: architecture 'DeepseekV3ForCausalLM' is not supported; ")
+    assert err.startswith(f"error: {model}/config.json: architecture 'GptOssForCausalLM' is not supported; ")
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

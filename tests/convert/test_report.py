@@ -55,8 +55,8 @@ def test_a_plan_warns(make_source: Callable[..., Any]) -> None:
 
 
 def test_an_architecture_that_is_not_run_is_named(make_source: Callable[..., Any]) -> None:
-    source = make_source(architectures=["DeepseekV3ForCausalLM"])
-    assert "warning: podquant does not run DeepseekV3ForCausalLM yet: convert refuses it" in note_lines(
+    source = make_source(architectures=["GptOssForCausalLM"])
+    assert "warning: podquant does not run GptOssForCausalLM yet: convert refuses it" in note_lines(
         source.plan("int8.yaml")[1]
     )
 

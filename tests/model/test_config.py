@@ -85,6 +85,7 @@ def test_yarn_falls_back_to_the_context_it_has() -> None:
 
 def test_each_family_differs_as_declared() -> None:
     moe = {"num_experts": 8, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96}
+    moe |= {"num_experts_per_tok": 2}
     biases = {
         name: (c.qkv_bias, c.o_bias)
         for name in FAMILIES
@@ -99,6 +100,8 @@ def test_each_family_differs_as_declared() -> None:
         "Qwen2MoeForCausalLM": (True, False),
         "Qwen3MoeForCausalLM": (True, True),
         "Glm4MoeForCausalLM": (True, False),
+        "DeepseekV2ForCausalLM": (True, True),
+        "DeepseekV3ForCausalLM": (True, True),
     }
     normed = [name for name in FAMILIES if read(architectures=[name], **moe).qk_norm]
     assert normed == ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]

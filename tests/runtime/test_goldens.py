@@ -35,7 +35,7 @@ Logits = Callable[..., Array]
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 NAMES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-mha", "qwen3")
-MOE_NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
+MOE_NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
 MODES: Mapping[str, str | None] = {
     "none": None,
     "int8": "int8_keep_embedding.yaml",
@@ -56,7 +56,7 @@ SHARDS = [(name, mode, 1, 1) for name in MOE_NAMES for mode in MODES]
 SHARDS += [(name, mode, 4, 2) for name in MOE_NAMES for mode in MODES]
 SHARDS += [
     (name, mode, tp, ep)
-    for name in ("qwen2_moe", "glm4_moe")
+    for name in ("qwen2_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
     for mode in ("int8", "int8_w8a8")
     for tp, ep in ((2, 1), (2, 2), (4, 1), (4, 4))
 ]
