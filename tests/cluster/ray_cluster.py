@@ -61,6 +61,7 @@ def _prepare_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # tests run by `uv run` are not to start workers by it
         # Ray streams the logs found here to every driver, and a driver without it names the machine's own folder.
         "TPU_LOG_DIR": str(tpu_logs),
         "JAX_PLATFORMS": "cpu",
