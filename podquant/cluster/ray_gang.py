@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-# Before ray is imported: where podquant was started by `uv run`, Ray would start every worker by it as well, in a copy of
-# the working directory and an environment that each host has to make first. Hosts have podquant; set it to 1 to try.
+# Before ray is imported: where podquant was started by `uv run`, Ray would start every worker by it as well, in a copy
+# of the working directory and an environment that each host has to make first. Hosts have podquant already.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
