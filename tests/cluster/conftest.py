@@ -158,7 +158,7 @@ class RayCluster:
         return answer
 
 
-def wait_for(path: Path, seconds: float = 60.0) -> str:
+def wait_for(path: Path, seconds: float = 150.0) -> str:
     """The text of a file that something else is about to write whole."""
     deadline = time.monotonic() + seconds
     while not path.exists():

@@ -115,7 +115,7 @@ def test_a_task_on_a_killed_raylet_is_retried_elsewhere(ray_cluster: RayCluster,
     first = wait_for(tmp_path / "first")
     ray_cluster.kill_raylet(first)
     try:
-        last = wait_for(tmp_path / "last", 30.0)
+        last = wait_for(tmp_path / "last")
     finally:
         ray_cluster.stop(job)
         added = ray_cluster.add_node()
@@ -123,7 +123,9 @@ def test_a_task_on_a_killed_raylet_is_retried_elsewhere(ray_cluster: RayCluster,
     assert last != first
     assert f"AT LAST {last}" in ray_cluster.logs(job).splitlines()
     assert added["ip"] == first
-    assert [node["alive"] for node in ray_cluster.nodes()] == [True] * 5 + [False]
+    alive = [node["alive"] for node in ray_cluster.nodes()]
+    assert alive[:5] == [True] * 5
+    assert not any(alive[5:])  # other tests may have killed hosts before
 
 
 def test_a_driver_outside_a_job_needs_the_environment_alone(ray_cluster: RayCluster) -> None:
