@@ -18,8 +18,12 @@ from podquant.config.job import load_quantize_and_serve_job
 def run(path: str) -> int:
     """Both halves; what is wrong with the second is found before the first begins."""
     conversion, serving = load_quantize_and_serve_job(path, flag_kinds())
-    serve.serve_options(serving)
-    convert.run_job_unless_done(conversion, address="auto")
+    options = serve.serve_options(serving)
+    if convert.is_done(conversion):
+        print(f"{conversion.target}: is there already, and is served as it is")
+    else:
+        serve.check_source(options, conversion.source, conversion.revision)
+        convert.run_job(conversion, address="auto")
     return serve.run_job(serving, address="auto")
 
 

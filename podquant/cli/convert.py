@@ -109,8 +109,8 @@ def run_job(job: ConvertJob, *, address: str | None, download_dir: str | None = 
     return 0
 
 
-def run_job_unless_done(job: ConvertJob, *, address: str | None) -> int:
-    """As `run_job`; an artifact that is at the target already is left as it is, unless the job is to overwrite it."""
+def is_done(job: ConvertJob) -> bool:
+    """Whether an artifact is at the target already, and the job is not to overwrite it."""
     from podquant.convert.run import check_target
     from podquant.errors import ArtifactExistsError
 
@@ -118,9 +118,8 @@ def run_job_unless_done(job: ConvertJob, *, address: str | None) -> int:
         check_target(job.target, overwrite=job.overwrite)
     except ArtifactExistsError:
         check_target(job.target, overwrite=True)  # refuses what is no artifact
-        print(f"{job.target}: is there already, and is served as it is")
-        return 0
-    return run_job(job, address=address)
+        return True
+    return False
 
 
 @contextmanager

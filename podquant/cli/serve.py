@@ -80,6 +80,19 @@ def serve_options(job: ServeJob) -> ServeOptions:
         raise ConfigError(f"{job.name}: serve: {error}") from error
 
 
+def check_source(options: ServeOptions, source: str, revision: str | None) -> None:
+    """Find out whether what is converted from a checkpoint could be served as the options say, before it is converted.
+
+    Raises:
+        PodquantError: the checkpoint has no such model or tokenizer, or it cannot be cut into so many shards.
+    """
+    from podquant.runtime.start import load_tokenizer, open_model
+
+    engine_options = replace(options.engine_options, model_path=source, revision=revision)
+    with open_model(engine_options, by_ranges=True) as opened:
+        load_tokenizer(opened)
+
+
 def run_job(job: ServeJob, *, address: str) -> int:
     """Serve on the hosts of a Ray cluster until a signal. Call it in the main thread.
 

@@ -17,6 +17,7 @@ from podquant.config.rules import load_quantization_config
 from podquant.errors import CapacityError, ConfigError
 from podquant.model.attention import CHUNK_TOKENS
 from podquant.model.config import ModelConfig
+from podquant.model.decoder import plan_layout
 from podquant.model.families import read_model_config
 from podquant.model.matmul import Numerics
 from podquant.runtime.engine import Engine
@@ -71,13 +72,14 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
         by_ranges: read a Hugging Face id from the hub, each process what it needs, instead of downloading it whole.
 
     Raises:
-        ConfigError, CheckpointError, ArtifactError, StorageError: the options, or what is there, are wrong.
+        ConfigError, CheckpointError, ArtifactError, MeshError, StorageError: the options, or what is there, are wrong.
     """
     _check(options)
     rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
     source = open_source(_locate(options, by_ranges=by_ranges), rules)
     try:
         config = read_model_config(source.config, f"{source.store.uri}/config.json")
+        plan_layout(config, options.tp_size, options.ep_size)
     except BaseException:
         source.close()
         raise

@@ -116,3 +116,9 @@ def test_a_job_that_cannot_serve_is_refused_before_it_converts(
     assert done.returncode == 1
     assert "job.yaml:8: unknown key 'prt' in serve: expected one of" in done.stdout
     assert emulator.log == []
+    text = JOB.format(host=HOST_0, port=1, cache=tmp_path).replace("tp_size: 8", "tp_size: 5")
+    (tmp_path / "job.yaml").write_text(text)
+    done = ray_cluster.submit(command, {"STORAGE_EMULATOR_HOST": emulator.url})
+    assert done.returncode == 1
+    assert "LlamaForCausalLM cannot be cut into tp_size 5" in done.stdout
+    assert {record.request.split()[0] for record in emulator.log} == {"GET"}

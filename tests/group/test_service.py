@@ -319,16 +319,18 @@ def test_replicas_behind_one_port_share_requests_and_outlive_each_other(
                 body = {"prompt": [3], "max_tokens": 480, "ignore_eos": True}
                 found.append(client.post(f"{service.http.base_url}/v1/completions", json=body).status_code)
 
-        asking = [threading.Thread(target=ask) for _ in range(2)]
+        lost = service.member(0)
+        asking = [threading.Thread(target=ask) for _ in range(8)]
         for thread in asking:
             thread.start()
-        wait_until(lambda: running(service) == 2, 10, "one request on each replica", service.said)
-        os.kill(service.member(0), signal.SIGKILL)
+        wait_until(lambda: running(service) == 4, 10, "two requests on each replica, and two behind them", service.said)
+        os.kill(lost, signal.SIGKILL)
         assert service.complete(PROMPTS[0]) == expected[0]
         assert service.http.get("/health").status_code == 200
         for thread in asking:
             thread.join(60)
-        assert sorted(found) == [200, 503]
+        assert set(found) == {200, 503}
+        assert found.count(200) >= 4
 
 
 def test_no_process_of_a_group_shows_its_secret(service: Service) -> None:

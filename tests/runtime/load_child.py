@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -110,7 +109,8 @@ def main(port: str, num_processes: int, rank: int, cases: Path, out: Path) -> No
             found[case.name] = load_case(case, devices)
         except PodquantError as error:
             found[case.name] = {"error": f"{type(error).__name__}: {error}"}
-    found["max_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's ru_maxrss, which begins with that of the process that forked this one.
+    found["max_rss"] = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     out.write_text(json.dumps(found))
 
 
