@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from podquant.checkpoint.experts import name_experts
 from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.jsonfile import parse_object
 from podquant.errors import CheckpointError
@@ -73,7 +74,7 @@ class Checkpoint:
     Attributes:
         store: where its bytes are.
         config: config.json, as it stands there.
-        tensors: by name; ordered by file, then by place in the file.
+        tensors: by name; ordered by file, then by place in the file. Experts that are fused are there one by one.
         files: the safetensors files, by name.
         other_files: names to copy beside quantized weights (tokenizer, chat template, generation config …).
     """
@@ -88,7 +89,8 @@ class Checkpoint:
     def open(cls, uri: str) -> Checkpoint:
         """Open the checkpoint in a directory: `model.safetensors`, or the files of `model.safetensors.index.json`.
 
-        Every header is validated, and the index against the headers. Raises `CheckpointError` or `StorageError`.
+        Every header is validated, the index against the headers, and the routed experts against config.json. Raises
+        `CheckpointError`, `StorageError`, or `UnsupportedModelError` for experts fused in a form that is not read.
         """
         store = open_store(uri)
         try:
@@ -104,6 +106,7 @@ class Checkpoint:
             tensors = _collect(store, headers)
             if weight_map is not None:
                 _check_index(f"{store.uri}/{_INDEX}", weight_map, headers)
+            tensors = name_experts(tensors, config, store.uri)
         except BaseException:
             store.close()
             raise

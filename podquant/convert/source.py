@@ -28,7 +28,8 @@ class Contents:
     Attributes:
         tensors: by name, in the order of the source.
         modules: the module of every weight matrix → its tensor, in the same order.
-        fused: the routed experts of a layer stored as one tensor, `…mlp.experts.down_proj`, by name.
+        fused: the routed experts of a layer stored as one tensor, `…mlp.experts.down_proj`, by name, where they are
+            not known to be what `checkpoint.experts` takes apart.
         tied: lm_head shares the embedding's tensor.
         redundant: an lm_head stored beside the embedding it is tied to, left out → that embedding.
         further: the layers beyond those that config.json counts, which predict further tokens: left out, by name.

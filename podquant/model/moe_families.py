@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from podquant.config.experts import EXPERT_NAMES, count_key
 from podquant.errors import CheckpointError
 from podquant.model.config import ConfigReader, MoEConfig
-
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def mixtral(reader: ConfigReader, num_layers: int) -> MoEConfig:
     """arXiv:2401.04088. Its experts are as wide as a dense model's MLP, and named otherwise."""
-    renames = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    renames = EXPERT_NAMES["MixtralForCausalLM"].renames
     return _checked(
         reader, reader.count("num_experts_per_tok", 2), reader.count("intermediate_size"), (True,) * num_layers,
         renames=renames,
@@ -108,7 +107,7 @@ def _qwen_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
 
 def _checked(reader: ConfigReader, top_k: int, ffn_size: int, layers: tuple[bool, ...], **more: Any) -> MoEConfig:
     """With the number of experts, under whichever key it is; refuses what no token could be routed by."""
-    key = next((key for key in _COUNTS if reader.values.get(key) is not None), _COUNTS[0])
+    key = count_key(reader.values)
     experts = reader.count(key)
     moe = MoEConfig(experts, top_k, ffn_size, layers, **more)
     groups = moe.num_groups

@@ -1,0 +1,113 @@
+"""Routed experts that a checkpoint stores in one tensor, as a tensor each: from headers and config.json alone.
+
+transformers from version 5 on computes with the experts of a layer together, and can save them so: `gate_up_proj`
+[E, 2F, D], an expert's rows of gate in front of those of up, and `down_proj` [E, D, F], both below `mlp.experts`, in
+Mixtral too. The bytes of an expert's projection lie side by side in both: it is a tensor within the tensor, and gets
+the name that it has where experts are stored one by one. Knows nothing of what they are used for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from podquant.checkpoint.header import TensorInfo
+from podquant.config.experts import ExpertNames, count_key, expert_names
+from podquant.errors import CheckpointError, UnsupportedModelError
+
+_FUSED_BLOCK = "mlp"
+"""What the experts of a layer are below where they are fused, whatever the family calls it otherwise."""
+
+
+def name_experts(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
+    """All tensors in their order, experts one by one; those of families whose fused form is not known as they are.
+
+    Args:
+        tensors: of the headers, by name.
+        config: config.json.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: experts are missing, stored twice, or not as many or as wide as config.json says.
+        UnsupportedModelError: they are fused in another form.
+    """
+    names = expert_names(config)
+    if names is None:
+        return dict(tensors)
+    inside = re.compile(rf"((?:.+\.)?layers\.\d+)\.(?:{_FUSED_BLOCK}|{names.block})\.(.+)")
+    named: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        match = inside.fullmatch(name)
+        parts = _parts(info, f"{match[1]}.{names.block}", match[2], names, config, where) if match else [info]
+        for part in parts:
+            if part.name in named:
+                raise CheckpointError(
+                    f"{where}: {part.name} is there twice: in {named[part.name].file}, and in {info.file} as {name}. "
+                    "The files are not of one checkpoint: download them again"
+                )
+            named[part.name] = part
+    _check_complete(named, names, config, where)
+    return named
+
+
+def _parts(
+    info: TensorInfo, block: str, leaf: str, names: ExpertNames, config: Mapping[str, Any], where: str
+) -> Sequence[TensorInfo]:
+    """What a tensor below a layer's `block` holds: itself, under the family's name, or the experts' that it fuses."""
+    fused = leaf.removeprefix("experts.")
+    if fused == leaf or fused[:1].isdigit():
+        return [replace(info, name=f"{block}.{leaf}")]
+    projections = {"gate_up_proj": (names.gate, names.up), "down_proj": (names.down,)}.get(fused)
+    if projections is None:
+        raise UnsupportedModelError(
+            f"{where}/{info.file}: {info.name} {info.dtype.disk} {list(info.shape)}: of experts that are fused, "
+            "podquant reads gate_up_proj and down_proj, neither quantized nor with a bias: save each expert by itself"
+        )
+    count, width = config.get(count_key(config)), config.get("hidden_size")
+    axis = len(projections)  # of D: [E, 2F, D] or [E, D, F]
+    fits = len(info.shape) == 3 and info.shape[0] == count and info.shape[axis] == width
+    rows, odd = divmod(info.shape[1], len(projections)) if fits else (0, 0)
+    if not fits or odd:
+        form = f"[{count}, 2F, {width}]" if axis == 2 else f"[{count}, {width}, F]"
+        raise CheckpointError(
+            f"{where}/{info.file}: {info.name}: expected shape {form}, as {count_key(config)} and hidden_size of "
+            f"config.json say, got {list(info.shape)}. Copy config.json and the weights again"
+        )
+    shape = (rows, info.shape[2])
+    nbytes = info.nbytes // max(1, info.shape[0] * len(projections))
+    modules = [
+        f"{block}.experts.{number}.{projection}" for number in range(info.shape[0]) for projection in projections
+    ]
+    return [
+        replace(info, name=f"{module}.weight", shape=shape, offset=info.offset + place * nbytes, nbytes=nbytes)
+        for place, module in enumerate(modules)
+    ]
+
+
+def _check_complete(tensors: Iterable[str], names: ExpertNames, config: Mapping[str, Any], where: str) -> None:
+    """Every layer that has a router or an expert has all the experts that config.json counts, and no more."""
+    pattern = re.compile(rf"((?:.+\.)?layers\.(\d+)\.{names.block})\.(?:gate|experts\.(\d+)\.(\w+))\..+")
+    layers: dict[str, set[tuple[int, str]]] = {}
+    depth, count = config.get("num_hidden_layers"), config.get(count_key(config))
+    for name in tensors:
+        match = pattern.fullmatch(name)
+        # Layers beyond the count predict further tokens, and are not run.
+        if match is None or (isinstance(depth, int) and int(match[2]) >= depth):
+            continue
+        found = layers.setdefault(match[1], set())
+        if match[3] is not None:
+            found.add((int(match[3]), match[4]))
+    if not isinstance(count, int):
+        return  # whoever needs the number refuses this
+    for block, found in layers.items():
+        wanted = [(number, name) for number in range(count) for name in (names.gate, names.up, names.down)]
+        missing = [each for each in wanted if each not in found]
+        says = f"config.json says {count_key(config)}: {count}. Copy config.json and the weights again"
+        if missing:
+            tensor = "{}.experts.{}.{}.weight".format(block, *missing[0])
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{where}: tensor {tensor} is missing{more}: {says}")
+        if found and (most := max(found)[0]) >= count:
+            raise CheckpointError(f"{where}: {block}.experts.{most} is there, but {says}")
