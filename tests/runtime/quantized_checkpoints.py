@@ -133,9 +133,29 @@ def inverse(size: tuple[int, int]) -> dict[str, Any]:
     return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(size)}
 
 
+_KEPT = (".gate.weight", ".eh_proj.weight", ".shared_head.head.weight", ".embed_tokens.weight")
+
+
 def is_linear(name: str, array: Array) -> bool:
     """Whether a tensor is one that these tools quantize."""
-    return array.ndim == 2 and "layers" in name and not name.endswith(".gate.weight")
+    return array.ndim == 2 and "layers" in name and not name.endswith(_KEPT)
+
+
+def with_next_token_layer(golden: Path, place: Path) -> Path:
+    """A golden of DeepSeek with a layer more, which predicts a further token, as DeepSeek-V3 is published."""
+    tensors = read_file(golden / "model.safetensors")
+    last = json.loads((golden / "config.json").read_text())["num_hidden_layers"]
+    prefix, width = f"model.layers.{last}.", len(tensors["model.norm.weight"])
+    for name, array in list(tensors.items()):
+        if f"layers.{last - 1}." in name:
+            tensors[name.replace(f".{last - 1}.", f".{last}.", 1)] = array
+    tensors |= {f"{prefix}{name}.weight": np.ones(width, BF16) for name in ("enorm", "hnorm", "shared_head.norm")}
+    tensors[f"{prefix}eh_proj.weight"] = np.ones((width, 2 * width), BF16)
+    tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"]
+    shutil.copytree(golden, place)
+    write_file(place / "model.safetensors", tensors)
+    return place
 
 
 def write_pair(golden: Path, place: Path, section: Mapping[str, Any], write: Write) -> tuple[Path, Path]:

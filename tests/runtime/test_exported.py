@@ -21,6 +21,7 @@ FP8_BLOCKS = "quantization:\n  weight_block_size: [32, 80]\n  dense:\n    rules:
     "      - {module_path: '.*(lm_head|embed_tokens)', weight_dtype: null}\n"
     "      - {module_path: '.*', weight_dtype: float8_e4m3fn}\n"
 )
+FP8_EXPERTS = FP8_BLOCKS.replace("[32, 80]", "[16, 8]") + "  moe: {weight_dtype: float8_e4m3fn}\n"
 
 
 def to_artifact(golden: str, rules: str, place: Path) -> Path:
@@ -53,6 +54,8 @@ def arrays(place: Path, tp: int) -> tuple[list[Any], list[Any]]:
         ("llama", "int8.yaml", "pack-quantized", 2),
         ("qwen2", "int8_keep_embedding.yaml", "pack-quantized", 1),
         ("llama", FP8_BLOCKS, "fp8-block", 2),
+        ("qwen3_moe", "int8_keep_embedding.yaml", "pack-quantized", 1),
+        ("deepseek_v3", FP8_EXPERTS, "fp8-block", 2),
     ],
 )
 def test_what_is_exported_loads_as_the_artifact_does(

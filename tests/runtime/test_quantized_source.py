@@ -31,6 +31,7 @@ from tests.runtime.quantized_checkpoints import (
     packed,
     read_file,
     rows,
+    with_next_token_layer,
     write_file,
     write_pair,
 )
@@ -81,11 +82,11 @@ FORMS: Mapping[str, tuple[Any, Write]] = {
 }
 
 
-def logits_of(place: Path, tp: int) -> Any:
+def logits_of(place: Path, tp: int, golden: str = "llama", ep: int = 1) -> Any:
     source = open_source(str(place))
-    model, weights = load(source, tp)
+    model, weights = load(source, tp, ep)
     source.close()
-    return all_logits(model, weights, reference("llama")["input_ids"])
+    return all_logits(model, weights, reference(golden)["input_ids"])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -95,6 +96,23 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, form: str) 
     for tp in (1, 2) if form in ("int8, one scale", "packed", "inverse") else (1,):
         assert np.abs(logits_of(quantized, tp) - expected).max() <= 2e-3
     assert np.abs(expected - reference("llama")["logits_none"]).max() > 1e-2  # quantizing did something
+
+
+def test_experts_are_served_as_they_are_stored(tmp_path: Path) -> None:
+    quantized, plain = write_pair(GOLDENS / "qwen3_moe", tmp_path, *FORMS["int8"])
+    expected = logits_of(plain, 1, "qwen3_moe")
+    assert np.abs(logits_of(quantized, 2, "qwen3_moe", 2) - expected).max() <= 2e-3
+    assert np.abs(expected - reference("qwen3_moe")["logits_none"]).max() > 1e-2
+
+
+def test_deepseek_is_served_as_it_is_published(tmp_path: Path) -> None:
+    """In blocks of which an expert's input has several on each device of a group."""
+    golden = with_next_token_layer(GOLDENS / "deepseek_v3", tmp_path / "golden")
+    quantized, plain = write_pair(golden, tmp_path, inverse((16, 4)), blocks((16, 4), "weight_scale_inv"))
+    expected = logits_of(plain, 1, "deepseek_v3")
+    for tp, ep in ((1, 1), (4, 2)):
+        assert np.abs(logits_of(quantized, tp, "deepseek_v3", ep) - expected).max() <= 2e-3
+    assert np.abs(expected - reference("deepseek_v3")["logits_none"]).max() > 1e-2
 
 
 @pytest.mark.parametrize(("kind", "most_kl"), [("int", 1e-3), ("float", 3e-3)])
