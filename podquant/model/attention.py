@@ -8,7 +8,7 @@ context length, and no more memory than a chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -68,6 +68,8 @@ class Positions:
         write_pages, write_slots: int32 [B * T], where each token's key and value go; page 0 takes those of padding.
         pages_per_layer: pages each layer has.
         cos_sin: float32 [B, T, 1, H/2] each, the rotation at `positions`.
+        other_cos_sin: those of layers that rotate otherwise.
+        query_scale: float32 [B, T, 1, 1], on queries once they are rotated; None for none.
     """
 
     positions: jax.Array
@@ -76,6 +78,16 @@ class Positions:
     write_slots: jax.Array
     pages_per_layer: int
     cos_sin: tuple[jax.Array, jax.Array]
+    other_cos_sin: tuple[tuple[jax.Array, jax.Array], ...] = ()
+    query_scale: jax.Array | None = None
+
+    def of_layer(self, rope: jax.Array | None) -> Positions:
+        """The same with the rotation of a layer: int32 scalar 0 for `cos_sin`, i for `other_cos_sin[i - 1]`."""
+        if rope is None:
+            return self
+        pairs = zip(self.cos_sin, *self.other_cos_sin, strict=True)
+        cos, sin = (jax.lax.dynamic_index_in_dim(jnp.stack(kinds), rope, keepdims=False) for kinds in pairs)
+        return replace(self, cos_sin=(cos, sin))
 
 
 class Attention(nnx.Module):
@@ -107,11 +119,20 @@ class Attention(nnx.Module):
         self.k_proj = linear("k_proj", (kv_width, config.hidden_size), ("kv_heads", "embed"), config.qkv_bias)
         self.v_proj = linear("v_proj", (kv_width, config.hidden_size), ("kv_heads", "embed"), config.qkv_bias)
         self.o_proj = linear("o_proj", (config.hidden_size, width), ("embed", "heads"), config.o_bias)
+        self.qk_norm_whole = config.qk_norm_whole
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, numerics, layers, "head_dim")
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, numerics, layers, "head_dim")
+            self.q_norm = self._head_norm(config, numerics, width, "heads", layers)
+            self.k_norm = self._head_norm(config, numerics, kv_width, "kv_heads", layers)
+        self.score_scale, self.score_cap = config.score_scale, config.score_cap
         # XLA:CPU has fast float32 dots of any shape, and none in bf16 for a single row.
         self.score_dtype = "float32" if numerics.platform == "cpu" else numerics.dtype
+
+    @staticmethod
+    def _head_norm(config: ModelConfig, numerics: Numerics, width: int, axis: str, layers: int) -> RMSNorm:
+        """Over each head, or over all of them together."""
+        if not config.qk_norm_whole:
+            width, axis = config.head_dim, "head_dim"
+        return RMSNorm(width, config.norm_eps, numerics, layers, axis, config.norm_offset)
 
     def __call__(
         self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
@@ -129,15 +150,18 @@ class Attention(nnx.Module):
             [B * T, D] and the cache.
         """
         batch, length = at.positions.shape
-        q, k, v = (
-            y.reshape(batch, length, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
-        )
-        if hasattr(self, "q_norm"):
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        if self.qk_norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.reshape(batch, length, -1, self.head_dim) for y in (q, k, v))
+        if hasattr(self, "q_norm") and not self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, at.cos_sin), rotate(k, at.cos_sin)
+        if at.query_scale is not None:
+            q = q * at.query_scale.astype(q.dtype)
         base = layer * at.pages_per_layer
         cache = KVCache(write(cache.keys, k, base, at), write(cache.values, v, base, at))
-        y = attend(q.astype(self.score_dtype), cache, base, window, at)
+        y = attend(q.astype(self.score_dtype), cache, base, window, at, scale=self.score_scale, cap=self.score_cap)
         return self.o_proj(y.astype(x.dtype).reshape(batch * length, -1)), cache
 
 
@@ -145,6 +169,11 @@ def write(cache: jax.Array, new: jax.Array, base: jax.Array, at: Positions) -> j
     """Put this step's keys or values [B, T, K, H] into the pages of the layer whose first is `base`."""
     rows = new.reshape(-1, *new.shape[2:]).astype(cache.dtype)
     return cache.at[base + at.write_pages, :, at.write_slots, :].set(rows)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap * tanh(x / cap)` (arXiv:2408.00118); None: `x`."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(
@@ -156,6 +185,7 @@ def attend(
     *,
     scale: float | None = None,
     value_dim: int | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T) v over each token's own and earlier positions within `window`.
 
@@ -165,7 +195,7 @@ def attend(
         base: int32 scalar, index of this layer's first page.
         window: int32 scalar.
         at: where the tokens stand.
-        scale: of the scores; None: 1 / sqrt(H).
+        scale, cap: of the scores, which are capped once scaled, see `soft_cap`; scale None: 1 / sqrt(H).
         value_dim: a value is the first so many numbers of its key; None: it is in the cache of values.
 
     Returns:
@@ -173,22 +203,19 @@ def attend(
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, page_size = cache.keys.shape[1:3]
-    group = heads // kv_heads
     scale = head_dim**-0.5 if scale is None else scale
     width = cache.values.shape[3] if value_dim is None else value_dim
     pages = max(1, min(CHUNK_TOKENS // page_size, at.page_table.shape[1]))
     chunk = pages * page_size
-    # [B, K, G * T, H]: the query heads that share a key/value head become rows of one product.
-    rows = q.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, group * length, head_dim)
-    row_positions = jnp.tile(at.positions, (1, group))[:, None, :, None]
+    rows = _by_kv_head(q, kv_heads)
+    row_positions = jnp.tile(at.positions, (1, heads // kv_heads))[:, None, :, None]
 
     def body(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         best, total, acc = carry
         index = base + jax.lax.dynamic_slice_in_dim(at.page_table, step * pages, pages, axis=1)
         keys = _gather(cache.keys, index, q.dtype)
         values = _gather(cache.values, index, q.dtype) if value_dim is None else keys[..., :value_dim]
-        scores = _product("bkrh,bksh->bkrs", rows, keys) * scale
+        scores = soft_cap(_product("bkrh,bksh->bkrs", rows, keys) * scale, cap)
         positions = (step * chunk + jnp.arange(chunk, dtype=jnp.int32)).reshape(1, 1, 1, chunk)
         seen = (positions <= row_positions) & (positions > row_positions - window)
         scores = jnp.where(seen, scores, -jnp.inf)
@@ -197,7 +224,7 @@ def attend(
         part = _product("bkrs,bksh->bkrh", weights.astype(q.dtype), values)
         return new_best, total * shrink + weights.sum(axis=-1, keepdims=True), acc * shrink + part
 
-    shape = (batch, kv_heads, group * length)
+    shape = rows.shape[:3]
     start = (
         jnp.full((*shape, 1), _FLOOR, jnp.float32),
         jnp.zeros((*shape, 1), jnp.float32),
@@ -206,9 +233,16 @@ def attend(
     first = jnp.maximum(at.positions[:, 0].min() - window + 1, 0) // chunk
     last = at.positions.max() // chunk + 1
     _, total, acc = jax.lax.fori_loop(first, last, body, start)
-    y = (acc / total).reshape(batch, kv_heads, group, length, width)
+    y = (acc / total).reshape(batch, kv_heads, -1, length, width)
     result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
     return result
+
+
+def _by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] to [B, K, G * T, H]: the query heads that share a key/value head become rows of one product."""
+    batch, length, heads, head_dim = q.shape
+    rows = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    return rows.reshape(batch, kv_heads, -1, head_dim)
 
 
 def _gather(cache: jax.Array, index: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.model.disk import DiskNames
 from podquant.model.latent import LatentConfig
 
 FULL_ATTENTION = 1 << 30
@@ -22,16 +23,20 @@ class RopeConfig:
     """Rotary position embedding.
 
     Attributes:
-        kind: `default`, `linear`, `llama3` or `yarn`.
+        kind: `default`, `linear`, `llama3`, `yarn`, `dynamic_ntk` (see `rope.dynamic_ntk`) or `none`: no rotation.
         theta: the base wavelength.
         parameters: the other numbers of that kind, under their names in config.json.
-        partial: the share of each head's dimensions, the first ones, that is rotated.
+        rotated: the share of a head's dimensions that turn, the first ones; the others stay as they are.
     """
 
     kind: str
     theta: float
     parameters: Mapping[str, float | bool]
-    partial: float = 1.0
+    rotated: float = 1.0
+
+
+NO_ROPE = RopeConfig("none", 1.0, {})
+"""Of a layer without positions."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,6 @@ class MoEConfig:
         num_groups: groups of experts, of which a token chooses `top_groups` first.
         group_score: a group's score: its best expert's, or the sum of its best two.
         correction_bias: a bias for each expert is added to its score when experts are chosen, and only then.
-        renames: parts of module names of the decoder → what they are called on disk.
     """
 
     num_experts: int
@@ -67,7 +71,6 @@ class MoEConfig:
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     correction_bias: bool = False
-    renames: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,20 @@ class ModelConfig:
         bos_token_id: the token that begins one, if any.
         latent: latent attention; None: every head has keys and values of its own.
         moe: the layers with experts, if any.
+        names: what its modules are called on disk.
+        other_ropes: rotary embeddings of layers that do not have `rope`.
+        layer_ropes: for each layer 0 for `rope`, i for `other_ropes[i - 1]`; empty: `rope` for all.
+        norm_offset: added to the weight of each RMSNorm.
+        input_norms: RMSNorm in front of attention and MLP.
+        output_norms: RMSNorm behind attention and MLP, before the residual is added.
+        qk_norm_whole: the RMSNorm on q and k is over all heads together.
+        score_scale: what q k^T is multiplied by; None: 1 / sqrt(H).
+        score_cap: c in c tanh(score / c), None for no cap.
+        logit_cap: the same for logits.
+        logit_scale, embedding_scale, residual_scale: on the logits, on the embedding's rows, and on what attention and
+            MLP add to the residual stream.
+        logn_length: from this position on, counted from 1, queries are multiplied by the logarithm of their position to
+            this base; None: not.
     """
 
     architecture: str
@@ -121,15 +138,24 @@ class ModelConfig:
     bos_token_id: int | None
     latent: LatentConfig | None = None
     moe: MoEConfig | None = None
+    names: DiskNames = field(default_factory=DiskNames)
+    other_ropes: tuple[RopeConfig, ...] = ()
+    layer_ropes: tuple[int, ...] = ()
+    norm_offset: float = 0.0
+    input_norms: bool = True
+    output_norms: bool = False
+    qk_norm_whole: bool = False
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    logit_scale: float = 1.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logn_length: int | None = None
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
         return self.moe is not None and self.moe.layers[layer]
-
-    def layer_module(self, layer: int, name: str) -> str:
-        """What a module of a layer is called on disk, from its name in the decoder: `self_attn.q_proj`."""
-        renames = self.moe.renames if self.moe else {}
-        return ".".join(["model.layers", str(layer), *(renames.get(part, part) for part in name.split("."))])
 
 
 class ConfigReader:
@@ -138,14 +164,26 @@ class ConfigReader:
     Args:
         values: the parsed file.
         where: the file, for messages.
+        spelled: keys that this family spells otherwise → how.
+        defaults: what keys stand for that are left out.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        spelled: Mapping[str, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._spelled = dict(spelled or {})
+        own = {key: values[spelling] for key, spelling in self._spelled.items() if values.get(spelling) is not None}
+        others = {key: value for key, value in values.items() if key not in self._spelled}
+        self.values: Mapping[str, Any] = {**(defaults or {}), **others, **own}
         self.where = where
 
     def _wrong(self, key: str, expected: str) -> CheckpointError:
         got = repr(self.values[key]) if key in self.values else "nothing"
+        key = self._spelled.get(key, key)
         return CheckpointError(f"{self.where}: `{key}` must be {expected}, got {got}; is the checkpoint complete?")
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
@@ -163,6 +201,10 @@ class ConfigReader:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self._wrong(key, "a positive number")
         return float(value)
+
+    def optional(self, key: str) -> float | None:
+        """A positive number, or null or nothing."""
+        return None if self.values.get(key) is None else self.number(key)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
@@ -183,8 +225,9 @@ class ConfigReader:
     def refuse_unless(self, key: str, allowed: Sequence[object]) -> None:
         """Refuse an option podquant would have to ignore."""
         if self.values.get(key) not in (None, *allowed):
+            said = f"{self._spelled.get(key, key)}: {self.values[key]!r}"
             raise UnsupportedModelError(
-                f"{self.where}: `{key}: {self.values[key]!r}` is not supported (supported: {list(allowed)!r} or absent)"
+                f"{self.where}: `{said}` is not supported (supported: {list(allowed)!r} or absent)"
             )
 
 
@@ -221,6 +264,8 @@ def read_rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
     if raw is not None and not isinstance(raw, Mapping):
         raise CheckpointError(f"{reader.where}: `{key}` must be a mapping, got {raw!r}")
     values: dict[str, Any] = dict(raw or {})
+    if values.get("rope_type", values.get("type")) == "yarn":
+        values.setdefault("original_max_position_embeddings", reader.count("max_position_embeddings"))
     inner = ConfigReader(values, f"{reader.where}: {key}")
     theta = inner.number("rope_theta", reader.number("rope_theta", 10000.0))
     kind = values.get("rope_type", values.get("type", "default"))
@@ -228,24 +273,26 @@ def read_rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
         raise UnsupportedModelError(
             f"{reader.where}: rope type {kind!r} in `{key}` is not supported; supported are {', '.join(_ROPE_NEEDS)}"
         )
-    share = inner.number("partial_rotary_factor", reader.number("partial_rotary_factor", partial or 1.0))
-    if partial is None and share != 1.0:
-        raise UnsupportedModelError(f"{reader.where}: a `partial_rotary_factor` other than 1.0 is not supported")
+    rotated = inner.number("partial_rotary_factor", reader.number("partial_rotary_factor", partial or 1.0))
+    if rotated > 1.0 or (rotated < 1.0 and partial is None):
+        raise UnsupportedModelError(
+            f"{reader.where}: a `partial_rotary_factor` other than 1.0 is not supported here, got {rotated:g}"
+        )
     missing = [name for name in _ROPE_NEEDS[kind] if values.get(name) is None]
     if missing:
         raise CheckpointError(f"{reader.where}: `{key}` of type {kind!r} lacks {', '.join(missing)}")
-    if kind == "yarn":
-        values.setdefault("original_max_position_embeddings", reader.count("max_position_embeddings"))
     parameters: dict[str, float | bool] = {}
     for name in (*_ROPE_NEEDS[kind], *_ROPE_TAKES.get(kind, ())):
         value = values.get(name)
         if value is None or (value == 0 and name.startswith("mscale")):  # some write 0 for a scale they do not use
             continue
         parameters[name] = inner.flag(name, True) if name == "truncate" else inner.number(name)
-    return RopeConfig(kind, theta, parameters, share)
+    return RopeConfig(kind, theta, parameters, rotated)
 
 
-def read_windows(reader: ConfigReader, num_layers: int, window: int | None, first_windowed: int = 0) -> tuple[int, ...]:
+def read_windows(
+    reader: ConfigReader, num_layers: int, window: int | None, first_windowed: int = 0, full_every: int = 0
+) -> tuple[int, ...]:
     """The attention window of each layer, from `layer_types` if given, else from the family's rule.
 
     Args:
@@ -253,10 +300,15 @@ def read_windows(reader: ConfigReader, num_layers: int, window: int | None, firs
         num_layers: how many layers there are.
         window: the sliding window, None if the model does not use one.
         first_windowed: without `layer_types`, the first layer that slides.
+        full_every: without them, every so-manieth layer does not slide; 0: all do.
     """
+
+    def slides(layer: int) -> bool:
+        return layer >= first_windowed and not (full_every and (layer + 1) % full_every == 0)
+
     kinds = reader.values.get("layer_types")
     if kinds is None or window is None:
-        return tuple(window if window and i >= first_windowed else FULL_ATTENTION for i in range(num_layers))
+        return tuple(window if window and slides(i) else FULL_ATTENTION for i in range(num_layers))
     legal = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in legal for kind in kinds):
         raise UnsupportedModelError(

@@ -92,17 +92,34 @@ def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, the mean in float32 (arXiv:1910.07467)."""
+    """`x / sqrt(mean(x^2) + eps) * (weight + offset)`, the mean in float32 (arXiv:1910.07467).
+
+    Over an axis that is cut among the shards, the mean is that of all of it: one small all-reduce.
+    """
 
     def __init__(
-        self, size: int, eps: float, numerics: Numerics, layers: int | None = None, axis: str = "embed"
+        self,
+        size: int,
+        eps: float,
+        numerics: Numerics,
+        layers: int | None = None,
+        axis: str = "embed",
+        offset: float = 0.0,
     ) -> None:
         self.eps = eps
+        self.offset = offset
+        self.is_cut = RULES[axis] == TP
         self.weight = declare((size,), numerics.dtype, (axis,), layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis; same shape and dtype."""
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        if self.is_cut:  # heads that several shards have a copy of count alike, so that the mean is the same
+            mean = jax.lax.pmean(mean, TP)
+        wide = wide * jax.lax.rsqrt(mean + self.eps)
         weight = self.weight[...]
-        return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+        weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+        if self.offset:  # 1 + weight has no exact bfloat16 where the weight is small
+            return (wide * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
+        return wide.astype(x.dtype) * weight

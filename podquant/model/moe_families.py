@@ -1,57 +1,56 @@
-"""What config.json says of experts, family by family: each a short declaration of how it differs.
+"""The families with experts: Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE, DeepSeek-V2 and V3.
 
 Keys and defaults are those of the configuration classes in Hugging Face transformers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from podquant.config.experts import EXPERT_NAMES, count_key
 from podquant.errors import CheckpointError
-from podquant.model.config import ConfigReader, MoEConfig
+from podquant.model.config import ConfigReader, ModelConfig, MoEConfig, read_rope
+from podquant.model.deepseek import read_latent
+from podquant.model.disk import DiskNames
+from podquant.model.family import Family, Sliding, qwen_sliding, read_sliding
 
 
-def mixtral(reader: ConfigReader, num_layers: int) -> MoEConfig:
-    """arXiv:2401.04088. Its experts are as wide as a dense model's MLP, and named otherwise."""
-    renames = EXPERT_NAMES["MixtralForCausalLM"].renames
-    return _checked(
-        reader, reader.count("num_experts_per_tok", 2), reader.count("intermediate_size"), (True,) * num_layers,
-        renames=renames,
-    )  # fmt: skip
+def _mixtral(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
+    """arXiv:2401.04088. Its experts are as wide as a dense model's MLP."""
+    return _experts(reader, reader.count("num_experts_per_tok", 2), config.ffn_size, (True,) * config.num_layers)
 
 
-def qwen2_moe(reader: ConfigReader, num_layers: int) -> MoEConfig:
+def _qwen2_moe(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
     """A shared expert behind a gate of its own; scores are not normalized unless the file says so."""
-    return _checked(
+    return _experts(
         reader,
         reader.count("num_experts_per_tok", 4),
         reader.count("moe_intermediate_size"),
-        _qwen_layers(reader, num_layers),
+        _qwen_layers(reader, config.num_layers),
         shared_ffn_size=reader.count("shared_expert_intermediate_size"),
         shared_gate=True,
         normalize=reader.flag("norm_topk_prob", False),
-        renames={"shared_experts": "shared_expert"},
     )
 
 
-def qwen3_moe(reader: ConfigReader, num_layers: int) -> MoEConfig:
+def _qwen3_moe(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
     """arXiv:2505.09388. No shared expert."""
-    return _checked(
+    return _experts(
         reader,
         reader.count("num_experts_per_tok", 8),
         reader.count("moe_intermediate_size"),
-        _qwen_layers(reader, num_layers),
+        _qwen_layers(reader, config.num_layers),
         normalize=reader.flag("norm_topk_prob", False),
     )
 
 
-def glm4_moe(reader: ConfigReader, num_layers: int) -> MoEConfig:
+def _glm4_moe(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
     """arXiv:2508.06471: routed as DeepSeek-V3 does."""
-    return deepseek_routing(reader, num_layers)
+    return {**_deepseek_routing(reader, config), "qk_norm": reader.flag("use_qk_norm", False)}
 
 
-def deepseek_routing(reader: ConfigReader, num_layers: int) -> MoEConfig:
+def _deepseek_routing(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
     """DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, a bias that balances, groups by their best two; shared experts.
 
     Layers beyond `num_hidden_layers`, which predict further tokens, are not run.
@@ -61,11 +60,11 @@ def deepseek_routing(reader: ConfigReader, num_layers: int) -> MoEConfig:
     reader.refuse_unless("moe_layer_freq", [1])
     reader.refuse_unless("scoring_func", ["sigmoid"])
     reader.refuse_unless("topk_method", ["noaux_tc"])
-    return _checked(
+    return _experts(
         reader,
         reader.count("num_experts_per_tok", 8),
         width,
-        tuple(layer >= dense for layer in range(num_layers)),
+        tuple(layer >= dense for layer in range(config.num_layers)),
         shared_ffn_size=width * reader.count("n_shared_experts", 1, least=0),
         scoring="sigmoid",
         normalize=reader.flag("norm_topk_prob", True),
@@ -77,7 +76,11 @@ def deepseek_routing(reader: ConfigReader, num_layers: int) -> MoEConfig:
     )
 
 
-def deepseek_v2(reader: ConfigReader, num_layers: int) -> MoEConfig:
+def _deepseek_v3(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
+    return {**_deepseek_routing(reader, config), "latent": read_latent(reader, config.rope)}
+
+
+def _deepseek_v2(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
     """arXiv:2405.04434: softmax scores as they are, of the best experts, or of the best in the best groups."""
     width = reader.count("moe_intermediate_size")
     dense = reader.count("first_k_dense_replace", 0, least=0)
@@ -86,17 +89,18 @@ def deepseek_v2(reader: ConfigReader, num_layers: int) -> MoEConfig:
     reader.refuse_unless("topk_method", ["greedy", "group_limited_greedy"])
     reader.refuse_unless("norm_topk_prob", [False])
     grouped = reader.values.get("topk_method") == "group_limited_greedy"
-    return _checked(
+    experts = _experts(
         reader,
         reader.count("num_experts_per_tok"),
         width,
-        tuple(layer >= dense for layer in range(num_layers)),
+        tuple(layer >= dense for layer in range(config.num_layers)),
         shared_ffn_size=width * reader.count("n_shared_experts", 2, least=0),
         normalize=False,
         scaling=reader.number("routed_scaling_factor", 1.0),
         num_groups=reader.count("n_group") if grouped else 1,
         top_groups=reader.count("topk_group") if grouped else 1,
     )
+    return {**experts, "latent": read_latent(reader, config.rope)}
 
 
 def _qwen_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
@@ -105,8 +109,10 @@ def _qwen_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
 
 
-def _checked(reader: ConfigReader, top_k: int, ffn_size: int, layers: tuple[bool, ...], **more: Any) -> MoEConfig:
-    """With the number of experts, under whichever key it is; refuses what no token could be routed by."""
+def _experts(
+    reader: ConfigReader, top_k: int, ffn_size: int, layers: tuple[bool, ...], **more: Any
+) -> Mapping[str, Any]:
+    """`moe`, with the number of experts, under whichever key it is; refuses what no token could be routed by."""
     key = count_key(reader.values)
     experts = reader.count(key)
     moe = MoEConfig(experts, top_k, ffn_size, layers, **more)
@@ -121,4 +127,32 @@ def _checked(reader: ConfigReader, top_k: int, ffn_size: int, layers: tuple[bool
             f"{reader.where}: groups are chosen by their best two experts, but {experts} experts in {groups} groups "
             "have one each; is the file complete?"
         )
-    return moe
+    return {"moe": moe}
+
+
+_LATENT: Mapping[str, Any] = {"spelled": {"head_dim": "qk_rope_head_dim"}, "defaults": {"head_dim": 64}}
+
+MOE: Mapping[str, Family] = {
+    "MixtralForCausalLM": Family(
+        qkv_bias=False,
+        o_bias=False,
+        sliding=read_sliding,
+        names=DiskNames(renames=EXPERT_NAMES["MixtralForCausalLM"].renames),
+        more=_mixtral,
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        qkv_bias=True,
+        o_bias=False,
+        sliding=qwen_sliding,
+        names=DiskNames(renames={"shared_experts": "shared_expert"}),
+        more=_qwen2_moe,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        qk_norm=True,
+        sliding=lambda reader: Sliding(qwen_sliding(reader).window),  # all layers slide, or none
+        more=_qwen3_moe,
+    ),
+    "Glm4MoeForCausalLM": Family(o_bias=False, rope=lambda reader: read_rope(reader, partial=0.5), more=_glm4_moe),
+    "DeepseekV2ForCausalLM": Family(**_LATENT, more=_deepseek_v2),
+    "DeepseekV3ForCausalLM": Family(**_LATENT, more=_deepseek_v3),
+}

@@ -20,9 +20,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[NDArray[np.flo
         head_dim: H, even.
 
     Returns:
-        [R/2] float32, R the dimensions of a head that are rotated, and the attention factor (1.0 but for YaRN).
+        [R/2] float32 for the R dimensions that turn, and the attention factor (1.0 but for YaRN).
     """
-    head_dim = int(head_dim * rope.partial)
+    head_dim = int(head_dim * rope.rotated)
     base = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         return (base / rope.parameters["factor"]).astype(np.float32), 1.0
@@ -30,7 +30,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[NDArray[np.flo
         return _llama3(rope, base).astype(np.float32), 1.0
     if rope.kind == "yarn":
         return _yarn(rope, base, head_dim).astype(np.float32), _yarn_attention_factor(rope)
-    return base.astype(np.float32), 1.0
+    return (base * (rope.kind != "none")).astype(np.float32), 1.0
 
 
 def _llama3(rope: RopeConfig, base: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -72,8 +72,23 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [..., 1, R/2], for int32 positions [...]; computed once a step for all layers."""
+def rotation(
+    rope: RopeConfig, head_dim: int, positions: jax.Array, prompt_lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [..., 1, R/2], for int32 positions [...]; computed once a step for all layers.
+
+    Args:
+        rope: the kind and its parameters.
+        head_dim: H.
+        positions: of the tokens; [B, T] for `dynamic_ntk`.
+        prompt_lengths: int32 [B], which only `dynamic_ntk` needs.
+    """
+    if rope.kind == "dynamic_ntk":
+        assert prompt_lengths is not None
+        table, bounds = dynamic_ntk(rope, head_dim)
+        row = (prompt_lengths[:, None] > jnp.asarray(bounds)[None, :]).sum(axis=1, dtype=jnp.int32)
+        angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(table)[row][:, None, None, :]
+        return jnp.cos(angles), jnp.sin(angles)
     frequencies, factor = inverse_frequencies(rope, head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies).reshape(
         (1,) * (positions.ndim + 1) + (-1,)
@@ -81,8 +96,37 @@ def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def dynamic_ntk(rope: RopeConfig, head_dim: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """First-generation Qwen's rotation of prompts longer than the L tokens that it was trained on.
+
+    A prompt of n tokens, and what is generated after it, turns with the base theta * a^(H / (H - 2)), where
+    a = max(1, 2^ceil(log2(n / L) + 1) - 1) (`modeling_qwen.py` of Qwen-7B-Chat, `get_ntk_alpha`).
+
+    Returns:
+        [J, H/2] float32 inverse frequencies, and J - 1 lengths: row j is for prompts longer than the first j of them.
+    """
+    length = int(rope.parameters["original_max_position_embeddings"])
+    bounds = [length << j for j in range(16) if length << j < 1 << 30]
+    rows = [
+        inverse_frequencies(
+            RopeConfig("default", rope.theta * (2.0 ** (j + 1) - 1) ** (head_dim / (head_dim - 2)), {}), head_dim
+        )[0]
+        for j in range(len(bounds) + 1)
+    ]
+    return np.stack(rows), np.asarray(bounds, np.int32)
+
+
+def logn_scale(length: int, positions: jax.Array) -> jax.Array:
+    """max(1, log(position + 1) / log(length)), float32 [..., 1, 1]: what log-n attention multiplies queries by."""
+    counted = jnp.maximum(positions + 1, length)[..., None, None].astype(jnp.float32)
+    return jnp.log(counted) / math.log(length)
+
+
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the first R dimensions of heads [..., heads, H], their two halves as the pairs, as Hugging Face does."""
+    """Rotate heads [..., heads, H], the two halves of what turns as the pairs (the layout of Hugging Face checkpoints).
+
+    The first R dimensions turn, where cosine and sine are R/2 wide.
+    """
     cos, sin = cos_sin
     half = cos.shape[-1]
     first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)

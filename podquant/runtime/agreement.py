@@ -69,11 +69,17 @@ def check_files(source: WeightSource, exchange: Exchange) -> None:
 
 
 def _gather(source: WeightSource, names: list[str], exchange: Exchange) -> list[Run]:
-    """The runs of all processes, joined; each sends four numbers a run."""
+    """The runs of all processes, joined; each sends five numbers a run."""
     number = {name: index for index, name in enumerate(names)}
-    mine = [(number[run.file], run.offset, run.nbytes, run.crc32c) for run in source.store.runs if run.file in number]
+    mine = [
+        (number[run.file], run.offset, run.nbytes, run.crc32c, run.apart)
+        for run in source.store.runs
+        if run.file in number
+    ]
     runs: list[Run] = []
     for data in exchange(np.array(mine, np.uint64).tobytes()):
-        rows: Any = np.frombuffer(data, np.uint64).reshape(-1, 4).tolist()
-        runs += [Run(names[index], offset, nbytes, crc32c) for index, offset, nbytes, crc32c in rows]
+        rows: Any = np.frombuffer(data, np.uint64).reshape(-1, 5).tolist()
+        runs += [
+            Run(names[index], offset, nbytes, crc32c, bool(apart)) for index, offset, nbytes, crc32c, apart in rows
+        ]
     return joined(runs)

@@ -172,11 +172,14 @@ class Executor:
         wanted = (params.logprobs,) if step.is_last else ()
         return Dispatched(step, sampled, scores, wanted, tuple(targets))
 
-    def _entry(self, sequence: Running, start: int, length: int) -> tuple[int, int, int, int, int, bool, list[int]]:
+    def _entry(
+        self, sequence: Running, start: int, length: int
+    ) -> tuple[int, int, int, int, int, bool, int, list[int]]:
         params = sequence.request.params
         assert params.seed is not None  # the engine draws one for a request without
         wants = params.logprobs is not None
-        return sequence.slot, start, length, max(params.top_k, 0), params.seed, wants, sequence.pages
+        top_k, prompt = max(params.top_k, 0), len(sequence.request.prompt_ids)
+        return sequence.slot, start, length, top_k, params.seed, wants, prompt, sequence.pages
 
     def run(self, bucket: Bucket, arrays: Sequence[Array]) -> tuple[Sampled, Scores | None]:
         """Run a step on host values as they were announced; returns before it is done."""

@@ -179,7 +179,8 @@ def _moe(model: Model) -> MoEConfig:
 
 def _modules(model: Model, path: Path, layer: int) -> tuple[str, ...]:
     name = ".".join(map(str, path[3:]))
-    return tuple(model.config.layer_module(layer, each) for each in expert_names(name, _moe(model).num_experts))
+    names = expert_names(name, _moe(model).num_experts)
+    return tuple(model.config.names.in_layer(layer, each).module for each in names)
 
 
 def _stream(

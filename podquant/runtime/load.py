@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import count, groupby
+from itertools import count, groupby, pairwise
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
 
+from podquant.artifact.naming import weight_of
 from podquant.runtime.agreement import agree, check_files
 from podquant.runtime.expert_windows import (
     ExpertWindow,
@@ -40,12 +42,13 @@ from podquant.runtime.source import WeightSource, require
 from podquant.runtime.windows import (
     LIMITS,
     Limits,
+    Stream,
     Window,
     disk_names,
-    disk_shape,
     local_devices,
     module_windows,
     modules_of,
+    tensor_shape,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -96,7 +99,7 @@ def load_weights(
             require_experts(model, source, leaf)
         elif leaf.path[-1] != "weight_scale":
             for name in disk_names(model, leaf.path[:-1]):
-                require(source, f"{name}.{leaf.path[-1]}", disk_shape(model.config, leaf))
+                require(source, f"{name}.{leaf.path[-1]}", tensor_shape(model, leaf))
     exchange = exchange or exchange_over(model.mesh)
     modules = list(modules_of(model).values())
     module_of = {leaf: number for number, leaves in enumerate(modules) for leaf in leaves.values()}
@@ -263,15 +266,39 @@ class _Reader:
 def _read_rows(source: WeightSource, window: Window, device: int) -> Blocks:
     """A device's rows of the tensor, and of the scales if it is quantized on the way."""
     stream = window.stream
-    first, last = window.rows_of(device)
+    first, last = (stream.offset + row for row in window.rows_of(device))
+    columns = window.columns_of(device)
+    above, below = first % stream.step, last % stream.step
+    if not above and (not below or last == _num_rows(source, stream)):
+        return _read_blocks(source, stream, first, last, columns)
+    # Weights that share a tensor meet inside a scale block, which is read whole for both, and apart from the others.
+    start, stop = first - above, min(last - below + stream.step, _num_rows(source, stream)) if below else last
+    inner = [start + stream.step if above else start, last - below]
+    bounds = sorted({start, *(row for row in inner if start < row < stop), stop})
+    parts = []
+    for begin, end in pairwise(bounds):
+        is_shared = begin < first or end > last
+        with source.store.apart() if is_shared else nullcontext():
+            parts.append(_read_blocks(source, stream, begin, end, columns))
+    return tuple(np.concatenate(arrays)[above : above + last - first] for arrays in zip(*parts, strict=True))
+
+
+def _read_blocks(
+    source: WeightSource, stream: Stream, first: int, last: int, columns: tuple[int, int] | None
+) -> Blocks:
+    """Rows of whole scale blocks, each row with scales of its own: shards then need no alignment to blocks."""
     if stream.quantizes:
         rows = source.read_quantized(stream.module, first, last)
-        # On the devices every output channel has its own row of scales: shards then need no alignment to blocks.
         return rows.codes, _repeated(rows.scales, stream.step, last - first)
-    values = source.read_rows(
-        stream.tensor, first // stream.repeat, -(-last // stream.repeat), window.columns_of(device)
-    )
+    values = source.read_rows(stream.tensor, first // stream.repeat, -(-last // stream.repeat), columns)
     return (_repeated(values, stream.repeat, last - first),)
+
+
+def _num_rows(source: WeightSource, stream: Stream) -> int:
+    """Of the tensor, of that which its scales belong to."""
+    shape = source.shape_of(weight_of(stream.module) if stream.repeat > 1 else stream.tensor)
+    assert shape is not None  # it has been looked for before
+    return shape[0]
 
 
 def _repeated(values: Array, times: int, num_rows: int) -> Array:

@@ -26,7 +26,7 @@ from podquant.model.config import ModelConfig
 from podquant.model.decoder import Decoder, Layout, SchemeOf, plan_layout
 from podquant.model.matmul import Numerics
 from podquant.model.parameter import Weight
-from podquant.model.rope import rotation
+from podquant.model.rope import logn_scale, rotation
 from podquant.runtime.sampling import Sampling, log_probabilities, sample
 
 _REPLICATED = PartitionSpec()
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     """The rows of a step, as the host packs them.
 
     Attributes:
-        ints: int32 [B, 6 + W]: slot, start, length, top_k, seed, wants_logprobs, then the page table.
+        ints: int32 [B, 7 + W]: slot, start, length, top_k, seed, wants_logprobs, prompt length, then the page table.
         floats: float32 [B, 3]: temperature, top_p, min_p.
     """
 
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     floats: Any
 
 
-NUM_INTS = 6
+NUM_INTS = 7
 """Columns of `Rows.ints` in front of the page table."""
 
 
@@ -256,9 +256,9 @@ def _step(
 ) -> tuple[Any, ...]:
     """One step on one shard; see `lower_step`."""
     decoder = model.decoder(weights)
-    slots, starts, lengths, top_k, seeds, wants = (rows.ints[:, i] for i in range(NUM_INTS))
+    slots, starts, lengths, top_k, seeds, wants, prompts = (rows.ints[:, i] for i in range(NUM_INTS))
     tokens = last_tokens[slots][:, None] if bucket.is_decode else given[0]
-    at = step_positions(model, shape, starts, lengths, rows.ints[:, NUM_INTS:], bucket.length)
+    at = step_positions(model, shape, starts, lengths, rows.ints[:, NUM_INTS:], bucket.length, prompts)
     hidden, cache = decoder.hidden(tokens, cache, at)
     by_row = hidden.reshape(bucket.batch, bucket.length, -1)
     last = jnp.take_along_axis(by_row, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -272,8 +272,26 @@ def _step(
 
 
 def step_positions(
-    model: Model, shape: CacheShape, starts: jax.Array, lengths: jax.Array, page_table: jax.Array, length: int
+    model: Model,
+    shape: CacheShape,
+    starts: jax.Array,
+    lengths: jax.Array,
+    page_table: jax.Array,
+    length: int,
+    prompt_lengths: jax.Array | None = None,
 ) -> Positions:
+    """Where the tokens of a step stand.
+
+    Args:
+        model: the model.
+        shape: of the cache.
+        starts, lengths: int32 [B], the first position of each row, and how many of its tokens count.
+        page_table: int32 [B, W].
+        length: T.
+        prompt_lengths: int32 [B], of the whole prompts; None: they end with this step.
+    """
+    config = model.config
+    prompts = starts + lengths if prompt_lengths is None else prompt_lengths
     offsets = jnp.arange(length, dtype=jnp.int32)[None, :]
     valid = offsets < lengths[:, None]
     positions = starts[:, None] + jnp.minimum(offsets, jnp.maximum(lengths - 1, 0)[:, None])
@@ -284,7 +302,9 @@ def step_positions(
         write_pages=jnp.where(valid, pages, 0).reshape(-1),
         write_slots=jnp.where(valid, positions % shape.page_size, 0).reshape(-1),
         pages_per_layer=shape.num_pages,
-        cos_sin=rotation(model.config.rope, model.config.head_dim, positions),
+        cos_sin=rotation(config.rope, config.head_dim, positions, prompts),
+        other_cos_sin=tuple(rotation(rope, config.head_dim, positions, prompts) for rope in config.other_ropes),
+        query_scale=None if config.logn_length is None else logn_scale(config.logn_length, positions),
     )
 
 
@@ -312,7 +332,7 @@ def _leaf(path: Any, weight: Any) -> Leaf:
 
 
 def pack_rows(
-    entries: Sequence[tuple[int, int, int, int, int, bool, Sequence[int]]],
+    entries: Sequence[tuple[int, int, int, int, int, bool, int, Sequence[int]]],
     floats: Sequence[tuple[float, float, float]],
     batch: int,
     shape: CacheShape,
@@ -320,7 +340,7 @@ def pack_rows(
     """Pack host values into the arrays of a step, padding up to `batch` rows.
 
     Args:
-        entries: for each row slot, start, length, top_k, seed, wants_logprobs and its pages.
+        entries: for each row slot, start, length, top_k, seed, wants_logprobs, prompt length and its pages.
         floats: for each row temperature, top_p, min_p.
         batch: rows of the bucket.
         shape: of the cache; padding rows use its extra slot.

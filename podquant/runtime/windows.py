@@ -18,6 +18,7 @@ import numpy as np
 from podquant.artifact.naming import weight_of
 from podquant.model.axes import TP
 from podquant.model.config import ModelConfig
+from podquant.model.disk import Place
 from podquant.runtime.programs import Leaf, Model
 from podquant.runtime.source import WeightSource
 
@@ -63,11 +64,12 @@ class Stream:
 
     Attributes:
         module, tensor: their names on disk.
+        offset: rows of the tensor in front of those that are wanted, where it holds several of the model's weights.
         leaves: indices into `Model.leaves`: one, or weight and scales of a module that is quantized while it is read.
         layer: where in stacked leaves.
         quantizes: whether it is.
         spread: how its windows are read.
-        shape: on disk, with the rows the leaf has: a row of block scales counts as many times as the block has rows.
+        shape: of what is wanted of it, a row of block scales counting as many times as the block has rows.
         step: rows that are read together.
         repeat: rows that a row on disk stands for.
         shard_rows: rows of a shard, under OWN_ROWS.
@@ -76,6 +78,7 @@ class Stream:
 
     module: str
     tensor: str
+    offset: int
     leaves: tuple[int, ...]
     layer: int
     quantizes: bool
@@ -115,7 +118,8 @@ class Window:
         return self.number * self.stride
 
     def rows_of(self, device: int) -> tuple[int, int]:
-        """Rows of the tensor that are read for a device; the first is not before the last if there are none."""
+        """Rows that are read for a device, from the stream's offset on; if there are none, the first is not before
+        the last."""
         first = self.row
         if self.stream.spread is Spread.OWN_ROWS:
             first += device * self.stream.shard_rows
@@ -141,10 +145,11 @@ class Window:
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of all devices."""
-        total = 0
+        total, offset, repeat = 0, self.stream.offset, self.stream.repeat
         for device in range(self.num_devices):
             first, last = self.rows_of(device)
-            total += max(0, -(-last // self.stream.repeat) - first // self.stream.repeat)
+            # a row of block scales that two weights share is counted with the first
+            total += max(0, -(-(offset + last) // repeat) - -(-(offset + first) // repeat))
         return total * math.prod(self.block_shape[1:]) * self.stream.itemsize
 
 
@@ -175,8 +180,8 @@ def module_windows(
         path, leaves: an item of `modules_of`.
         turns: counts the tensors, to give those that one process reads whole to each in turn.
     """
-    for layer, module in enumerate(disk_names(model, path)):
-        for stream in _streams(model, source, module, layer, leaves, limits):
+    for layer, place in enumerate(disk_places(model, path)):
+        for stream in _streams(model, source, place, layer, leaves, limits):
             yield from _windows(model, stream, limits, next(turns))
 
 
@@ -188,13 +193,34 @@ def modules_of(model: Model) -> dict[tuple[str | int, ...], dict[str, int]]:
     return modules
 
 
-def disk_names(model: Model, path: tuple[str | int, ...]) -> list[str]:
-    """The modules on disk that a module of the decoder holds: one, or one for each layer stacked in it."""
+def disk_places(model: Model, path: tuple[str | int, ...]) -> list[Place]:
+    """Where on disk a module of the decoder is: in one place, or in one for each layer stacked in it."""
+    names = model.config.names
     if path[0] == "segments":
-        segment = model.segments[int(path[1])]
-        rest = ".".join(map(str, path[3:]))
-        return [model.config.layer_module(layer, rest) for layer in range(*segment)]
-    return [{"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}[str(path[0])]]
+        module = ".".join(map(str, path[3:]))
+        return [names.in_layer(layer, module) for layer in range(*model.segments[int(path[1])])]
+    return [Place(names.outside(str(path[0])), (str(path[0]),), 0)]
+
+
+def disk_names(model: Model, path: tuple[str | int, ...]) -> list[str]:
+    """The modules on disk that a module of the decoder is in: one, or one for each layer stacked in it."""
+    return [place.module for place in disk_places(model, path)]
+
+
+def tensor_shape(model: Model, leaf: Leaf) -> tuple[int, ...]:
+    """The shape of the tensor on disk that a weight is all of, or some rows of."""
+    place = disk_places(model, leaf.path[:-1])[0]
+    if len(place.parts) == 1:
+        return disk_shape(model.config, leaf)
+    return (sum(_part_rows(model, leaf, place)), *disk_shape(model.config, leaf)[1:])
+
+
+def _part_rows(model: Model, leaf: Leaf, place: Place) -> list[int]:
+    """Rows of each of the weights that are one tensor on disk, of which `leaf` is one; of their codes, if of scales."""
+    name = "weight" if leaf.path[-1] == "weight_scale" else leaf.path[-1]
+    found = {each.path: each for each in model.leaves}
+    paths = [(*leaf.path[:3], *part.split("."), name) for part in place.parts]
+    return [disk_shape(model.config, found[path])[0] for path in paths]
 
 
 def disk_shape(config: ModelConfig, leaf: Leaf) -> tuple[int, ...]:
@@ -232,8 +258,9 @@ def is_stacked(leaf: Leaf) -> bool:
 
 
 def _streams(
-    model: Model, source: WeightSource, module: str, layer: int, leaves: dict[str, int], limits: Limits
+    model: Model, source: WeightSource, place: Place, layer: int, leaves: dict[str, int], limits: Limits
 ) -> Iterator[Stream]:
+    module = place.module
     quantizes = source.quantizes(module)
     scheme = source.scheme_of(module)
     block_rows = scheme.weight_block_size[0] if scheme and scheme.weight_block_size else 1
@@ -249,6 +276,10 @@ def _streams(
             weight = source.shape_of(weight_of(module))
             assert weight is not None
             shape = (weight[0], *shape[1:])
+        offset = 0
+        if len(place.parts) > 1:
+            rows = _part_rows(model, model.leaves[index], place)
+            offset, shape = sum(rows[: place.part]), (rows[place.part], *shape[1:])
         step = block_rows if is_scale or len(together) == 2 else 1
         size = math.prod(shape) * max(source.itemsize_of(tensor), model.leaves[index].dtype.itemsize)
         # What is small and no matrix of weights: a request to storage and a collective cost more than its bytes.
@@ -257,6 +288,7 @@ def _streams(
         yield Stream(
             module=module,
             tensor=tensor,
+            offset=offset,
             leaves=together,
             layer=layer,
             quantizes=len(together) == 2,

@@ -7,7 +7,8 @@ all processes, make that of the whole. Knows nothing of what the files hold.
 from __future__ import annotations
 
 import threading
-from collections.abc import Buffer, Callable, Iterable
+from collections.abc import Buffer, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import google_crc32c
@@ -19,12 +20,17 @@ from podquant.storage.store import Store
 
 @dataclass(frozen=True)
 class Run:
-    """Bytes `[offset, offset + nbytes)` of a file, as they arrived: their CRC32C."""
+    """Bytes `[offset, offset + nbytes)` of a file, as they arrived: their CRC32C.
+
+    Attributes:
+        apart: others read just these bytes too, so this is never joined with its neighbours.
+    """
 
     file: str
     offset: int
     nbytes: int
     crc32c: int
+    apart: bool = False
 
     @property
     def end(self) -> int:
@@ -59,6 +65,7 @@ class RecordingStore:
         self._store = store
         self._records = records
         self._lock = threading.Lock()
+        self._thread = threading.local()
         self._runs: list[Run] = []
         self._bytes_read = 0
 
@@ -101,21 +108,35 @@ class RecordingStore:
         view = memoryview(buffer)
         self._store.read_into(name, offset, view)
         wanted = view.nbytes > 0 and self._records(name)
-        run = Run(name, offset, view.nbytes, google_crc32c.extend(0, np.frombuffer(view, np.uint8))) if wanted else None
+        run = None
+        if wanted:
+            crc32c = google_crc32c.extend(0, np.frombuffer(view, np.uint8))
+            run = Run(name, offset, view.nbytes, crc32c, getattr(self._thread, "apart", False))
         with self._lock:
             self._bytes_read += view.nbytes
             if run is not None:
                 self._runs.append(run)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What this thread reads meanwhile is read elsewhere too, in the very same ranges."""
+        self._thread.apart = True
+        try:
+            yield
+        finally:
+            self._thread.apart = False
 
     def close(self) -> None:
         self._store.close()
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """Runs by file and offset, those that touch as one."""
+    """Runs by file and offset, those that touch as one, each that was read several times once."""
     groups: list[list[Run]] = []
-    for run in sorted((run for run in runs if run.nbytes), key=lambda run: (run.file, run.offset)):
-        if groups and (groups[-1][-1].file, groups[-1][-1].end) == (run.file, run.offset):
+    distinct = dict.fromkeys(run for run in runs if run.nbytes)
+    for run in sorted(distinct, key=lambda run: (run.file, run.offset)):
+        last = groups[-1][-1] if groups else None
+        if last and not (last.apart or run.apart) and (last.file, last.end) == (run.file, run.offset):
             groups[-1].append(run)
         else:
             groups.append([run])
@@ -149,11 +170,16 @@ def gaps(file: str, whole: Whole, runs: Iterable[Run]) -> list[tuple[int, int]]:
 
 
 def adds_up(file: str, whole: Whole, runs: Iterable[Run]) -> bool:
-    """Whether the runs cover a file and make the checksum it should have; overlaps are left out."""
+    """Whether the runs cover a file and make the checksum it should have; overlaps are left out.
+
+    Bytes that were read apart, by several, must have been the same each time.
+    """
     parts = [] if whole.head is None else [whole.head]
     end = whole.head.end if whole.head else 0
     for run in sorted((run for run in runs if run.file == file), key=lambda run: run.offset):
         if run.offset == end:
             parts.append(run)
             end = run.end
+        elif run.apart and parts and parts[-1].offset == run.offset and parts[-1] != run:
+            return False
     return end == whole.size and combine((run.nbytes, run.crc32c) for run in parts) == whole.crc32c

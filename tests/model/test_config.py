@@ -86,25 +86,34 @@ def test_yarn_falls_back_to_the_context_it_has() -> None:
 def test_each_family_differs_as_declared() -> None:
     moe = {"num_experts": 8, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96}
     moe |= {"num_experts_per_tok": 2}
-    biases = {
-        name: (c.qkv_bias, c.o_bias)
-        for name in FAMILIES
-        if (c := read(architectures=[name], attention_bias=True, **moe))
-    }
+    configs = {name: read(architectures=[name], attention_bias=True, **moe) for name in FAMILIES}
+    biases = {name: (config.qkv_bias, config.o_bias) for name, config in configs.items()}
     assert biases == {
         "LlamaForCausalLM": (True, True),
         "MistralForCausalLM": (False, False),
         "Qwen2ForCausalLM": (True, False),
         "Qwen3ForCausalLM": (True, True),
+        "Phi3ForCausalLM": (False, False),
+        "Olmo2ForCausalLM": (True, True),
+        "GraniteForCausalLM": (True, True),
+        "SmolLM3ForCausalLM": (True, True),
+        "GemmaForCausalLM": (True, True),
+        "Gemma2ForCausalLM": (True, True),
+        "Gemma3ForCausalLM": (True, True),
         "MixtralForCausalLM": (False, False),
         "Qwen2MoeForCausalLM": (True, False),
         "Qwen3MoeForCausalLM": (True, True),
         "Glm4MoeForCausalLM": (True, False),
         "DeepseekV2ForCausalLM": (True, True),
         "DeepseekV3ForCausalLM": (True, True),
+        "QWenLMHeadModel": (True, False),
     }
-    normed = [name for name in FAMILIES if read(architectures=[name], **moe).qk_norm]
-    assert normed == ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
+    assert [name for name, config in configs.items() if config.qk_norm] == [
+        "Qwen3ForCausalLM",
+        "Olmo2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+    ]
     assert read(architectures=["Glm4MoeForCausalLM"], use_qk_norm=True, **moe).qk_norm
 
 
@@ -115,6 +124,60 @@ def test_the_goldens() -> None:
     assert read_model_config(golden("qwen2")).qkv_bias
     assert read_model_config(golden("qwen3")).head_dim == 16
     assert read_model_config(golden("llama")).eos_token_ids == (2,)
+
+
+def test_gemma_3_in_its_old_spelling() -> None:
+    gemma3 = {"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 6, "sliding_window": 16}
+    old = {**without("rope_theta"), **gemma3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config = read_model_config(old)
+    assert config.windows == (16,) * 5 + (FULL_ATTENTION,)
+    assert config.layer_ropes == (1,) * 5 + (0,)
+    assert config.rope == RopeConfig("linear", 1e6, {"factor": 8.0})
+    assert config.other_ropes == (RopeConfig("default", 1e4, {}),)
+    assert (config.head_dim, config.tied_embeddings, config.activation) == (256, True, "gelu_tanh")
+    assert read_model_config({**old, "rope_local_base_freq": 2e4}).other_ropes[0].theta == 2e4
+    assert read_model_config({**old, "sliding_window_pattern": 2}).layer_ropes == (1, 0) * 3
+    new = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 3e4}}
+    config = read_model_config({**without("rope_theta"), **gemma3, "rope_parameters": new})
+    assert (config.rope.theta, config.other_ropes[0].theta) == (5e5, 3e4)
+
+
+def test_gemma_2_alternates_where_it_does_not_say() -> None:
+    config = read(architectures=["Gemma2ForCausalLM"], sliding_window=16)
+    assert config.windows == (16, FULL_ATTENTION, 16)
+    assert (config.score_scale, config.score_cap, config.logit_cap) == (1 / 16, 50.0, 30.0)
+    assert read(architectures=["Gemma2ForCausalLM"], hidden_act="silu").activation == "gelu_tanh"
+    assert read(architectures=["GemmaForCausalLM"], hidden_act="gelu").activation == "gelu_tanh"
+
+
+def test_first_generation_qwen() -> None:
+    config = read_model_config(golden("qwen1"))
+    assert (config.ffn_size, config.head_dim, config.norm_eps) == (160, 8, 1e-6)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
+    assert config.rope == RopeConfig("dynamic_ntk", 10000.0, {"original_max_position_embeddings": 512})
+    assert config.logn_length == 512
+    plain = read_model_config({**golden("qwen1"), "use_dynamic_ntk": False, "use_logn_attn": False})
+    assert (plain.rope.kind, plain.logn_length) == ("default", None)
+    with pytest.raises(CheckpointError, match="`layer_norm_epsilon` must be a positive number, got -1"):
+        read_model_config({**golden("qwen1"), "layer_norm_epsilon": -1})
+
+
+def test_layers_without_rotation() -> None:
+    smollm3 = {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 5, "num_key_value_heads": 8}
+    assert read(**smollm3).layer_ropes == (0, 0, 0, 1, 0)
+    assert read(**smollm3, no_rope_layer_interval=2).layer_ropes == (0, 1, 0, 1, 0)
+    listed = read(**smollm3, no_rope_layers=[0, 1, 1, 0, 1], use_sliding_window=True, sliding_window=16)
+    assert listed.layer_ropes == (1, 0, 0, 1, 0)
+    assert listed.windows == (16, FULL_ATTENTION, FULL_ATTENTION, 16, FULL_ATTENTION)
+    with pytest.raises(CheckpointError, match=r"`no_rope_layers` must have 1 for each of the 5 layers .* got \[1\]"):
+        read(**smollm3, no_rope_layers=[1])
+
+
+def test_a_part_of_each_head_turns() -> None:
+    phi3: dict[str, Any] = {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75}
+    assert read(**phi3).rope.rotated == 0.75
+    with pytest.raises(UnsupportedModelError, match="rope type 'yarn' of a Phi-3 means longrope"):
+        read(**phi3, rope_scaling={"type": "yarn", "factor": 4.0})
 
 
 def test_sliding_windows() -> None:

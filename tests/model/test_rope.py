@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from podquant.model.config import ConfigReader, RopeConfig, read_rope
-from podquant.model.rope import inverse_frequencies, rotate, rotation
+from podquant.model.config import NO_ROPE, ConfigReader, RopeConfig, read_rope
+from podquant.model.rope import inverse_frequencies, logn_scale, rotate, rotation
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "rope.json").read_text())["cases"]
 
@@ -48,3 +49,28 @@ def test_the_pairs_are_the_two_halves_of_a_head() -> None:
 def test_rotating_keeps_the_dtype() -> None:
     cos_sin = rotation(RopeConfig("default", 10000.0, {}), 8, jnp.zeros((1, 1), jnp.int32))
     assert rotate(jnp.ones((1, 1, 2, 8), jnp.bfloat16), cos_sin).dtype == jnp.bfloat16
+
+
+def test_prompts_past_the_trained_length_turn_slower() -> None:
+    rope = RopeConfig("dynamic_ntk", 10000.0, {"original_max_position_embeddings": 16})
+    lengths = [1, 16, 17, 32, 33, 64]
+    cos, _ = rotation(rope, 8, jnp.full((6, 1), 5, jnp.int32), jnp.asarray(lengths, jnp.int32))
+    for row, alpha in enumerate([1, 1, 3, 3, 7, 7]):  # 2^ceil(log2(n / 16) + 1) - 1, at least 1
+        expected, _ = rotation(RopeConfig("default", 10000.0 * alpha ** (8 / 6), {}), 8, jnp.asarray([5]))
+        np.testing.assert_allclose(cos[row, 0], expected[0], rtol=1e-6)
+
+
+def test_queries_past_the_trained_length_grow_with_the_logarithm_of_their_position() -> None:
+    scale = logn_scale(16, jnp.asarray([[0, 15, 16, 255]], jnp.int32))
+    np.testing.assert_allclose(scale.ravel(), [1.0, 1.0, math.log(17, 16), 2.0], rtol=1e-6)
+
+
+def test_the_rest_of_a_head_stays_as_it_is() -> None:
+    x = jnp.arange(16, dtype=jnp.float32).reshape(1, 1, 1, 16)
+    positions = jnp.full((1, 1), 3, jnp.int32)
+    half = rotate(x, rotation(RopeConfig("default", 10000.0, {}, 0.5), 16, positions))
+    np.testing.assert_array_equal(half[..., 8:], x[..., 8:])
+    np.testing.assert_array_equal(
+        half[..., :8], rotate(x[..., :8], rotation(RopeConfig("default", 10000.0, {}), 8, positions))
+    )
+    np.testing.assert_array_equal(rotate(x, rotation(NO_ROPE, 16, positions)), x)

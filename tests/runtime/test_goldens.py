@@ -34,8 +34,21 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Logits = Callable[..., Array]
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
-NAMES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-mha", "qwen3")
+NAMES = (
+    "llama",
+    "llama3-rope",
+    "mistral-window",
+    "qwen2",
+    "qwen2-mha",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "qwen1",
+)
+VARIANTS = ("gemma", "gemma3-global", "granite", "olmo2", "phi3", "qwen1-long", "smollm3")
+"""Smaller ones, of a detail each: two rotations, layers without one, prompts past the trained length, norms behind."""
 MOE_NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
+
 MODES: Mapping[str, str | None] = {
     "none": None,
     "int8": "int8_keep_embedding.yaml",
@@ -160,6 +173,19 @@ def mean_kl(expected: Array, got: Array) -> float:
 def test_logits_equal_the_reference(logits: Logits, name: str, mode: str, tp: int) -> None:
     difference = np.abs(logits(name, mode, tp) - reference(name)[f"logits_{mode}"])
     assert difference.max() <= 2e-3
+
+
+@pytest.mark.parametrize("cell", [("none", 4), ("int8_all", 1), ("fp8", 2)], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_equal_the_reference(logits: Logits, name: str, cell: tuple[str, int]) -> None:
+    difference = np.abs(logits(name, *cell) - reference(name)[f"logits_{cell[0]}"])
+    assert difference.max() <= 2e-3
+
+
+@pytest.mark.parametrize("mode", MOST_KL)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_distributions_of_variants_equal_the_reference(logits: Logits, name: str, mode: str) -> None:
+    assert mean_kl(reference(name)[f"logits_{mode}"], logits(name, mode, 2)) <= MOST_KL[mode]
 
 
 @pytest.mark.parametrize("tp", TP_SIZES)

@@ -20,6 +20,7 @@ from podquant.convert.run import convert
 from podquant.errors import CheckpointError, ConfigError, MeshError, NonFiniteWeightError, UnsupportedModelError
 from podquant.model.families import read_model_config
 from podquant.model.matmul import Numerics
+from podquant.quantize.weights import quantize_weight
 from podquant.runtime.load import load_weights
 from podquant.runtime.mesh import advise, make_mesh
 from podquant.runtime.programs import Model
@@ -55,7 +56,7 @@ def to_artifact(checkpoint: Path, rules: str, target: Path, tp_size: int = 1) ->
 
 
 @pytest.mark.parametrize("rules", ["int8.yaml", "fp8_w8a8.yaml"])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen1"])
 def test_an_artifact_and_quantizing_on_the_way_give_the_same_bits(tmp_path: Path, name: str, rules: str) -> None:
     expected = load(str(GOLDENS / name), rules)
     for tp_size in (1, 4):
@@ -101,6 +102,35 @@ def test_experts_of_a_layer_are_quantized_alike(tmp_path: Path) -> None:
     rules.write_text("quantization:\n  moe: {weight_dtype: int8}\n  ignored_layers: ['re:.*experts\\.3\\.up_proj']\n")
     with pytest.raises(UnsupportedModelError, match=r"experts\.3\.up_proj is not quantized as .*experts\.0\.up_proj"):
         load(str(GOLDENS / "qwen3_moe"), str(rules))
+
+
+def test_weights_that_share_a_tensor_share_its_scale_blocks(tmp_path: Path) -> None:
+    """64 rows of q, 32 of k, 32 of v in one tensor, quantized in blocks of 24 rows: two of the blocks are shared."""
+    rule = "{module_path: '.*layers.*', weight_dtype: int8, weight_block_size: [24, 8]}"
+    (tmp_path / "rules.yaml").write_text(f"quantization: {{dense: {{rules: [{rule}]}}}}")
+    rules = str(tmp_path / "rules.yaml")
+    artifact = to_artifact(GOLDENS / "phi3", rules, tmp_path / "artifact", tp_size=2)
+    loads = [load(str(GOLDENS / "phi3"), rules), load(artifact), load(artifact, tp=2)]
+    disk = load_file(GOLDENS / "phi3" / "model.safetensors")["model.layers.1.self_attn.qkv_proj.weight"]
+    whole = quantize_weight(disk, Scheme("int8", weight_block_size=(24, 8)))
+    scales = np.repeat(whole.scales, 24, axis=0)
+    for found in loads:
+        for name, first, last in (("q_proj", 0, 64), ("k_proj", 64, 96), ("v_proj", 96, 128)):
+            path = ("segments", 0, "layers", "self_attn", name)
+            np.testing.assert_array_equal(found[*path, "weight"][1], whole.codes[first:last])
+            np.testing.assert_array_equal(found[*path, "weight_scale"][1], scales[first:last])
+        for path, array in found.items():
+            assert array.tobytes() == loads[0][path].tobytes(), path
+
+
+def test_a_tensor_that_several_weights_share_has_the_rows_of_all(tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "phi3", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.2.self_attn.qkv_proj.weight"
+    tensors[name] = tensors[name][:-8]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name}: expected shape \[128, 48\] .* got \[120, 48\]"):
+        load(str(tmp_path / "model"))
 
 
 def test_weights_are_those_of_the_file() -> None:

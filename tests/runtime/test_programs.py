@@ -89,10 +89,10 @@ def test_positions_of_padding_are_written_to_page_zero() -> None:
 
 def test_rows_are_padded_to_the_bucket() -> None:
     shape = CacheShape(9, 16, 2, 256)
-    rows = pack_rows([(1, 5, 3, 40, 7, True, [4, 6])], [(0.5, 0.9, 0.1)], 2, shape)
+    rows = pack_rows([(1, 5, 3, 40, 7, True, 8, [4, 6])], [(0.5, 0.9, 0.1)], 2, shape)
     assert rows.ints.shape == (2, NUM_INTS + 16)
-    assert rows.ints[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 4, 6, 0]
-    assert rows.ints[1].tolist() == [2] + [0] * 21  # the slot behind the last, and page 0
+    assert rows.ints[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 4, 6, 0]
+    assert rows.ints[1].tolist() == [2] + [0] * 22  # the slot behind the last, and page 0
     np.testing.assert_allclose(rows.floats, np.asarray([[0.5, 0.9, 0.1], [0.0, 0.0, 0.0]]), rtol=1e-6)
 
 
