@@ -255,7 +255,7 @@ def read_rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
 
     Args:
         reader: config.json.
-        partial: the share of a head that is rotated if the file does not say; None: all of it, whatever the file says.
+        partial: the share of a head that is rotated if the file does not say; None: all of it, and less is refused.
     """
     new = reader.values.get("rope_parameters")
     old = reader.values.get("rope_scaling")

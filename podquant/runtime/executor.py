@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from podquant.model.attention import KVCache
-from podquant.runtime.programs import Bucket, CacheShape, Model, Rows, Scores, lower_step, pack_rows
+from podquant.runtime.programs import Bucket, CacheShape, Model, Row, Rows, Scores, lower_step, pack_rows
 from podquant.runtime.request import SamplingParams, TokenLogprobs
 from podquant.runtime.sampling import Sampled
 from podquant.runtime.scheduler import Decode, Prefill
@@ -172,14 +172,19 @@ class Executor:
         wanted = (params.logprobs,) if step.is_last else ()
         return Dispatched(step, sampled, scores, wanted, tuple(targets))
 
-    def _entry(
-        self, sequence: Running, start: int, length: int
-    ) -> tuple[int, int, int, int, int, bool, int, list[int]]:
+    def _entry(self, sequence: Running, start: int, length: int) -> Row:
         params = sequence.request.params
         assert params.seed is not None  # the engine draws one for a request without
-        wants = params.logprobs is not None
-        top_k, prompt = max(params.top_k, 0), len(sequence.request.prompt_ids)
-        return sequence.slot, start, length, top_k, params.seed, wants, prompt, sequence.pages
+        return Row(
+            slot=sequence.slot,
+            start=start,
+            length=length,
+            top_k=max(params.top_k, 0),
+            seed=params.seed,
+            wants_logprobs=params.logprobs is not None,
+            prompt_length=sequence.num_prompt,
+            pages=sequence.pages,
+        )
 
     def run(self, bucket: Bucket, arrays: Sequence[Array]) -> tuple[Sampled, Scores | None]:
         """Run a step on host values as they were announced; returns before it is done."""

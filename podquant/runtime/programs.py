@@ -48,20 +48,41 @@ class Leaf:
     axes: tuple[str, ...]
 
 
+class Row(NamedTuple):
+    """What a step needs to know of one sequence, but for how it samples: see `pack_rows`.
+
+    Attributes:
+        slot: its row of the last tokens.
+        start, length: the tokens of this step, by their positions.
+        top_k, seed, wants_logprobs: see `Sampling`.
+        prompt_length: tokens of its whole prompt, which rotations that depend on it need.
+        pages: of its keys and values.
+    """
+
+    slot: int
+    start: int
+    length: int
+    top_k: int
+    seed: int
+    wants_logprobs: bool
+    prompt_length: int
+    pages: Sequence[int]
+
+
+NUM_INTS = len(Row._fields) - 1
+"""Columns of `Rows.ints` in front of the page table."""
+
+
 class Rows(NamedTuple):
     """The rows of a step, as the host packs them.
 
     Attributes:
-        ints: int32 [B, 7 + W]: slot, start, length, top_k, seed, wants_logprobs, prompt length, then the page table.
+        ints: int32 [B, NUM_INTS + W]: the fields of each `Row`, the page table last.
         floats: float32 [B, 3]: temperature, top_p, min_p.
     """
 
     ints: Any
     floats: Any
-
-
-NUM_INTS = 7
-"""Columns of `Rows.ints` in front of the page table."""
 
 
 @dataclass(frozen=True)
@@ -256,9 +277,9 @@ def _step(
 ) -> tuple[Any, ...]:
     """One step on one shard; see `lower_step`."""
     decoder = model.decoder(weights)
-    slots, starts, lengths, top_k, seeds, wants, prompts = (rows.ints[:, i] for i in range(NUM_INTS))
+    slots, starts, lengths, top_k, seeds, wants, prompts = (rows.ints[:, i] for i in range(NUM_INTS))  # as in Row
     tokens = last_tokens[slots][:, None] if bucket.is_decode else given[0]
-    at = step_positions(model, shape, starts, lengths, rows.ints[:, NUM_INTS:], bucket.length, prompts)
+    at = step_positions(model, shape, starts, lengths, prompts, rows.ints[:, NUM_INTS:], bucket.length)
     hidden, cache = decoder.hidden(tokens, cache, at)
     by_row = hidden.reshape(bucket.batch, bucket.length, -1)
     last = jnp.take_along_axis(by_row, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -276,9 +297,9 @@ def step_positions(
     shape: CacheShape,
     starts: jax.Array,
     lengths: jax.Array,
+    prompt_lengths: jax.Array,
     page_table: jax.Array,
     length: int,
-    prompt_lengths: jax.Array | None = None,
 ) -> Positions:
     """Where the tokens of a step stand.
 
@@ -286,12 +307,11 @@ def step_positions(
         model: the model.
         shape: of the cache.
         starts, lengths: int32 [B], the first position of each row, and how many of its tokens count.
+        prompt_lengths: int32 [B], of the whole prompts.
         page_table: int32 [B, W].
         length: T.
-        prompt_lengths: int32 [B], of the whole prompts; None: they end with this step.
     """
     config = model.config
-    prompts = starts + lengths if prompt_lengths is None else prompt_lengths
     offsets = jnp.arange(length, dtype=jnp.int32)[None, :]
     valid = offsets < lengths[:, None]
     positions = starts[:, None] + jnp.minimum(offsets, jnp.maximum(lengths - 1, 0)[:, None])
@@ -302,8 +322,8 @@ def step_positions(
         write_pages=jnp.where(valid, pages, 0).reshape(-1),
         write_slots=jnp.where(valid, positions % shape.page_size, 0).reshape(-1),
         pages_per_layer=shape.num_pages,
-        cos_sin=rotation(config.rope, config.head_dim, positions, prompts),
-        other_cos_sin=tuple(rotation(rope, config.head_dim, positions, prompts) for rope in config.other_ropes),
+        cos_sin=rotation(config.rope, config.head_dim, positions, prompt_lengths),
+        other_cos_sin=tuple(rotation(rope, config.head_dim, positions, prompt_lengths) for rope in config.other_ropes),
         query_scale=None if config.logn_length is None else logn_scale(config.logn_length, positions),
     )
 
@@ -332,7 +352,7 @@ def _leaf(path: Any, weight: Any) -> Leaf:
 
 
 def pack_rows(
-    entries: Sequence[tuple[int, int, int, int, int, bool, int, Sequence[int]]],
+    entries: Sequence[Row],
     floats: Sequence[tuple[float, float, float]],
     batch: int,
     shape: CacheShape,
@@ -340,8 +360,8 @@ def pack_rows(
     """Pack host values into the arrays of a step, padding up to `batch` rows.
 
     Args:
-        entries: for each row slot, start, length, top_k, seed, wants_logprobs, prompt length and its pages.
-        floats: for each row temperature, top_p, min_p.
+        entries: the sequences.
+        floats: for each of them temperature, top_p, min_p.
         batch: rows of the bucket.
         shape: of the cache; padding rows use its extra slot.
     """

@@ -54,7 +54,7 @@ class Scorer:
         def forward(weights: Any, cache: KVCache, tokens: jax.Array, table: jax.Array) -> jax.Array:
             decoder = model.decoder(weights)
             starts, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
-            at = step_positions(model, self._shape, starts, lengths, table, length)
+            at = step_positions(model, self._shape, starts, lengths, lengths, table, length)
             hidden, _ = decoder.hidden(tokens, cache, at)
             return jax.nn.log_softmax(decoder.logits(hidden)[:, : model_config.vocab_size], axis=-1)
 

@@ -7,10 +7,10 @@ distributions they give, and to the effect of quantization they show over all ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,18 @@ from podquant.runtime.programs import CacheShape, Model, step_positions
 from podquant.runtime.source import WeightSource, open_source
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Logits = Callable[..., Array]
+
+
+class Cell(NamedTuple):
+    """A checkpoint in a mode on a layout."""
+
+    name: str
+    mode: str
+    tp: int
+    ep: int
+
+
+Logits = Callable[[Cell], Array]
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 NAMES = (
@@ -59,21 +70,15 @@ MODES: Mapping[str, str | None] = {
 }
 """Each mode of the reference, and the shipped rules that say the same."""
 
-EXACT_MODES = ("none", "int8", "fp8", "int8_all")
+MOST_DIFFERENCE = 2e-3
 MOST_KL = {"int8_w8a8": 1e-3, "fp8_w8a8": 3e-3}
 MOST_KL_MOE = {"int8_w8a8": 5e-3, "fp8_w8a8": 2e-2}
 """A rounding that flips can flip a route."""
 LEAST_CORRELATION = {"int8": 0.85, "int8_all": 0.85, "int8_w8a8": 0.85, "fp8": 0.90, "fp8_w8a8": 0.90}
-TP_SIZES = (1, 2, 4)
-SHARDS = [(name, mode, 1, 1) for name in MOE_NAMES for mode in MODES]
-SHARDS += [(name, mode, 4, 2) for name in MOE_NAMES for mode in MODES]
-SHARDS += [
-    (name, mode, tp, ep)
-    for name in ("qwen2_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
-    for mode in ("int8", "int8_w8a8")
-    for tp, ep in ((2, 1), (2, 2), (4, 1), (4, 4))
-]
-"""(checkpoint, mode, tp, ep): on how many devices, and in how many groups experts are shared out among them."""
+
+LAYOUTS = ((1, 1), (2, 1), (4, 1))
+"""(tp, ep): on how many devices, and in how many groups experts are shared out among them."""
+MOE_LAYOUTS = (*LAYOUTS, (2, 2), (4, 2), (4, 4))
 PAGE_SIZE = 16
 
 
@@ -115,7 +120,7 @@ def all_logits(model: Model, weights: tuple[jax.Array, ...], tokens: Array) -> A
     def run(weights: tuple[jax.Array, ...], cache: KVCache, tokens: jax.Array) -> jax.Array:
         decoder = model.decoder(weights)
         starts, lengths = jnp.zeros(batch, jnp.int32), jnp.full(batch, length, jnp.int32)
-        at = step_positions(model, shape, starts, lengths, jnp.asarray(page_table), length)
+        at = step_positions(model, shape, starts, lengths, lengths, jnp.asarray(page_table), length)
         hidden, _ = decoder.hidden(tokens, cache, at)
         return decoder.logits(hidden)
 
@@ -134,26 +139,43 @@ def all_logits(model: Model, weights: tuple[jax.Array, ...], tokens: Array) -> A
     return logits[:, : model.config.vocab_size].reshape(batch, length, -1)
 
 
+def compute(name: str, mode: str, tp: int, ep: int, directory: Path) -> Array:
+    """Logits of a golden in a mode: on one device from an artifact below `directory`, on several quantized on load."""
+    source = open_on_load(name, mode)
+    model, weights = load(source, tp, ep)
+    source.close()
+    if tp == 1 and MODES[mode]:
+        artifact = open_artifact(name, mode, directory)
+        model, converted = load(artifact, tp)
+        artifact.close()
+        for leaf, once, again in zip(model.leaves, converted, weights, strict=True):
+            assert np.asarray(once).tobytes() == np.asarray(again).tobytes(), leaf.path
+        weights = converted
+    return all_logits(model, weights, reference(name)["input_ids"])
+
+
+def spread(names: Sequence[str], modes: Iterable[str], layouts: Sequence[tuple[int, int]]) -> list[Cell]:
+    """Each checkpoint in each mode on one layout: the next, so that each meets all layouts, and so does each mode."""
+    return [
+        Cell(name, mode, *layouts[(i + j) % len(layouts)])
+        for i, name in enumerate(names)
+        for j, mode in enumerate(modes)
+    ]
+
+
+DENSE_CELLS = spread(NAMES, MODES, LAYOUTS)
+CELLS = [
+    *DENSE_CELLS,
+    *spread(VARIANTS, ("none", "int8_all", "fp8_w8a8"), LAYOUTS),
+    *spread(MOE_NAMES, MODES, MOE_LAYOUTS),
+]
+"""What is tested: `python -m tests.benchmarks.goldens` computes every checkpoint in every mode on every layout."""
+
+
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory: pytest.TempPathFactory) -> Logits:
-    """Logits of a golden in a mode: on one device from an artifact, on several quantized on load."""
     directory = tmp_path_factory.mktemp("artifacts")
-
-    @cache
-    def compute(name: str, mode: str, tp: int, ep: int = 1) -> Array:
-        source = open_on_load(name, mode)
-        model, weights = load(source, tp, ep)
-        source.close()
-        if tp == 1 and MODES[mode]:
-            artifact = open_artifact(name, mode, directory)
-            model, converted = load(artifact, tp)
-            artifact.close()
-            for leaf, once, again in zip(model.leaves, converted, weights, strict=True):
-                assert np.asarray(once).tobytes() == np.asarray(again).tobytes(), leaf.path
-            weights = converted
-        return all_logits(model, weights, reference(name)["input_ids"])
-
-    return compute
+    return cache(lambda cell: compute(*cell, directory))
 
 
 def log_softmax(logits: Array) -> Array:
@@ -167,56 +189,39 @@ def mean_kl(expected: Array, got: Array) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
 
 
-@pytest.mark.parametrize("tp", TP_SIZES)
-@pytest.mark.parametrize("mode", EXACT_MODES)
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_equal_the_reference(logits: Logits, name: str, mode: str, tp: int) -> None:
-    difference = np.abs(logits(name, mode, tp) - reference(name)[f"logits_{mode}"])
-    assert difference.max() <= 2e-3
+def reference_of(cell: Cell) -> Array:
+    return reference(cell.name)[f"logits_{cell.mode}"]
 
 
-@pytest.mark.parametrize("cell", [("none", 4), ("int8_all", 1), ("fp8", 2)], ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_equal_the_reference(logits: Logits, name: str, cell: tuple[str, int]) -> None:
-    difference = np.abs(logits(name, *cell) - reference(name)[f"logits_{cell[0]}"])
-    assert difference.max() <= 2e-3
+def distance(cell: Cell, got: Array) -> tuple[float, float]:
+    """From the reference, and the most that it may be: the largest difference, or the mean KL."""
+    expected = reference_of(cell)
+    if cell.mode not in MOST_KL:
+        return float(np.abs(got - expected).max()), MOST_DIFFERENCE
+    return mean_kl(expected, got), (MOST_KL_MOE if cell.name in MOE_NAMES else MOST_KL)[cell.mode]
 
 
-@pytest.mark.parametrize("mode", MOST_KL)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_distributions_of_variants_equal_the_reference(logits: Logits, name: str, mode: str) -> None:
-    assert mean_kl(reference(name)[f"logits_{mode}"], logits(name, mode, 2)) <= MOST_KL[mode]
+def effects(cells: Iterable[Cell], of: Callable[[Cell], Array]) -> Array:
+    """What quantization changes."""
+    return np.concatenate([(of(cell) - reference(cell.name)["logits_none"]).ravel() for cell in cells])
 
 
-@pytest.mark.parametrize("tp", TP_SIZES)
-@pytest.mark.parametrize("mode", MOST_KL)
-@pytest.mark.parametrize("name", NAMES)
-def test_distributions_equal_the_reference(logits: Logits, name: str, mode: str, tp: int) -> None:
-    assert mean_kl(reference(name)[f"logits_{mode}"], logits(name, mode, tp)) <= MOST_KL[mode]
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_logits_equal_the_reference(logits: Logits, cell: Cell) -> None:
+    found, most = distance(cell, logits(cell))
+    assert found <= most
 
 
-@pytest.mark.parametrize(("name", "mode", "tp", "ep"), SHARDS)
-def test_logits_of_experts_equal_the_reference(logits: Logits, name: str, mode: str, tp: int, ep: int) -> None:
-    expected, got = reference(name)[f"logits_{mode}"], logits(name, mode, tp, ep)
-    if mode in MOST_KL_MOE:
-        assert mean_kl(expected, got) <= MOST_KL_MOE[mode]
-    else:
-        assert np.abs(got - expected).max() <= 2e-3
-
-
-@pytest.mark.parametrize("tp", TP_SIZES)
 @pytest.mark.parametrize("mode", LEAST_CORRELATION)
-def test_the_effect_of_quantization_is_the_references(logits: Logits, mode: str, tp: int) -> None:
-    def effects(of: Callable[[str], Array]) -> Array:
-        return np.concatenate([(of(name) - reference(name)["logits_none"]).ravel() for name in NAMES])
-
-    expected = effects(lambda name: reference(name)[f"logits_{mode}"])
-    got = effects(lambda name: logits(name, mode, tp))
-    assert np.corrcoef(expected, got)[0, 1] >= LEAST_CORRELATION[mode]
+def test_the_effect_of_quantization_is_the_references(logits: Logits, mode: str) -> None:
+    cells = [cell for cell in DENSE_CELLS if cell.mode == mode]
+    correlation = np.corrcoef(effects(cells, reference_of), effects(cells, logits))[0, 1]
+    assert correlation >= LEAST_CORRELATION[mode]
 
 
 def test_the_measure_tells_unquantized_activations(logits: Logits) -> None:
     """The bound on the correlation would be worth nothing if weight-only logits passed it too."""
-    expected = np.concatenate([(reference(n)["logits_fp8_w8a8"] - reference(n)["logits_none"]).ravel() for n in NAMES])
-    weight_only = np.concatenate([(logits(n, "fp8", 1) - reference(n)["logits_none"]).ravel() for n in NAMES])
-    assert np.corrcoef(expected, weight_only)[0, 1] < LEAST_CORRELATION["fp8_w8a8"] - 0.1
+    weight_only = [cell for cell in DENSE_CELLS if cell.mode == "fp8"]
+    expected = effects((cell._replace(mode="fp8_w8a8") for cell in weight_only), reference_of)
+    correlation = np.corrcoef(expected, effects(weight_only, logits))[0, 1]
+    assert correlation < LEAST_CORRELATION["fp8_w8a8"] - 0.1

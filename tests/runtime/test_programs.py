@@ -15,7 +15,7 @@ from podquant.errors import MeshError
 from podquant.model.families import read_model_config
 from podquant.model.matmul import Numerics
 from podquant.runtime.mesh import make_mesh
-from podquant.runtime.programs import NUM_INTS, Bucket, CacheShape, Model, pack_rows, step_positions
+from podquant.runtime.programs import NUM_INTS, Bucket, CacheShape, Model, Row, pack_rows, step_positions
 
 LLAMA = json.loads((Path(__file__).parents[1] / "data" / "goldens" / "llama" / "config.json").read_text())
 NUMERICS = Numerics("float32", "cpu")
@@ -81,7 +81,8 @@ def test_table_width_holds_the_context_in_whole_chunks() -> None:
 def test_positions_of_padding_are_written_to_page_zero() -> None:
     shape = CacheShape(9, 16, 2, 256)
     table = jnp.asarray(np.arange(1, 33, dtype=np.int32).reshape(2, 16))
-    at = step_positions(model(1), shape, jnp.asarray([15, 0]), jnp.asarray([3, 0]), table, 4)
+    starts, lengths = jnp.asarray([15, 0]), jnp.asarray([3, 0])
+    at = step_positions(model(1), shape, starts, lengths, starts + lengths, table, 4)
     assert np.asarray(at.positions).tolist() == [[15, 16, 17, 17], [0, 0, 0, 0]]
     assert np.asarray(at.write_pages).tolist() == [1, 2, 2, 0, 0, 0, 0, 0]
     assert np.asarray(at.write_slots).tolist() == [15, 0, 1, 0, 0, 0, 0, 0]
@@ -89,7 +90,7 @@ def test_positions_of_padding_are_written_to_page_zero() -> None:
 
 def test_rows_are_padded_to_the_bucket() -> None:
     shape = CacheShape(9, 16, 2, 256)
-    rows = pack_rows([(1, 5, 3, 40, 7, True, 8, [4, 6])], [(0.5, 0.9, 0.1)], 2, shape)
+    rows = pack_rows([Row(1, 5, 3, 40, 7, True, 8, [4, 6])], [(0.5, 0.9, 0.1)], 2, shape)
     assert rows.ints.shape == (2, NUM_INTS + 16)
     assert rows.ints[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 4, 6, 0]
     assert rows.ints[1].tolist() == [2] + [0] * 22  # the slot behind the last, and page 0

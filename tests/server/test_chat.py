@@ -70,7 +70,7 @@ def test_half_a_surrogate_pair_in_a_message_is_refused(url: str) -> None:
 
 def test_first_generation_qwen_chats_in_chatml(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(GOLDEN / name, tmp_path / name)
+        shutil.copy(GOLDEN.parent / "qwen1" / name, tmp_path / name)
     write_ranks(tmp_path / "qwen.tiktoken", trained_ranks(300))
     engine = make_engine(tmp_path)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -47,6 +48,21 @@ def test_files_without_a_checksum_are_counted_only(store: RecordingStore) -> Non
 def test_neighbours_are_joined_and_others_are_not() -> None:
     other = Run("b", 100, 1, 7)
     assert joined([run(50, 100), other, run(0, 50), run(101, 200)]) == [run(0, 100), run(101, 200), other]
+
+
+def test_what_several_read_apart_counts_once_and_has_to_be_the_same(store: RecordingStore) -> None:
+    store.read_into("a", 0, bytearray(300))
+    for _ in range(2):
+        with store.apart():
+            store.read_into("a", 300, bytearray(100))
+    store.read_into("a", 400, bytearray(600))
+    runs = store.runs
+    assert runs == [run(0, 300), replace(run(300, 400), apart=True), run(400, 1000)]
+    assert adds_up("a", WHOLE, runs)
+    assert store.bytes_read == 1100
+    spoilt = replace(runs[1], crc32c=runs[1].crc32c ^ 1)
+    assert not adds_up("a", WHOLE, [*runs, spoilt])
+    assert not adds_up("a", WHOLE, [spoilt, *runs])
 
 
 def test_gaps_are_what_no_run_has() -> None:
