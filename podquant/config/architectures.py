@@ -24,6 +24,8 @@ ARCHITECTURES = (
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "QWenLMHeadModel",
+    "InternLM2ForCausalLM",
+    "InternLM3ForCausalLM",
     "MixtralForCausalLM",
     "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",

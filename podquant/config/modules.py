@@ -13,7 +13,7 @@ from typing import Literal
 Kind = Literal["dense", "embedding", "lm_head", "router", "expert"]
 Spelling = Literal["dotted", "slash", "bracket"]
 
-_EMBEDDINGS = frozenset({"embed_tokens", "wte"})
+_EMBEDDINGS = frozenset({"embed_tokens", "tok_embeddings", "wte"})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _INDEX = re.compile(r"\.(\d+)(?![^.])")
 
@@ -23,7 +23,8 @@ def kind_of(module: str) -> Kind:
 
     * `expert`: a routed expert, below `experts` (`mlp.experts.7.up_proj`, or the fused `mlp.experts.gate_up_proj`).
     * `router`: `gate`, `router` or `shared_expert_gate`, or a part of one.
-    * `embedding` (`embed_tokens`, `wte`) and `lm_head`: by their last component.
+    * `embedding` (`embed_tokens`, `tok_embeddings`, `wte`) and `lm_head`: by their last component; an `output` below
+      nothing is an lm_head too.
     * `dense`: everything else: attention, MLP and shared experts (`mlp.shared_experts.up_proj`).
     """
     parts = module.split(".")
@@ -33,7 +34,7 @@ def kind_of(module: str) -> Kind:
         return "router"
     if parts[-1] in _EMBEDDINGS:
         return "embedding"
-    return "lm_head" if parts[-1] == "lm_head" else "dense"
+    return "lm_head" if parts[-1] == "lm_head" or module == "output" else "dense"
 
 
 def spell(module: str, spelling: Spelling) -> str:

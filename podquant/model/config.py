@@ -23,7 +23,8 @@ class RopeConfig:
     """Rotary position embedding.
 
     Attributes:
-        kind: `default`, `linear`, `llama3`, `yarn`, `dynamic_ntk` (see `rope.dynamic_ntk`) or `none`: no rotation.
+        kind: `default`, `linear`, `llama3`, `yarn`, `dynamic` (as default, in a context that is no longer than the
+            trained one), `dynamic_ntk` (see `rope.dynamic_ntk`) or `none`: no rotation.
         theta: the base wavelength.
         parameters: the other numbers of that kind, under their names in config.json.
         rotated: the share of a head's dimensions that turn, the first ones; the others stay as they are.
@@ -233,6 +234,7 @@ class ConfigReader:
 
 _ROPE_NEEDS: Mapping[str, Sequence[str]] = {
     "default": (),
+    "dynamic": ("factor",),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),

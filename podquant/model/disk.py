@@ -19,11 +19,13 @@ class Place:
         parts: the decoder's modules, by their names in a layer, that share its tensors: their rows one after the
             other; a module that has its tensors for itself is the only part.
         part: which of them it is.
+        by_head: their rows take turns: those of the first key/value head in all parts, then those of the next.
     """
 
     module: str
     parts: tuple[str, ...]
     part: int
+    by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class DiskNames:
         embed_tokens, norm, lm_head: the modules outside the layers.
         parts: names on disk, below a layer, that the decoder does not have → the decoder's modules that are there, in
             the order of their rows. Of one module: it is only called otherwise.
+        by_head: those of `parts` whose rows take turns, see `Place`.
         renames: words of all other names, between dots → what they are on disk; others are called as in the decoder.
     """
 
@@ -43,13 +46,14 @@ class DiskNames:
     norm: str = "model.norm"
     lm_head: str = "lm_head"
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_head: frozenset[str] = frozenset()
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def in_layer(self, layer: int, module: str) -> Place:
         """Where `module`, such as `self_attn.q_proj`, of a layer is."""
         for name, parts in self.parts.items():
             if module in parts:
-                return Place(f"{self.layers}.{layer}.{name}", parts, parts.index(module))
+                return Place(f"{self.layers}.{layer}.{name}", parts, parts.index(module), name in self.by_head)
         words = (self.renames.get(word, word) for word in module.split("."))
         return Place(".".join([self.layers, str(layer), *words]), (module,), 0)
 

@@ -16,6 +16,7 @@ from podquant.model.config import ConfigReader, ModelConfig, read_windows
 from podquant.model.dense import DENSE
 from podquant.model.family import Family, qwen_sliding, read_sliding
 from podquant.model.gemma import GEMMA
+from podquant.model.internlm import INTERNLM
 from podquant.model.moe_families import MOE
 from podquant.model.qwen1 import QWEN1
 
@@ -27,6 +28,7 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": Family(qk_norm=True, sliding=qwen_sliding),
     **DENSE,
     **GEMMA,
+    **INTERNLM,
     **MOE,
     **QWEN1,
 }

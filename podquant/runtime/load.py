@@ -264,14 +264,18 @@ class _Reader:
 
 
 def _read_rows(source: WeightSource, window: Window, device: int) -> Blocks:
-    """A device's rows of the tensor, and of the scales if it is quantized on the way."""
-    stream = window.stream
-    first, last = (stream.offset + row for row in window.rows_of(device))
-    columns = window.columns_of(device)
+    """A device's rows of the weight, and of the scales if it is quantized on the way."""
+    stream, columns = window.stream, window.columns_of(device)
+    strips = [_read_strip(source, stream, *rows, columns) for rows in stream.strips.ranges(*window.rows_of(device))]
+    return strips[0] if len(strips) == 1 else tuple(map(np.concatenate, zip(*strips, strict=True)))
+
+
+def _read_strip(source: WeightSource, stream: Stream, first: int, last: int, columns: tuple[int, int] | None) -> Blocks:
+    """Rows of the tensor, with their own part only of scale blocks that other weights share."""
     above, below = first % stream.step, last % stream.step
     if not above and (not below or last == _num_rows(source, stream)):
         return _read_blocks(source, stream, first, last, columns)
-    # Weights that share a tensor meet inside a scale block, which is read whole for both, and apart from the others.
+    # Two weights, or two windows, meet inside a scale block: it is read whole for both, and apart from the others.
     start, stop = first - above, min(last - below + stream.step, _num_rows(source, stream)) if below else last
     inner = [start + stream.step if above else start, last - below]
     bounds = sorted({start, *(row for row in inner if start < row < stop), stop})

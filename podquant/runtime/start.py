@@ -79,6 +79,7 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
     source = open_source(_locate(options, by_ranges=by_ranges), rules)
     try:
         config = read_model_config(source.config, f"{source.store.uri}/config.json")
+        _check_context(options, config)
         plan_layout(config, options.tp_size, options.ep_size)
     except BaseException:
         source.close()
@@ -214,6 +215,14 @@ def _check(options: EngineOptions) -> None:
             raise ConfigError(f"{name} must be a power of two from 2 to {most}, got {value}")
     if not 0 < options.mem_fraction_static <= 1:
         raise ConfigError(f"mem_fraction_static must lie above 0 and up to 1, got {options.mem_fraction_static}")
+
+
+def _check_context(options: EngineOptions, config: ModelConfig) -> None:
+    if config.rope.kind == "dynamic" and (options.context_length or 0) > config.max_positions:
+        raise ConfigError(
+            f"context_length {options.context_length}: with the rope type 'dynamic' this model runs up to the "
+            f"{config.max_positions} positions of its `max_position_embeddings`: give at most that"
+        )
 
 
 def _dtype(options: EngineOptions, config: ModelConfig) -> str:

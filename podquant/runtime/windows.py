@@ -59,12 +59,32 @@ class Spread(Enum):
 
 
 @dataclass(frozen=True)
+class Strips:
+    """Which rows of a tensor on disk are a weight's: `run` of every `pitch`, from `offset` on."""
+
+    offset: int
+    run: int
+    pitch: int
+
+    def ranges(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Where rows `[first, last)` of the weight are."""
+        found = []
+        while first < last:
+            strip, row = divmod(first, self.run)
+            count = min(last - first, self.run - row)
+            start = self.offset + strip * self.pitch + row
+            found.append((start, start + count))
+            first += count
+        return found
+
+
+@dataclass(frozen=True)
 class Stream:
     """A tensor on disk, and the leaves its rows fill.
 
     Attributes:
         module, tensor: their names on disk.
-        offset: rows of the tensor in front of those that are wanted, where it holds several of the model's weights.
+        strips: those of its rows that are wanted, where it holds several of the model's weights.
         leaves: indices into `Model.leaves`: one, or weight and scales of a module that is quantized while it is read.
         layer: where in stacked leaves.
         quantizes: whether it is.
@@ -78,7 +98,7 @@ class Stream:
 
     module: str
     tensor: str
-    offset: int
+    strips: Strips
     leaves: tuple[int, ...]
     layer: int
     quantizes: bool
@@ -118,8 +138,7 @@ class Window:
         return self.number * self.stride
 
     def rows_of(self, device: int) -> tuple[int, int]:
-        """Rows that are read for a device, from the stream's offset on; if there are none, the first is not before
-        the last."""
+        """Rows of the weight that are read for a device; the first is not before the last if there are none."""
         first = self.row
         if self.stream.spread is Spread.OWN_ROWS:
             first += device * self.stream.shard_rows
@@ -145,11 +164,11 @@ class Window:
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of all devices."""
-        total, offset, repeat = 0, self.stream.offset, self.stream.repeat
+        total, repeat = 0, self.stream.repeat
         for device in range(self.num_devices):
-            first, last = self.rows_of(device)
-            # a row of block scales that two weights share is counted with the first
-            total += max(0, -(-(offset + last) // repeat) - -(-(offset + first) // repeat))
+            for first, last in self.stream.strips.ranges(*self.rows_of(device)):
+                # a row of block scales that two weights share is counted with the first
+                total += -(-last // repeat) - -(-first // repeat)
         return total * math.prod(self.block_shape[1:]) * self.stream.itemsize
 
 
@@ -276,10 +295,12 @@ def _streams(
             weight = source.shape_of(weight_of(module))
             assert weight is not None
             shape = (weight[0], *shape[1:])
-        offset = 0
+        strips = Strips(0, shape[0], shape[0])
         if len(place.parts) > 1:
             rows = _part_rows(model, model.leaves[index], place)
-            offset, shape = sum(rows[: place.part]), (rows[place.part], *shape[1:])
+            shape = (rows[place.part], *shape[1:])
+            count = model.config.num_kv_heads if place.by_head else 1
+            strips = Strips(sum(rows[: place.part]) // count, shape[0] // count, sum(rows) // count)
         step = block_rows if is_scale or len(together) == 2 else 1
         size = math.prod(shape) * max(source.itemsize_of(tensor), model.leaves[index].dtype.itemsize)
         # What is small and no matrix of weights: a request to storage and a collective cost more than its bytes.
@@ -288,7 +309,7 @@ def _streams(
         yield Stream(
             module=module,
             tensor=tensor,
-            offset=offset,
+            strips=strips,
             leaves=together,
             layer=layer,
             quantizes=len(together) == 2,

@@ -10,7 +10,10 @@ from podquant.config.modules import Kind, kind_of, router_neighbours, spell, uns
     [
         ("model.embed_tokens", "embedding"),
         ("transformer.wte", "embedding"),
+        ("model.tok_embeddings", "embedding"),
         ("lm_head", "lm_head"),
+        ("output", "lm_head"),
+        ("model.layers.0.attention.output", "dense"),
         ("language_model.lm_head", "lm_head"),
         ("model.layers.0.self_attn.q_proj", "dense"),
         ("model.layers.0.mlp.gate_proj", "dense"),

@@ -107,6 +107,8 @@ def test_each_family_differs_as_declared() -> None:
         "DeepseekV2ForCausalLM": (True, True),
         "DeepseekV3ForCausalLM": (True, True),
         "QWenLMHeadModel": (True, False),
+        "InternLM2ForCausalLM": (True, True),
+        "InternLM3ForCausalLM": (False, False),
     }
     assert [name for name, config in configs.items() if config.qk_norm] == [
         "Qwen3ForCausalLM",
@@ -162,6 +164,14 @@ def test_first_generation_qwen() -> None:
         read_model_config({**golden("qwen1"), "layer_norm_epsilon": -1})
 
 
+def test_internlm_says_by_other_names_where_biases_are() -> None:
+    internlm2 = read(architectures=["InternLM2ForCausalLM"], bias=False)
+    assert (internlm2.qkv_bias, internlm2.o_bias, internlm2.mlp_bias) == (False, False, False)
+    internlm3 = read(architectures=["InternLM3ForCausalLM"], qkv_bias=True)
+    assert (internlm3.qkv_bias, internlm3.o_bias, internlm3.mlp_bias) == (True, False, False)
+    assert read(architectures=["InternLM3ForCausalLM"], bias=True).mlp_bias
+
+
 def test_layers_without_rotation() -> None:
     smollm3 = {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 5, "num_key_value_heads": 8}
     assert read(**smollm3).layer_ropes == (0, 0, 0, 1, 0)
@@ -210,7 +220,7 @@ def test_sliding_windows() -> None:
             {"rope_scaling": {"type": "longrope"}},
             "rope type 'longrope' in `rope_scaling` is not supported",
         ),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' in `rope_parameters`"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "rope type 'proportional' in `rope_parameters`"),
         ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` other than 1.0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "`partial_rotary_factor` other than 1.0"),
         (

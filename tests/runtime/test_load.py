@@ -123,6 +123,61 @@ def test_weights_that_share_a_tensor_share_its_scale_blocks(tmp_path: Path) -> N
             assert array.tobytes() == loads[0][path].tobytes(), path
 
 
+def as_internlm2(directory: Path) -> Path:
+    """The golden Llama under InternLM 2's names, q, k and v in one tensor: those of each key/value head together."""
+    config = json.loads((GOLDENS / "llama" / "config.json").read_text())
+    tensors = load_file(GOLDENS / "llama" / "model.safetensors")
+    heads = config["num_key_value_heads"]
+    words = {"lm_head": "output", "embed_tokens": "tok_embeddings", "self_attn.o_proj": "attention.wo"}
+    words |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+    words |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    found = {}
+    for name in tensors:
+        before, _, after = name.partition("q_proj")
+        if after:
+            parts = [tensors[f"{before}{part}_proj.weight"] for part in "qkv"]
+            rows = [part.reshape(heads, -1, part.shape[1]) for part in parts]
+            found[before.replace("self_attn", "attention") + "wqkv.weight"] = np.concatenate(rows, axis=1).reshape(
+                -1, parts[0].shape[1]
+            )
+        elif not ("k_proj" in name or "v_proj" in name):
+            found[next((name.replace(a, b) for a, b in words.items() if a in name), name)] = tensors[name]
+    directory.mkdir()
+    changes = {"architectures": ["InternLM2ForCausalLM"], "bias": False}
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    save_file(found, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def test_weights_that_take_turns_in_a_tensor_are_found(tmp_path: Path) -> None:
+    """8 query and 4 key/value heads of 8 rows: 16 rows of q, 8 of k, 8 of v, four times; in blocks of 24 rows."""
+    checkpoint = as_internlm2(tmp_path / "checkpoint")
+    (tmp_path / "rules.yaml").write_text(
+        "quantization: {dense: {rules: [{module_path: '.*wqkv', weight_dtype: int8, weight_block_size: [24, 8]},"
+        " {module_path: '.*', weight_dtype: int8}]}}"
+    )
+    plain, int8 = load(str(GOLDENS / "llama")), load(str(GOLDENS / "llama"), "int8.yaml")
+    blocks = load(str(checkpoint), str(tmp_path / "rules.yaml"))
+    artifact = to_artifact(checkpoint, "int8.yaml", tmp_path / "artifact", 2)
+    pairs = [
+        (plain, load(str(checkpoint))),
+        (plain, load(str(checkpoint), tp=2)),
+        (int8, load(artifact)),
+        (int8, load(artifact, tp=4)),
+        (blocks, load(str(checkpoint), str(tmp_path / "rules.yaml"), tp=4)),
+    ]
+    for expected, found in pairs:
+        assert found.keys() == expected.keys()
+        for path, array in found.items():
+            assert array.tobytes() == expected[path].tobytes(), path
+    tensor = load_file(checkpoint / "model.safetensors")["model.layers.1.attention.wqkv.weight"]
+    whole = quantize_weight(tensor, Scheme("int8", weight_block_size=(24, 8)))
+    rows = np.arange(128).reshape(4, 32)[:, 16:24].reshape(-1)
+    path = ("segments", 0, "layers", "self_attn", "k_proj")
+    np.testing.assert_array_equal(blocks[*path, "weight"][1], whole.codes[rows])
+    np.testing.assert_array_equal(blocks[*path, "weight_scale"][1], whole.scales[rows // 24])
+
+
 def test_a_tensor_that_several_weights_share_has_the_rows_of_all(tmp_path: Path) -> None:
     shutil.copytree(GOLDENS / "phi3", tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from podquant.errors import CheckpointError
+from podquant.errors import CheckpointError, ConfigError
 from podquant.runtime.options import EngineOptions
 from podquant.runtime.start import load_tokenizer, open_model, start_engine
 from tests.runtime.conftest import byte_level
@@ -44,6 +45,16 @@ def test_a_vocabulary_larger_than_the_model_is_refused_before_anything_is_loaded
     content["model"]["vocab"] |= {f"<{number}>": 400 + number for number in range(200)}
     (checkpoint / "tokenizer.json").write_text(json.dumps(content))
     refuse(checkpoint, rf"{checkpoint}: the tokenizer's vocabulary has ids up to 599.*`vocab_size` is 512")
+
+
+def test_a_context_that_would_change_the_rotation_is_refused(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    options = EngineOptions(model_path=str(checkpoint), device="cpu", context_length=513)
+    with pytest.raises(ConfigError, match=r"context_length 513: .* rope type 'dynamic' .* up to the 512 positions"):
+        open_model(options)
+    open_model(replace(options, context_length=512)).source.close()
 
 
 def test_every_form_of_vocabulary_is_found_beside_the_weights(checkpoint: Path) -> None:
