@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,7 +37,7 @@ def main(names: Sequence[str]) -> int:
     num_far = 0
     with TemporaryDirectory() as directory:
         for name in names:
-            layouts = MOE_LAYOUTS if name in MOE_NAMES else LAYOUTS
+            layouts = dict.fromkeys((*LAYOUTS, *chain(*MOE_LAYOUTS))) if name in MOE_NAMES else LAYOUTS
             for mode in MODES:
                 texts = []
                 for layout in layouts:
