@@ -8,6 +8,7 @@ from flax import nnx
 
 from podquant.config.scheme import Scheme
 from podquant.model.axes import RULES, TP
+from podquant.model.collectives import sum_over_shards
 from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
 from podquant.model.parameter import declare
 
@@ -72,7 +73,7 @@ class Linear(nnx.Module):
         y = self.product(x if isinstance(x, Operand) else self.prepare(x))
         y = y.astype(self.dtype)
         if self.row_parallel and not self.sums_exactly:
-            y = jax.lax.psum(y, TP)
+            y = sum_over_shards(y)
         if hasattr(self, "bias"):
             y = y + self.bias[...].reshape(1, -1)
         return y

@@ -19,6 +19,7 @@ from flax import nnx
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.model.axes import TP
+from podquant.model.collectives import sum_over_shards
 from podquant.model.config import ModelConfig, MoEConfig
 from podquant.model.linear import Linear
 from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
@@ -285,8 +286,7 @@ class MoE(nnx.Module):
                 gate = self.shared_expert_gate
                 shared = shared * jax.nn.sigmoid(gate.product(gate.prepare(x)))
             y = y + shared
-        total: jax.Array = jax.lax.psum(y.astype(x.dtype), TP)
-        return total
+        return sum_over_shards(y.astype(x.dtype))
 
 
 def modules_of(moe: MoEConfig) -> list[str]:
