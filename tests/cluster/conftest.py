@@ -167,6 +167,11 @@ def wait_for(path: Path, seconds: float = 150.0) -> str:
     return path.read_text()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These tests come last: the cluster that they share takes a quarter of a core even when it has nothing to do."""
+    items.sort(key=lambda item: item.path.is_relative_to(Path(__file__).parent))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayCluster]:
     """Four hosts of a v5e-16 slice. A test that kills a host puts another in its place with `add_node()`."""
