@@ -88,7 +88,7 @@ def check_source(options: ServeOptions, source: str, revision: str | None) -> No
     """
     from podquant.runtime.start import load_tokenizer, open_model
 
-    engine_options = replace(options.engine_options, model_path=source, revision=revision)
+    engine_options = replace(options.engine_options, model_path=source, revision=revision, download_dir=None)
     with open_model(engine_options, by_ranges=True) as opened:
         load_tokenizer(opened)
 
