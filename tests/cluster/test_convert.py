@@ -176,7 +176,7 @@ def test_a_submitted_job_makes_the_same_bytes_and_moves_each_once(
     assert "error: gs://b/out: already exists. Choose another place" in again.stdout
 
 
-@pytest.mark.parametrize("tp_size", [2, 8])
+@pytest.mark.parametrize("tp_size", [2, 4, 8])
 def test_slices_put_together_are_the_same_bytes(
     hosts: RayCluster, emulator: GcsEmulator, expected: dict[str, bytes], tmp_path: Path, tp_size: int
 ) -> None:
