@@ -9,7 +9,7 @@ from podquant.model.axes import TP
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:
-    """The sum of every shard's `x`, on all shards, by one all-reduce.
+    """The sum of every shard's `x`, on all shards, by one collective.
 
     An all-reduce adds in an order that depends on how devices are shared out among processes. In float32, where parity
     is the point, one all-gather and a sum in the shards' order give the same bits on any hosts: where activations are

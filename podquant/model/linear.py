@@ -17,7 +17,7 @@ class Linear(nnx.Module):
     """`y = x W^T + b` with W [out, in], cut along `axes`.
 
     Cut along its output axis it is column-parallel: every shard computes its own outputs. Cut along its input axis it
-    is row-parallel: the shards' partial products are added by one all-reduce.
+    is row-parallel: the shards' partial products are added, see `sum_over_shards`.
 
     Args:
         shape: (out, in) on the devices, over all shards.
@@ -95,7 +95,7 @@ def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * (weight + offset)`, the mean in float32 (arXiv:1910.07467).
 
-    Over an axis that is cut among the shards, the mean is that of all of it: one small all-reduce.
+    Over an axis that is cut among the shards, the mean is that of all of it: one small collective.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
         if self.is_cut:  # heads that several shards have a copy of count alike, so that the mean is the same
-            mean = jax.lax.pmean(mean, TP)
+            mean = sum_over_shards(mean) / jax.lax.axis_size(TP)
         wide = wide * jax.lax.rsqrt(mean + self.eps)
         weight = self.weight[...]
         weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)

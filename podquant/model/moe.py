@@ -1,4 +1,4 @@
-"""A mixture of experts on one shard of a mesh: routed experts, dropless, beside shared ones; one all-reduce in all.
+"""A mixture of experts on one shard of a mesh: routed experts, dropless, beside shared ones; one sum over shards.
 
 Tokens are sorted by expert, and a loop takes a tile of rows of one expert at a time: as many as there are rows for,
 so an expert without tokens is never read. The expert is taken from the stack of all layers where its product reads it.
