@@ -7,7 +7,6 @@ group's bundles has nothing to do with it. Hosts without labels are numbered by 
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
-
-# Before ray is imported: where podquant was started by `uv run`, Ray would start every worker by it as well, in a copy
-# of the working directory and an environment that each host has to make first. Hosts have podquant already.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError

@@ -6,7 +6,6 @@ after which the task is also given to another worker. Knows nothing of what task
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
@@ -14,10 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
-
-# Before ray is imported: where podquant was started by `uv run`, Ray would start every worker by it as well, in a copy
-# of the working directory and an environment that each host has to make first. Hosts have podquant already.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
 from ray.exceptions import RayError, RayTaskError
