@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from podquant.artifact.manifest import Piece
 from podquant.artifact.naming import folder_of, module_of
-from podquant.config.modules import kind_of
+from podquant.families.modules import kind_of
 
 ROW_PARALLEL = frozenset(
     {"o_proj", "out_proj", "wo", "dense", "down_proj", "w2", "c_proj", "dense_4h_to_h", "fc2", "fc_out"}

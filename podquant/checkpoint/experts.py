@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from podquant.checkpoint.header import TensorInfo
-from podquant.config.experts import ExpertNames, count_key, expert_names
 from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.families.experts import ExpertNames, count_key, expert_names
 
 _FUSED_BLOCK = "mlp"
 """What the experts of a layer are below where they are fused, whatever the family calls it otherwise."""

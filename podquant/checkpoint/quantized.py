@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from podquant.checkpoint.header import TensorInfo
+from podquant.checkpoint.quantization import Quantization, Stored
 from podquant.checkpoint.reader import read_rows, read_whole
-from podquant.config.quantized import Quantization, Stored
 from podquant.dtypes import BY_DISK_NAME, BY_NAME
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.storage.store import Store

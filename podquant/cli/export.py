@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write a checkpoint that podquant serves too, as one that is quantized already."""
+    from podquant.artifact.export import export_artifact
     from podquant.artifact.reader import read_manifest
-    from podquant.convert.export import export_artifact
     from podquant.convert.report import size_text
     from podquant.storage.store import open_store
 

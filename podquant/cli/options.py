@@ -20,8 +20,8 @@ from podquant.config.job import Kind
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from podquant.engine.options import EngineOptions
     from podquant.group.service import Members
-    from podquant.runtime.options import EngineOptions
     from podquant.server.serving import HttpOptions
 
 
@@ -199,7 +199,7 @@ class ServeOptions:
     @property
     def engine_options(self) -> EngineOptions:
         """The engine's part of it."""
-        from podquant.runtime.options import EngineOptions
+        from podquant.engine.options import EngineOptions
 
         chunk = min(self.chunked_prefill_size, 1 << (self.max_prefill_tokens.bit_length() - 1))
         return EngineOptions(

@@ -86,7 +86,7 @@ def check_source(options: ServeOptions, source: str, revision: str | None) -> No
     Raises:
         PodquantError: the checkpoint has no such model or tokenizer, or it cannot be cut into so many shards.
     """
-    from podquant.runtime.start import load_tokenizer, open_model
+    from podquant.engine.start import load_tokenizer, open_model
 
     engine_options = replace(options.engine_options, model_path=source, revision=revision, download_dir=None)
     with open_model(engine_options, by_ranges=True) as opened:

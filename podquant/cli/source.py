@@ -94,7 +94,7 @@ def _locate(model: str, revision: str | None, download_dir: str | None) -> tuple
         if model.startswith("hf://"):
             return model, ""
         return model, os.path.basename(os.path.abspath(os.path.expanduser(model.rstrip("/"))))
-    from podquant.storage.hub import download_model, is_offline
+    from podquant.storage.hub.ids import download_model, is_offline
 
     if download_dir is None and not is_offline():
         return f"hf://{model}" + (f"@{revision}" if revision else ""), ""

@@ -1,1 +1,1 @@
-"""YAML in, frozen values out."""
+"""YAML in, frozen values out. Opens no checkpoint and knows no model."""

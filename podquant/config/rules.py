@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from podquant.config.modules import Kind, Spelling, kind_of, router_neighbours, spell, unspell
 from podquant.config.scheme import Scheme
 from podquant.config.shipped import find_config
 from podquant.config.yamlfile import Node, load_yaml
 from podquant.dtypes import QUANTIZED_DTYPES
 from podquant.errors import ConfigError
+from podquant.families.modules import Kind, Spelling, kind_of, router_neighbours, spell, unspell
 
 _QUANTIZATION_KEYS = (
     "dense",

@@ -1,1 +1,4 @@
-"""From a checkpoint to an artifact. Never imports the model, the runtime or the server."""
+"""From a checkpoint to an artifact: plan, units of work, receipts, commit.
+
+Never imports `model`, `weights`, the engine or the server; the hosts to work on are handed in.
+"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from podquant.convert.units import TensorPlan, Unit
-from podquant.storage.chunks import uploads_nbytes
+from podquant.storage.gcs.chunks import uploads_nbytes
 
 CLIENT_BYTES = 48 << 20
 """What connections to a bucket hold, 16 at a time, in the sockets' and the client's buffers."""

@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from podquant.artifact.compressed_tensors import quantization_config
 from podquant.artifact.manifest import ModuleRule, Source, SourceFile
 from podquant.artifact.naming import scales_of, weights_file
 from podquant.artifact.slices import cut_of, cut_of_scales
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
-from podquant.config.architectures import unsupported_architecture
 from podquant.config.rules import QuantizationConfig, UnmatchedRule
-from podquant.convert.compressed_tensors import quantization_config
 from podquant.convert.memory import worker_nbytes
 from podquant.convert.source import Contents, read_contents
 from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import ConfigError, UnsupportedModelError
+from podquant.families.architectures import unsupported_architecture
 from podquant.quantize.qarray import scales_shape
 
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, _UNITS_AT_LEAST = 64 << 20, 1 << 30, 32

@@ -17,7 +17,6 @@ from podquant.artifact.naming import MANIFEST
 from podquant.checkpoint.index import Checkpoint
 from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
 from podquant.cluster.local import LocalHosts
-from podquant.config.architectures import refuse_unsupported
 from podquant.convert.commit import commit
 from podquant.convert.integrity import corrupted_files
 from podquant.convert.memory import files_at_a_time
@@ -27,6 +26,7 @@ from podquant.convert.resume import check_staged, resume
 from podquant.convert.task import Setting, check_tied, do_unit, receipt_name
 from podquant.convert.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
+from podquant.families.architectures import refuse_unsupported
 from podquant.quantize.quality import Quality
 from podquant.storage.publication import Publication, open_publication
 from podquant.storage.records import Records, open_records

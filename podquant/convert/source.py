@@ -13,10 +13,10 @@ from typing import Any
 from podquant.artifact.naming import module_of
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
+from podquant.checkpoint.quantization import quant_method
 from podquant.checkpoint.quantized import refuse_undeclared
-from podquant.config.modules import kind_of
-from podquant.config.quantized import quant_method
 from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.families.modules import kind_of
 
 _LAYER = re.compile(r"^((?:[a-z_]+\.)*(?:layers|h))\.(\d+)\.(.+)$")
 

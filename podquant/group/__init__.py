@@ -1,1 +1,1 @@
-"""Several processes that serve one model: how they find each other, step together, are watched, and start anew."""
+"""Several processes that serve one model: how they meet, step together, are watched and restart. No HTTP."""

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import podquant
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.source import WeightSource
+from podquant.engine.options import EngineOptions
+from podquant.weights.source import WeightSource
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes")
 

@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from podquant import errors
+from podquant.engine.options import EngineOptions
+from podquant.engine.start import OnLoad
 from podquant.errors import ClusterError, PodquantError
 from podquant.group.children import Word
 from podquant.group.hosts import Host
 from podquant.group.launch import Deadlines, Launch, Place, new_nonce
 from podquant.group.remote_engine import RemoteEngine
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.start import OnLoad
 
 _log = logging.getLogger(__name__)
 

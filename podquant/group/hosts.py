@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from podquant.engine.options import EngineOptions
 from podquant.group.children import Children, Tell, Word
 from podquant.group.launch import OWN_OPTIONS, Deadlines, Launch, Place
 from podquant.group.wire import Connection, Listener, WireError
-from podquant.runtime.options import EngineOptions
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from podquant.engine.options import EngineOptions
 from podquant.errors import ConfigError
-from podquant.runtime.options import EngineOptions
 
 OWN_OPTIONS = ("model_path", "download_dir", "quantization_config_path")
 """Options that are each host's own business: fingerprints tell whether what is behind them is the same."""

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from podquant.engine.executor import Executor
+from podquant.engine.programs import Bucket
 from podquant.errors import ClusterError, ConfigError
 from podquant.group.fingerprint import differences
 from podquant.group.launch import Deadlines
 from podquant.group.wire import Array, Connection, Listener, Message, WireError, connect, encode
-from podquant.runtime.executor import Executor
-from podquant.runtime.programs import Bucket
 
 _log = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ from typing import Any, NoReturn
 
 import jax
 
+from podquant.engine.engine import Engine
+from podquant.engine.request import Output
+from podquant.engine.start import build_engine, load_tokenizer, open_model, start_executor
 from podquant.errors import PodquantError, RequestError
 from podquant.group.fingerprint import fingerprints
 from podquant.group.launch import Deadlines, Launch, decode_launch, step_key
 from podquant.group.lockstep import Announcer, follow, gather, join
 from podquant.group.messages import decode_request, encode_output
 from podquant.group.wire import Connection, Listener, WireError
-from podquant.runtime.engine import Engine
-from podquant.runtime.request import Output
-from podquant.runtime.start import build_engine, load_tokenizer, open_model, start_executor
 
 _PR_SET_PDEATHSIG = 1
 _LEAVE_SECONDS = 5.0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from podquant.runtime.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
+from podquant.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 
 
 def encode_request(request: Request) -> dict[str, Any]:

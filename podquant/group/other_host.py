@@ -11,12 +11,12 @@ import threading
 import time
 from dataclasses import asdict, replace
 
+from podquant.engine.options import EngineOptions
 from podquant.errors import ClusterError, ConfigError
 from podquant.group.children import Children, Word
 from podquant.group.hosts import Roll
 from podquant.group.launch import OWN_OPTIONS, Deadlines, decode_launch
 from podquant.group.wire import Connection, WireError, connect
-from podquant.runtime.options import EngineOptions
 
 _log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from podquant import errors
+from podquant.engine.backend import EngineStats, OnOutput
+from podquant.engine.request import FinishReason, Output, Request
 from podquant.errors import EngineStoppedError, RequestError
 from podquant.group.messages import decode_output, encode_request
-from podquant.runtime.backend import EngineStats, OnOutput
-from podquant.runtime.request import FinishReason, Output, Request
-from podquant.runtime.tokenizer import Tokenizer
+from podquant.tokenizer.tokenizer import Tokenizer
 
 Command = Callable[[Mapping[str, Any]], None]
 

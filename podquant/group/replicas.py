@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import astuple
 
+from podquant.engine.backend import EngineStats, OnOutput
+from podquant.engine.request import Output, Request
 from podquant.errors import EngineStoppedError
 from podquant.group.remote_engine import RemoteEngine
-from podquant.runtime.backend import EngineStats, OnOutput
-from podquant.runtime.request import Output, Request
 
 
 class Replicas:

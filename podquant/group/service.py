@@ -10,6 +10,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from podquant.engine.backend import Backend
+from podquant.engine.options import EngineOptions
+from podquant.engine.start import OnLoad, load_tokenizer, open_model
 from podquant.group.children import Children, Word
 from podquant.group.group import Group
 from podquant.group.hosts import Host, LocalHost, Reception, RemoteHost, Roll
@@ -17,9 +20,6 @@ from podquant.group.launch import Deadlines, Place, place_of
 from podquant.group.remote_engine import RemoteEngine
 from podquant.group.replicas import Replicas
 from podquant.group.wire import Listener
-from podquant.runtime.backend import Backend
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.start import OnLoad, load_tokenizer, open_model
 
 
 @dataclass(frozen=True)

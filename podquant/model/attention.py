@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from podquant.config.scheme import Scheme
-from podquant.model.config import ModelConfig
+from podquant.families.config import ModelConfig
 from podquant.model.linear import Linear, RMSNorm, project
 from podquant.model.matmul import Numerics
 from podquant.model.rope import rotate

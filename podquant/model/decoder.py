@@ -20,8 +20,8 @@ from flax import nnx
 
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError, UnsupportedModelError
+from podquant.families.config import ModelConfig
 from podquant.model.attention import Attention, KVCache, Positions, soft_cap
-from podquant.model.config import ModelConfig
 from podquant.model.embedding import Embedding
 from podquant.model.linear import Linear, RMSNorm
 from podquant.model.matmul import Numerics

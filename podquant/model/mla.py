@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from podquant.config.scheme import Scheme
+from podquant.families.config import ModelConfig
+from podquant.families.latent import LatentConfig
 from podquant.model.attention import KVCache, Positions, attend, write
-from podquant.model.config import ModelConfig
-from podquant.model.latent import LatentConfig
 from podquant.model.linear import Linear, RMSNorm, project
 from podquant.model.matmul import Numerics
 from podquant.model.parameter import declare

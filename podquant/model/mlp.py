@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from podquant.config.scheme import Scheme
+from podquant.families.config import ModelConfig
 from podquant.model.axes import TP
-from podquant.model.config import ModelConfig
 from podquant.model.linear import Linear, project
 from podquant.model.matmul import Numerics
 

@@ -18,9 +18,9 @@ from flax import nnx
 
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
+from podquant.families.config import ModelConfig, MoEConfig
 from podquant.model.axes import TP
 from podquant.model.collectives import sum_over_shards
-from podquant.model.config import ModelConfig, MoEConfig
 from podquant.model.linear import Linear
 from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
 from podquant.model.mlp import ACTIVATIONS, MLP

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from podquant.model.config import MoEConfig
+from podquant.families.config import MoEConfig
 
 _TINY = 1e-20
 """Keeps a token whose scores are all zero from dividing by it."""

@@ -1,1 +1,1 @@
-"""Array math of quantization: no files, names or mesh."""
+"""Array math of quantization: codes, scales and the equations that hold. No files, names or mesh."""

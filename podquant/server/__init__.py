@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP over the engine."""
+"""HTTP over an engine or over groups; the only home of FastAPI and pydantic."""

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from podquant.runtime.backend import Backend
+from podquant.engine.backend import Backend
 from podquant.server import chat, completions, errors, info
 from podquant.server.guard import Guard
 from podquant.server.service import Service

@@ -11,14 +11,14 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from podquant.runtime.request import Output, Request, TokenLogprobs
-from podquant.runtime.tokenizer import Tokenizer
+from podquant.engine.request import Output, Request, TokenLogprobs
 from podquant.server.gather import gather, usage
 from podquant.server.generation import ClientGoneError
 from podquant.server.schemas import ChatBody, Message
 from podquant.server.service import off_loop, require_tokenizer, require_unicode, service_of
 from podquant.server.stream import EventStream, Template, event
 from podquant.server.token_text import TokenText
+from podquant.tokenizer.tokenizer import Tokenizer
 
 router = APIRouter()
 

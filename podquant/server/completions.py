@@ -12,8 +12,8 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from podquant.runtime.backend import Backend
-from podquant.runtime.request import Output, Request, TokenLogprobs
+from podquant.engine.backend import Backend
+from podquant.engine.request import Output, Request, TokenLogprobs
 from podquant.server.gather import gather, usage
 from podquant.server.generation import ClientGoneError
 from podquant.server.schemas import CompletionBody

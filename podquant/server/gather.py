@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from podquant.runtime.request import Output
+from podquant.engine.request import Output
 from podquant.server.generation import Generation
 
 

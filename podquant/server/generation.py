@@ -16,9 +16,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from podquant.engine.backend import Backend
+from podquant.engine.request import FinishReason, Output, Request
 from podquant.errors import EngineStoppedError, RequestError
-from podquant.runtime.backend import Backend
-from podquant.runtime.request import FinishReason, Output, Request
 from podquant.server.metrics import Metrics
 
 Receive = Callable[[], Awaitable[Any]]

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from podquant.engine.request import SamplingParams
 from podquant.errors import RequestError
-from podquant.runtime.request import SamplingParams
 
 MAX_CHOICES = 128
 """Prompts times `n` in one HTTP request."""

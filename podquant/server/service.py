@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import Request as HttpRequest
 
+from podquant.engine.backend import Backend, EngineStats
+from podquant.engine.request import Request
 from podquant.errors import EngineStoppedError, RequestError
-from podquant.runtime.backend import Backend, EngineStats
-from podquant.runtime.request import Request
-from podquant.runtime.tokenizer import Tokenizer
 from podquant.server.errors import ApiError
 from podquant.server.generation import Generation, Mailbox
 from podquant.server.metrics import Metrics
 from podquant.server.token_text import TokenText
+from podquant.tokenizer.tokenizer import Tokenizer
 
 _NUM_SUBMITTERS = 32
 _LONG_TEXT = 4096

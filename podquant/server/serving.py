@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from podquant.engine.backend import Backend
+from podquant.engine.options import EngineOptions
+from podquant.engine.start import OnLoad, start_engine
 from podquant.group.hosts import Roll
 from podquant.group.other_host import serve_host
 from podquant.group.service import GroupService, Members
-from podquant.runtime.backend import Backend
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.start import OnLoad, start_engine
 from podquant.server.app import attach_engine, create_app
 from podquant.server.listener import Listener
 

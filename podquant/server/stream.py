@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from podquant.engine.request import Output
 from podquant.errors import RequestError
-from podquant.runtime.request import Output
 from podquant.server.errors import error_body
 from podquant.server.generation import ClientGoneError, Generation
 

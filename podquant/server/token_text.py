@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from podquant.runtime.tokenizer import Tokenizer
+from podquant.tokenizer.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
-from podquant.storage.chunks import chunk_bytes
-from podquant.storage.local_publication import LocalPublication
-from podquant.storage.store import SCHEME_GCS, Store, Writer
+from podquant.storage.gcs.chunks import chunk_bytes
+from podquant.storage.local.publication import LocalPublication
+from podquant.storage.places import SCHEME_GCS
+from podquant.storage.store import Store, Writer
 
 
 class Staging(Protocol):
@@ -80,7 +81,7 @@ def open_publication(uri: str, *, keep: bool = False, files_at_a_time: int = 1) 
         files_at_a_time: how many a process writes at once, in chunks that together stay within its memory.
     """
     if uri.startswith(SCHEME_GCS):
-        from podquant.storage.gcs_publication import GcsPublication  # noqa: PLC0415  gcsfs takes a second to import
+        from podquant.storage.gcs.publication import GcsPublication  # noqa: PLC0415  gcsfs takes a second to import
 
         return GcsPublication(uri, keep=keep, chunk_bytes=chunk_bytes(files_at_a_time))
     return LocalPublication(uri, keep=keep)

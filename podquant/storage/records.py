@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from podquant.storage.failures import storage_error
-from podquant.storage.local import local_path
+from podquant.storage.local.store import local_path
 from podquant.storage.names import checked_name
-from podquant.storage.store import SCHEME_GCS
+from podquant.storage.places import SCHEME_GCS
 
 _UNFINISHED = ".unfinished-"
 
@@ -47,7 +47,7 @@ class Records(Protocol):
 def open_records(uri: str) -> Records:
     """The documents at `uri`: a local directory (a path or `file://`), or `gs://bucket/path`."""
     if uri.startswith(SCHEME_GCS):
-        from podquant.storage.gcs_records import GcsRecords  # noqa: PLC0415  gcsfs takes a second to import
+        from podquant.storage.gcs.records import GcsRecords  # noqa: PLC0415  gcsfs takes a second to import
 
         return GcsRecords(uri.rstrip("/"))
     return LocalRecords(os.path.realpath(local_path(uri)))

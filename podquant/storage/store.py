@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Buffer
 from typing import Protocol
 
-from podquant.storage.local import LocalStore
-
-SCHEME_GCS = "gs://"
-SCHEME_HUB = "hf://"
+from podquant.storage.local.store import LocalStore
+from podquant.storage.places import SCHEME_GCS, SCHEME_HUB
 
 
 class Store(Protocol):
@@ -79,11 +77,11 @@ class Writer(Protocol):
 def open_store(uri: str) -> Store:
     """The files at `uri`: a local directory (a path or `file://`), `gs://bucket/path`, or `hf://org/name@revision`."""
     if uri.startswith(SCHEME_GCS):
-        from podquant.storage.gcs import GcsStore  # noqa: PLC0415  gcsfs takes a second to import
+        from podquant.storage.gcs.store import GcsStore  # noqa: PLC0415  gcsfs takes a second to import
 
         return GcsStore(uri)
     if uri.startswith(SCHEME_HUB):
-        from podquant.storage.hub_store import HubStore  # noqa: PLC0415  huggingface_hub and aiohttp take as long
+        from podquant.storage.hub.store import HubStore  # noqa: PLC0415  huggingface_hub and aiohttp take as long
 
         return HubStore(uri)
     return LocalStore(uri)

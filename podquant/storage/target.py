@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 from podquant.storage.failures import storage_error
-from podquant.storage.local import local_path
-from podquant.storage.store import SCHEME_GCS
+from podquant.storage.local.store import local_path
+from podquant.storage.places import SCHEME_GCS
 
 
 def bytes_free(uri: str) -> int | None:
@@ -35,7 +35,7 @@ def replace_directory(new_uri: str, old_uri: str) -> None:
     In a bucket copies, inside the store: killed meanwhile, the new one is whole under its own name.
     """
     if old_uri.startswith(SCHEME_GCS):
-        from podquant.storage.gcs_target import replace_objects  # noqa: PLC0415  gcsfs takes a second to import
+        from podquant.storage.gcs.target import replace_objects  # noqa: PLC0415  gcsfs takes a second to import
 
         return replace_objects(new_uri, old_uri)
     new, old = (Path(os.path.realpath(local_path(uri))) for uri in (new_uri, old_uri))

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from podquant.engine.programs import NUM_INTS, Bucket
 from podquant.group.launch import Deadlines
 from podquant.group.lockstep import Announcer
 from podquant.group.wire import Connection, Listener, connect
-from podquant.runtime.programs import NUM_INTS, Bucket
 
 KEY = b"a secret of the benchmark"
 

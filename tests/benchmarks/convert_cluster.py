@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.convert import make_checkpoint, run
 from tests.cluster.conftest import RayCluster
 
-EMULATOR = Path(__file__).parents[1] / "storage" / "gcs_emulator.py"
+EMULATOR = Path(__file__).parents[1] / "storage" / "gcs" / "emulator.py"
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
 
 

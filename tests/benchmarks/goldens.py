@@ -1,4 +1,4 @@
-"""Every golden in every mode on every layout, of which tests/runtime/test_goldens.py has a choice: by hand.
+"""Every golden in every mode on every layout, of which tests/engine/test_goldens.py has a choice: by hand.
 
     python -m tests.benchmarks.goldens [CHECKPOINT ...]
 
@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import jax
 
-from tests.runtime.test_goldens import (
+from tests.engine.test_goldens import (
     LAYOUTS,
     MODES,
     MOE_LAYOUTS,

@@ -22,14 +22,15 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from podquant.config.rules import load_quantization_config
+from podquant.engine.programs import step_positions
+from podquant.families.registry import read_model_config
 from podquant.model.attention import KVCache
-from podquant.model.families import read_model_config
+from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
-from podquant.runtime.load import load_weights
-from podquant.runtime.mesh import make_mesh
-from podquant.runtime.programs import CacheShape, Model, step_positions
-from podquant.runtime.source import open_source
-from podquant.runtime.tokenizer import Tokenizer
+from podquant.model.mesh import make_mesh
+from podquant.tokenizer.tokenizer import Tokenizer
+from podquant.weights.load import load_weights
+from podquant.weights.source import open_source
 
 SEED_FILES = ["int8.yaml", "int8_w8a8.yaml", "fp8.yaml", "fp8_w8a8.yaml"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.runtime.quantized_checkpoints import Tensors, read_file, write_file
+from tests.weights.quantized_checkpoints import Tensors, read_file, write_file
 
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)\.weight")
 _USUAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}

@@ -15,7 +15,7 @@ from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.reader import read_tensor
 from podquant.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoint.fused import fused_copy
-from tests.runtime.quantized_checkpoints import Tensors, read_file, write_file
+from tests.weights.quantized_checkpoints import Tensors, read_file, write_file
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")

@@ -18,7 +18,7 @@ from podquant.checkpoint.reader import read_tensor
 from podquant.checkpoint.writer import SafetensorsWriter
 from podquant.dtypes import BY_NAME
 from podquant.errors import CheckpointError
-from podquant.storage.local_publication import LocalWriter
+from podquant.storage.local.publication import LocalWriter
 
 FILE = "model.safetensors"
 RNG = np.random.default_rng(0)

@@ -23,7 +23,7 @@ from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
 from podquant.convert.run import convert
 from tests.cluster.conftest import RayCluster
-from tests.storage.gcs_emulator import GcsEmulator
+from tests.storage.gcs.emulator import GcsEmulator
 
 JOB = Path(__file__).parents[2] / "jobs" / "convert.py"
 NUM_UNITS = 5

@@ -15,7 +15,7 @@ from tests.cluster.conftest import RayCluster
 from tests.cluster.ray_cluster import descendants
 from tests.group.hosts import cmdline, is_alive, wait_until
 from tests.group.test_service import GOLDENS, PROMPTS, expected_tokens
-from tests.storage.gcs_emulator import GcsEmulator
+from tests.storage.gcs.emulator import GcsEmulator
 
 JOBS = Path(__file__).parents[2] / "jobs"
 HOST_0 = "127.0.0.11"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from podquant.convert.memory import CLIENT_BYTES
-from podquant.storage.chunks import uploads_nbytes
+from podquant.storage.gcs.chunks import uploads_nbytes
 
 WINDOW, THREADS = 1 << 20, 2
 MEASURE = """

@@ -17,7 +17,7 @@ from podquant.convert.memory import CLIENT_BYTES, windows_in_flight
 from podquant.convert.units import TensorPlan
 from podquant.dtypes import BY_NAME
 from podquant.errors import ConfigError, UnsupportedModelError
-from podquant.storage.chunks import uploads_nbytes
+from podquant.storage.gcs.chunks import uploads_nbytes
 
 BLOCKS = """
 quantization:

@@ -16,9 +16,9 @@ from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
 from podquant.convert.run import convert
 from podquant.errors import ArtifactExistsError, StorageError
-from podquant.storage import gcs_client
+from podquant.storage.gcs import client as gcs_client
 from podquant.storage.retry import Patience
-from tests.storage.gcs_emulator import GcsEmulator
+from tests.storage.gcs.emulator import GcsEmulator
 
 TARGET = "gs://b/out"
 

@@ -16,10 +16,10 @@ from podquant.cli.demo_model import write_smollm2_checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
 from podquant.convert.run import convert
-from podquant.runtime.engine import Engine
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.request import Output, Request, SamplingParams
-from podquant.runtime.start import start_engine
+from podquant.engine.engine import Engine
+from podquant.engine.options import EngineOptions
+from podquant.engine.request import Output, Request, SamplingParams
+from podquant.engine.start import start_engine
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())["cases"]
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from podquant.engine.programs import Bucket
 from podquant.errors import ClusterError, ConfigError
 from podquant.group.launch import Deadlines, new_nonce, step_key
 from podquant.group.lockstep import Announcer, follow, gather, join
 from podquant.group.wire import Connection, Listener, WireError
-from podquant.runtime.programs import Bucket
 
 SECRET = b"of the group"
 PRINTS = {"weights": "w" * 64, "config": "c" * 64, "code": "k" * 64}

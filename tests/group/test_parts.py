@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from podquant.engine.options import EngineOptions
+from podquant.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from podquant.errors import ConfigError, EngineStoppedError, RequestError, RequestTooLongError
 from podquant.group.launch import Deadlines, Launch, Place, decode_launch, new_nonce, place_of, step_key
 from podquant.group.messages import decode_output, decode_request, encode_output, encode_request
 from podquant.group.remote_engine import RemoteEngine
 from podquant.group.replicas import Replicas
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 
 LIMITS = {"vocab_size": 512, "context_length": 64, "max_logprobs": 5}
 STATS = {

@@ -24,9 +24,9 @@ from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
 from podquant.convert.run import convert
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.request import Request, SamplingParams
-from podquant.runtime.start import start_engine
+from podquant.engine.options import EngineOptions
+from podquant.engine.request import Request, SamplingParams
+from podquant.engine.start import start_engine
 from tests.group.hosts import Service, cmdline, is_alive, wait_until
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"

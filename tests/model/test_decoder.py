@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from podquant.errors import MeshError
-from podquant.model.config import ModelConfig
+from podquant.families.config import ModelConfig
+from podquant.families.registry import read_model_config
 from podquant.model.decoder import Layout, plan_layout
-from podquant.model.families import read_model_config
 
 LLAMA = json.loads((Path(__file__).parents[1] / "data" / "goldens" / "llama" / "config.json").read_text())
 

@@ -20,9 +20,9 @@ from podquant.dtypes import BY_NAME
 from podquant.model.axes import spec_of
 from podquant.model.linear import Linear, RMSNorm, project
 from podquant.model.matmul import Numerics
+from podquant.model.mesh import make_mesh
 from podquant.quantize.qarray import QArray
 from podquant.quantize.weights import quantize_weight
-from podquant.runtime.mesh import make_mesh
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

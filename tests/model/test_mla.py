@@ -15,17 +15,17 @@ from jax.sharding import PartitionSpec
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
 from podquant.errors import CheckpointError
+from podquant.families.config import FULL_ATTENTION, ConfigReader, ModelConfig, RopeConfig, read_rope
+from podquant.families.deepseek import read_latent
+from podquant.families.latent import LatentConfig
+from podquant.families.registry import read_model_config
 from podquant.model.attention import CHUNK_TOKENS, KVCache, Positions, cache_layout
 from podquant.model.axes import spec_of
-from podquant.model.config import FULL_ATTENTION, ConfigReader, ModelConfig, RopeConfig, read_rope
-from podquant.model.deepseek import read_latent
-from podquant.model.families import read_model_config
-from podquant.model.latent import LatentConfig
 from podquant.model.matmul import Numerics
+from podquant.model.mesh import make_mesh
 from podquant.model.mla import LatentAttention, projections_of
 from podquant.model.rope import rotation
 from podquant.quantize.weights import quantize_weight
-from podquant.runtime.mesh import make_mesh
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from podquant.model.config import NO_ROPE, ConfigReader, RopeConfig, read_rope
+from podquant.families.config import NO_ROPE, ConfigReader, RopeConfig, read_rope
 from podquant.model.rope import inverse_frequencies, logn_scale, rotate, rotation
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "rope.json").read_text())["cases"]

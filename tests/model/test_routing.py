@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from podquant.errors import CheckpointError, UnsupportedModelError
-from podquant.model.config import MoEConfig
-from podquant.model.families import read_model_config
+from podquant.families.config import MoEConfig
+from podquant.families.registry import read_model_config
 from podquant.model.routing import route
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"

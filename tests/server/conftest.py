@@ -15,9 +15,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from podquant.runtime.engine import Engine
-from podquant.runtime.options import EngineOptions
-from podquant.runtime.start import start_engine
+from podquant.engine.engine import Engine
+from podquant.engine.options import EngineOptions
+from podquant.engine.start import start_engine
 from podquant.server.app import create_app
 from podquant.server.listener import Listener
 

@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
-from podquant.runtime.engine import Engine
-from tests.runtime.vocabularies import trained_ranks, write_ranks
+from podquant.engine.engine import Engine
 from tests.server.conftest import GOLDEN, MODEL, make_engine, serving
+from tests.tokenizer.vocabularies import trained_ranks, write_ranks
 
 MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "import what?"}]
 GREEDY = {"model": MODEL, "messages": MESSAGES, "temperature": 0.0, "max_completion_tokens": 10}

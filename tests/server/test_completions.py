@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 
-from podquant.runtime.engine import Engine
+from podquant.engine.engine import Engine
 from tests.server.conftest import GOLDEN, MODEL, make_engine, serving
 
 PROMPT = "from typing import Any"

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from podquant.runtime.engine import Engine
+from podquant.engine.engine import Engine
 from tests.server.conftest import MODEL, make_engine, serving
 
 ASK = {"model": MODEL, "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}

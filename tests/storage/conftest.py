@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from podquant.storage.gcs_client import GcsClient
+from podquant.storage.gcs.client import GcsClient
 from podquant.storage.retry import Patience
-from tests.storage.gcs_emulator import GcsEmulator
+from tests.storage.gcs.emulator import GcsEmulator
 
 RunPython = Callable[[str, Path], str]
 

@@ -9,7 +9,7 @@ import pytest
 from podquant.errors import StorageError
 from podquant.storage.publication import Publication, open_publication
 from podquant.storage.store import open_store
-from tests.storage.gcs_emulator import GcsEmulator
+from tests.storage.gcs.emulator import GcsEmulator
 
 
 @pytest.fixture(params=["local", "gs"])

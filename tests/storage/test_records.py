@@ -11,7 +11,7 @@ import pytest
 
 from podquant.errors import StorageError
 from podquant.storage.records import Records, open_records
-from tests.storage.gcs_emulator import GcsEmulator
+from tests.storage.gcs.emulator import GcsEmulator
 
 
 @pytest.fixture(params=["local", "gs"])

@@ -9,7 +9,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from podquant.storage.local import LocalStore
+from podquant.storage.local.store import LocalStore
 from podquant.storage.runs import RecordingStore, Run, Whole, adds_up, gaps, joined
 
 DATA = np.random.default_rng(0).bytes(1000)

@@ -1,0 +1,260 @@
+"""What an already quantized checkpoint says of itself: `quantization_config` of config.json, read strictly.
+
+Two conventions are understood, as transformers and vLLM read them: compressed-tensors in 8 bits, and float8 in blocks
+as DeepSeek publishes it (`quant_method: fp8`). Whatever else is said there is refused by name. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from podquant.config.scheme import Scheme
+from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.families.modules import kind_of
+
+Layout = Literal["plain", "packed", "inverse"]
+Strategy = Literal["tensor", "channel", "block"]
+
+KEYS = ("quantization_config", "compression_config")
+"""Of config.json, newer name first."""
+
+_FORMATS: Mapping[str, tuple[Layout, tuple[str, ...]]] = {
+    "int-quantized": ("plain", ("int",)),
+    "float-quantized": ("plain", ("float",)),
+    "naive-quantized": ("plain", ("int", "float")),
+    "pack-quantized": ("packed", ("int",)),
+}
+"""Formats of compressed-tensors → how codes lie on disk, and of which types they may be."""
+
+_DTYPES = {"int": "int8", "float": "float8_e4m3fn"}
+_ADVICE = (
+    "podquant serves compressed-tensors in 8 bits (int-quantized, float-quantized, pack-quantized) and fp8 in blocks "
+    "as they are: convert or serve the original checkpoint instead"
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the weight of a module is stored.
+
+    Attributes:
+        scheme: what codes and scales mean, and what becomes of activations.
+        strategy: whether one scale is for the whole `tensor`, an output `channel` or a `block`.
+        layout: `plain`: codes in `X.weight`, scales in `X.weight_scale`. `packed`: codes in `X.weight_packed`, four
+            int8 to an int32. `inverse`: as `plain`, with scales in `X.weight_scale_inv` (they multiply all the same).
+    """
+
+    scheme: Scheme
+    strategy: Strategy
+    layout: Layout
+
+
+class Targets:
+    """Modules by their names, by `re:` patterns that match from a name's start, or by class (`Linear`, `Embedding`)."""
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self._names = frozenset(targets)
+        self._patterns = [re.compile(target[3:]) for target in targets if target.startswith("re:")]
+
+    def rank(self, module: str) -> int | None:
+        """How closely they mean a module: 0 by its name, 1 by a pattern, 2 by its class; None for not at all."""
+        if module in self._names:
+            return 0
+        if any(pattern.match(module) for pattern in self._patterns):
+            return 1
+        return 2 if ("Embedding" if kind_of(module) == "embedding" else "Linear") in self._names else None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What the section says.
+
+    Attributes:
+        method: its `quant_method`.
+        groups: modules that are stored alike, in its order.
+        ignore: modules that no group has, whatever it says.
+        left: names of modules that are left alone with everything below them.
+    """
+
+    method: str
+    groups: tuple[tuple[Targets, Stored], ...]
+    ignore: Targets
+    left: frozenset[str] = frozenset()
+
+    def stored(self, module: str) -> Stored | None:
+        """How a module is stored if it is quantized; None if the section leaves it out.
+
+        A group that names it comes before one with a pattern for it, and that before one that has its class.
+        """
+        parts = module.split(".")
+        if self.ignore.rank(module) is not None or any(
+            ".".join(parts[:count]) in self.left for count in range(1, len(parts) + 1)
+        ):
+            return None
+        ranked = [
+            (rank, number) for number, group in enumerate(self.groups) if (rank := group[0].rank(module)) is not None
+        ]
+        return self.groups[min(ranked)[1]][1] if ranked else None
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """The method by which config.json says that the checkpoint is quantized, in words; None if it says nothing."""
+    for key in KEYS:
+        if section := config.get(key):
+            method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else repr(section)
+            return f"{key} with quant_method {method}"
+    return None
+
+
+def read_quantization(config: Mapping[str, Any], where: str) -> Quantization | None:
+    """The section of config.json; None if there is none.
+
+    Args:
+        config: config.json.
+        where: the file, for messages.
+
+    Raises:
+        UnsupportedModelError: it says what podquant does not serve.
+        CheckpointError: it cannot be understood.
+    """
+    key = next((key for key in KEYS if config.get(key)), None)
+    if key is None:
+        return None
+    at, section = f"{where}: {key}", config[key]
+    if not isinstance(section, dict):
+        _malformed(at, "an object", section)
+    method = section.get("quant_method", "compressed-tensors" if "config_groups" in section else None)
+    if method == "compressed-tensors":
+        return _read_compressed_tensors(section, at)
+    if method == "fp8":
+        return _read_fp8(section, at)
+    named = "has no quant_method" if method is None else f"quant_method {method!r} is not supported"
+    raise UnsupportedModelError(f"{at}: the checkpoint is already quantized, and {named}. {_ADVICE}")
+
+
+def _read_fp8(section: Mapping[str, Any], at: str) -> Quantization:
+    """Blocks of e4m3. Their activations would be quantized 128 columns at a time; podquant leaves them as they are."""
+    for key, allowed in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("kv_cache_scheme", None)):
+        if section.get(key) not in (None, allowed):
+            _refuse(at, f"fp8 with {key}: {section[key]!r}")
+    block = section.get("weight_block_size")
+    if block is None:
+        _refuse(at, "fp8 without weight_block_size")
+    stored = Stored(Scheme("float8_e4m3fn", None, _block(block, f"{at}: weight_block_size")), "block", "inverse")
+    left = _names(section.get("modules_to_not_convert"), f"{at}: modules_to_not_convert")
+    return Quantization("fp8", ((Targets(["re:"]), stored),), Targets([]), frozenset(left))
+
+
+def _read_compressed_tensors(section: Mapping[str, Any], at: str) -> Quantization:
+    for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
+        if section.get(key):
+            _refuse(at, f"compressed-tensors with {key}")
+    sparsity = section.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
+        _refuse(at, "compressed-tensors with sparsity_config")
+    groups = section.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        _malformed(f"{at}: config_groups", "an object with groups", groups)
+    read = tuple(_read_group(group, section.get("format"), f"{at}: {name}") for name, group in groups.items())
+    return Quantization("compressed-tensors", read, Targets(_names(section.get("ignore"), f"{at}: ignore")))
+
+
+def _read_group(group: Any, default_format: Any, at: str) -> tuple[Targets, Stored]:
+    if not isinstance(group, dict):
+        _malformed(at, "an object with targets and weights", group)
+    targets = _names(group.get("targets"), f"{at}: targets")
+    form = group.get("format") or default_format
+    if form not in _FORMATS:
+        _refuse(at, f"compressed-tensors in the format {form!r}")
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        _refuse(at, "compressed-tensors without quantized weights")
+    layout, types = _FORMATS[form]
+    dtype = _dtype(weights, f"{at}: weights")
+    if weights.get("type", "int") not in types:
+        _malformed(f"{at}: weights: type", f"{' or '.join(types)}, as format {form} has", weights.get("type"))
+    if weights.get("dynamic", False) is not False:
+        _refuse(f"{at}: weights", f"dynamic: {weights['dynamic']!r}")
+    strategy, block = _strategy(weights, f"{at}: weights")
+    if layout == "packed" and strategy == "block":
+        _refuse(at, "pack-quantized in blocks")
+    if group.get("output_activations"):
+        _refuse(at, "compressed-tensors with output_activations")
+    activations = _activations(group.get("input_activations"), block, f"{at}: input_activations")
+    return Targets(targets), Stored(Scheme(dtype, activations, block), strategy, layout)
+
+
+def _strategy(weights: Mapping[str, Any], at: str) -> tuple[Strategy, tuple[int, int] | None]:
+    size = weights.get("group_size")
+    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
+    if strategy == "block":
+        return "block", _block(weights.get("block_structure"), f"{at}: block_structure")
+    if strategy == "tensor":
+        return "tensor", None
+    if strategy == "channel":
+        return "channel", None
+    _refuse(at, f"strategy {strategy!r}" + (f" with group_size {size}" if size else ""))
+
+
+def _activations(section: Any, block: tuple[int, int] | None, at: str) -> str | None:
+    """The type activations are quantized to per token.
+
+    Where weights come in blocks, activations that would be quantized in groups of a block's columns stay as they are:
+    finer than what was meant.
+    """
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        _malformed(at, "an object or null", section)
+    dtype = _dtype(section, at)
+    if section.get("dynamic", False) is not True:
+        _refuse(at, f"static activations (dynamic: {section.get('dynamic', False)!r})")
+    strategy = section.get("strategy")
+    if strategy == "group" and block is not None and section.get("group_size") == block[1]:
+        return None
+    if strategy != "token":
+        _refuse(at, f"strategy {strategy!r}")
+    return dtype
+
+
+def _dtype(section: Mapping[str, Any], at: str) -> str:
+    bits, kind = section.get("num_bits", 8), section.get("type", "int")
+    if bits != 8 or kind not in _DTYPES:
+        _refuse(at, f"{bits}-bit {kind}")
+    if section.get("symmetric", True) is not True:
+        _refuse(at, "asymmetric codes (symmetric: false)")
+    return _DTYPES[kind]
+
+
+def _block(value: Any, at: str) -> tuple[int, int]:
+    if isinstance(value, str) and re.fullmatch(r"\d+x\d+", value):
+        value = [int(size) for size in value.split("x")]
+    if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+        _malformed(at, "two positive integers", value)
+    return value[0], value[1]
+
+
+def _names(value: Any, at: str) -> tuple[str, ...]:
+    """Names and `re:` patterns; null for none."""
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        _malformed(at, "a list of names", value)
+    for name in value:
+        if name.startswith("re:"):
+            try:
+                re.compile(name[3:])
+            except re.error as error:
+                raise CheckpointError(f"{at}: {name!r} is no regular expression: {error}. Correct it") from None
+    return tuple(value)
+
+
+def _refuse(at: str, what: str) -> NoReturn:
+    raise UnsupportedModelError(f"{at}: the checkpoint is already quantized: {what} is not supported. {_ADVICE}")
+
+
+def _malformed(at: str, expected: str, found: Any) -> NoReturn:
+    raise CheckpointError(f"{at}: expected {expected}, got {found!r}. Copy config.json again")

@@ -1,0 +1,292 @@
+"""The engine: one thread that schedules, dispatches and delivers, with one step always ahead of the host.
+
+    loop: take what callers sent → schedule → dispatch → read the step before → deliver
+
+Callers talk to it through a queue and hear back through callbacks from the engine's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from podquant.engine.backend import EngineStats, OnOutput
+from podquant.engine.executor import Dispatched, Executor, StepResult
+from podquant.engine.output import OutputProcessor
+from podquant.engine.pages import PagePool
+from podquant.engine.request import FinishReason, Output, Request, TokenLogprobs
+from podquant.engine.scheduler import Prefill, Scheduler, Sequence
+from podquant.errors import EngineStoppedError, RequestError
+from podquant.tokenizer.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+_STEPS_AHEAD = 1
+"""Steps dispatched beyond the one whose tokens are being read."""
+
+
+@dataclass
+class _Client:
+    """The caller's side of a running request."""
+
+    sequence: Sequence
+    processor: OutputProcessor
+    on_output: OnOutput
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+
+
+class Engine:
+    """Serves one model, in this process; a `Backend`.
+
+    Args:
+        model_name: what callers call it.
+        executor: the devices' side, warmed up.
+        scheduler: over the same cache.
+        pool: its pages, for statistics.
+        tokenizer: None to serve token ids only.
+        vocab_size, context_length, max_logprobs, eos_token_ids: limits and end tokens of the model.
+        random_seed: requests without a seed draw theirs from it.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        executor: Executor,
+        scheduler: Scheduler,
+        pool: PagePool,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        context_length: int,
+        max_logprobs: int,
+        eos_token_ids: frozenset[int],
+        random_seed: int,
+    ) -> None:
+        self.model_name = model_name
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.max_logprobs = max_logprobs
+        self._failure: str | None = None
+        self._executor = executor
+        self._scheduler = scheduler
+        self._pool = pool
+        self._eos = eos_token_ids
+        self._seeds = random.Random(random_seed)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._clients: dict[str, _Client] = {}
+        self._in_flight: deque[Dispatched] = deque()
+        self._accepting = False
+        self._deadline = float("inf")
+        self._busy_since: float | None = None
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure
+
+    @property
+    def is_ready(self) -> bool:
+        return self._accepting and self._failure is None
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long it has been at the step it is at; 0 while there is nothing to do."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._accepting = True
+        self._thread.start()
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Take no more requests, let those in flight end for `drain_seconds`, abort the rest, and end the thread."""
+        self._accepting = False
+        self._deadline = time.monotonic() + drain_seconds
+        self._commands.put(lambda: None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def stats(self) -> EngineStats:
+        """Load and totals; may be called from any thread."""
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_pages_used=self._pool.num_usable - self._pool.num_free,
+            num_pages_total=self._pool.num_usable,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+
+    def submit(self, request: Request, on_output: OnOutput) -> None:
+        """Run a request; news of it comes to `on_output`, from the engine's thread, until a finish reason.
+
+        Raises:
+            RequestError: a token id or a parameter the model does not have.
+            RequestTooLongError, QueueFullError: it can never, or not now, be taken.
+            EngineStoppedError: the engine does not serve.
+        """
+        self._check(request)
+        if request.params.seed is None:
+            request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(31)))
+        answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+        def add() -> None:
+            try:
+                self._add(request, on_output)
+            except RequestError as error:
+                answer.put(error)
+            else:
+                answer.put(None)
+
+        self._commands.put(add)
+        while True:
+            try:
+                error = answer.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise self._stopped() from None
+        if error is not None:
+            raise error
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its pages are free at once and nothing more is heard of it. Unknown ids are ignored."""
+        self._commands.put(lambda: self._abort(request_id))
+
+    def _check(self, request: Request) -> None:
+        if not self.is_ready:
+            raise self._stopped()
+        wrong = next((token for token in request.prompt_ids if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"The prompt holds token id {wrong}; this model's ids are 0 to {self.vocab_size - 1}.", "prompt"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(request.params, name)
+            if asked is not None and not 0 <= asked <= self.max_logprobs:
+                raise RequestError(
+                    f"{asked} log-probabilities a position were asked for; this server gives up to {self.max_logprobs} "
+                    "(--max-logprobs).",
+                    "logprobs",
+                )
+
+    def _stopped(self) -> EngineStoppedError:
+        return EngineStoppedError(f"The engine does not serve: {self._failure or 'it is shutting down'}.")
+
+    def _add(self, request: Request, on_output: OnOutput) -> None:
+        if not self.is_ready:
+            raise self._stopped()
+        if request.id in self._clients:
+            raise RequestError(f"A request with id {request.id!r} is running already.", "id")
+        processor = OutputProcessor(request, self.tokenizer, self._eos)
+        self._clients[request.id] = _Client(self._scheduler.add(request), processor, on_output)
+        self._num_prompt_tokens += len(request.prompt_ids)
+
+    def _abort(self, request_id: str) -> None:
+        client = self._clients.pop(request_id, None)
+        if client is not None:
+            self._scheduler.finish(client.sequence)
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+            self._end_all(FinishReason.ABORT, "the server is shutting down")
+        except Exception as error:
+            _log.exception("the engine failed")
+            self._failure = f"{type(error).__name__}: {error}"
+            self._end_all(FinishReason.ERROR, self._failure)
+        finally:
+            self._take_commands()
+
+    def _step(self) -> bool:
+        """One round; False when the engine is to end."""
+        self._take_commands()
+        if not self._accepting and (not self._clients or time.monotonic() >= self._deadline):
+            return False
+        step = self._scheduler.schedule()
+        self._busy_since = time.monotonic() if step is not None or self._in_flight else None
+        if step is not None:
+            self._in_flight.append(self._executor.dispatch(step))
+        if self._in_flight and (step is None or len(self._in_flight) > _STEPS_AHEAD):
+            dispatched = self._in_flight.popleft()
+            self._deliver(dispatched, dispatched.read())
+        elif step is None and self._commands.empty():
+            self._commands.get()()  # nothing to do: sleep until a caller has something
+        return True
+
+    def _take_commands(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _deliver(self, dispatched: Dispatched, result: StepResult) -> None:
+        step = dispatched.step
+        if isinstance(step, Prefill):
+            self._deliver_prompt(step, result)
+        rows = {id(sequence): row for row, sequence in enumerate(_sequences(dispatched))}
+        for sequence, token in self._scheduler.complete(step, result.tokens):
+            client = self._clients[sequence.request.id]
+            self._num_generated_tokens += 1
+            output = client.processor.append(token, result.logprobs[rows[id(sequence)]])
+            if output is None:
+                continue
+            if output.finish_reason is not None:
+                self._scheduler.finish(sequence)
+                del self._clients[sequence.request.id]
+            self._emit(client, output)
+
+    def _deliver_prompt(self, step: Prefill, result: StepResult) -> None:
+        """Gather the prompt's log-probabilities, and end a request that wants nothing else."""
+        request = step.sequence.request
+        client = self._clients.get(request.id)
+        if client is None:
+            return
+        if step.start == 0:
+            client.prompt_logprobs = [None]  # anew, if the sequence was preempted half-way
+        client.prompt_logprobs += result.prompt_logprobs
+        if not step.is_last:
+            return
+        if request.params.prompt_logprobs is not None and step.sequence.num_generated == 0:
+            client.processor.add_prompt_logprobs(tuple(client.prompt_logprobs))
+        if request.params.max_tokens == 0:
+            self._end(client, FinishReason.LENGTH)
+
+    def _end(self, client: _Client, reason: FinishReason, error: str | None = None) -> None:
+        del self._clients[client.sequence.request.id]
+        self._scheduler.finish(client.sequence)
+        output = client.processor.finish(reason, error)
+        if output is not None:
+            self._emit(client, output)
+
+    def _emit(self, client: _Client, output: Output) -> None:
+        try:
+            client.on_output(output)
+        except Exception:
+            # A caller's fault (a closed event loop, say) must not end everyone's engine.
+            _log.exception("request %s: its callback failed; aborting it", output.request_id)
+            self._abort(output.request_id)
+
+    def _end_all(self, reason: FinishReason, why: str) -> None:
+        self._accepting = False
+        for client in list(self._clients.values()):
+            self._end(client, reason, why)
+
+
+def _sequences(dispatched: Dispatched) -> tuple[Sequence, ...]:
+    step = dispatched.step
+    return (step.sequence,) if isinstance(step, Prefill) else step.sequences

@@ -1,0 +1,260 @@
+"""Which sequences the next step runs, and in which pages. Plain Python: no arrays, no devices, no text.
+
+Steps run ahead of the host: `schedule` counts the step it returns as dispatched, although the tokens of the one or two
+before it are not known yet. That works because a device runs its programs in order: a decode step takes its input from
+the device's own `last token` array, and pages or slots freed on the host can be handed out at once, since whatever
+still writes to them was dispatched earlier.
+
+Sequences run in the order of arrival. The ones that run always arrived before the ones that wait, so the oldest is
+never preempted, always has room (`add` refuses what does not fit the whole pool), and ends: nobody starves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from podquant.engine.pages import PagePool
+from podquant.engine.request import Request
+from podquant.errors import QueueFullError, RequestError, RequestTooLongError
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request on its way through the device.
+
+    Attributes:
+        request: what was asked.
+        token_ids: the prompt and the generated tokens read back so far.
+        pages: where its KV entries are: entry i in page `pages[i // page_size]`; empty while it waits.
+        slot: its row of the device's `last token` array; -1 while it waits.
+        num_computed: KV entries written by the steps dispatched so far.
+        num_in_flight: tokens sampled by dispatched steps but not read back yet.
+        finished: it has all its tokens, was stopped or aborted; tokens still in flight are dropped.
+    """
+
+    request: Request
+    token_ids: list[int]
+    pages: list[int] = field(default_factory=list)
+    slot: int = -1
+    num_computed: int = 0
+    num_in_flight: int = 0
+    finished: bool = False
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens read back so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Every token it may have is read back or in flight."""
+        return self.num_generated + self.num_in_flight >= self.request.params.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Write the KV entries of `token_ids[start : start + length]`; if `is_last`, sample the next token into the slot.
+
+    A request for no tokens (`max_tokens` 0) samples too; `complete` drops that token.
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One more token each: write the KV entry of the last token, at `num_computed - 1`, and sample the next."""
+
+    sequences: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """Chooses steps over one pool of pages.
+
+    Args:
+        pool: the pages; no one else allocates from it.
+        max_running: sequences that hold pages at a time, and the number of slots.
+        max_waiting: sequences that may wait for that.
+        chunk_size: prompt tokens that one prefill step takes at the most.
+        context_length: tokens of a prompt and its output together at the most.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, max_running: int, max_waiting: int, chunk_size: int, context_length: int
+    ) -> None:
+        self._pool = pool
+        self._max_waiting = max_waiting
+        self._chunk_size = chunk_size
+        self._context_length = context_length
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: Sequence | None = None
+        self._decoding: list[Sequence] = []
+        self._free_slots = list(range(max_running - 1, -1, -1))
+        self._num_unfinished = 0
+        self._prefilled_last = False
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without pages, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with pages."""
+        return len(self._decoding) + (self._prefilling is not None)
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence has not ended, be it that its last tokens are only to be read back."""
+        return self._num_unfinished > 0
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Raises RequestTooLongError if it can never run, QueueFullError if too many wait."""
+        self._check_length(request)
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting, the most this server allows. Try again later."
+            )
+        sequence = Sequence(request, list(request.prompt_ids))
+        self._waiting.append(sequence)
+        self._num_unfinished += 1
+        return sequence
+
+    def schedule(self) -> Prefill | Decode | None:
+        """The next step, counted as dispatched; prefill chunks and decode steps take turns when both wait.
+
+        None: nothing can run before a step in flight is completed or a request is added.
+        """
+        for sequence in [sequence for sequence in self._decoding if sequence.is_exhausted]:
+            self._release(sequence)
+        step: Prefill | Decode | None
+        if self._prefilled_last:
+            step = self._schedule_decode() or self._schedule_prefill()
+        else:
+            step = self._schedule_prefill() or self._schedule_decode()
+        self._prefilled_last = isinstance(step, Prefill)
+        return step
+
+    def complete(self, step: Prefill | Decode, tokens: Seq[int]) -> list[tuple[Sequence, int]]:
+        """Hand in the tokens a step sampled, one for each of its sequences (none for a prefill that is not the last).
+
+        Steps are completed in the order they were scheduled. Returns the tokens that count; those of sequences that
+        have finished meanwhile are dropped. A sequence that now has `max_tokens` is finished.
+        """
+        sampled = step.sequences if isinstance(step, Decode) else (step.sequence,) if step.is_last else ()
+        accepted = []
+        for sequence, token in zip(sampled, tokens, strict=True):
+            sequence.num_in_flight -= 1
+            if sequence.finished:
+                continue
+            if sequence.request.params.max_tokens > 0:
+                sequence.token_ids.append(token)
+                accepted.append((sequence, token))
+            if sequence.num_generated >= sequence.request.params.max_tokens:
+                self.finish(sequence)
+        return accepted
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence, wherever it is; its pages and slot are free at once. Again: no effect."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        self._num_unfinished -= 1
+        if sequence.slot >= 0:
+            self._release(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def _check_length(self, request: Request) -> None:
+        num_prompt, max_tokens = len(request.prompt_ids), request.params.max_tokens
+        if num_prompt == 0:
+            raise RequestError("The prompt is empty: expected at least one token.", "prompt")
+        if num_prompt + max_tokens > self._context_length:
+            raise RequestTooLongError(
+                f"A prompt of {num_prompt} tokens and max_tokens {max_tokens} make {num_prompt + max_tokens} tokens; "
+                f"the context length is {self._context_length}. Shorten the prompt or ask for fewer tokens.",
+                "max_tokens" if num_prompt < self._context_length else "prompt",
+            )
+        # the last generated token never gets a KV entry
+        num_pages = self._pool.num_pages_for(num_prompt + max(max_tokens - 1, 0))
+        if num_pages > self._pool.num_usable:
+            raise RequestTooLongError(
+                f"A prompt of {num_prompt} tokens and max_tokens {max_tokens} need {num_pages} KV cache pages of "
+                f"{self._pool.page_size} tokens; this server has {self._pool.num_usable}. "
+                "Ask for fewer tokens, or give the server's cache more memory.",
+                "max_tokens",
+            )
+
+    def _schedule_prefill(self) -> Prefill | None:
+        sequence = self._prefilling or self._admit()
+        if sequence is None:
+            return None
+        start, num_known = sequence.num_computed, len(sequence.token_ids)
+        length = min(self._chunk_size, num_known - start)
+        is_last = start + length == num_known
+        sequence.num_computed += length
+        self._prefilling = None if is_last else sequence
+        if is_last:
+            sequence.num_in_flight += 1
+            self._decoding.append(sequence)
+        return Prefill(sequence, start, length, is_last)
+
+    def _admit(self) -> Sequence | None:
+        """Give the first in the queue a slot and pages for all it has, if that leaves a page for each that runs.
+
+        Without those spare pages the newcomer would soon be preempted and prefilled again.
+        """
+        if not self._waiting or not self._free_slots:
+            return None
+        sequence = self._waiting[0]
+        num_pages = self._pool.num_pages_for(len(sequence.token_ids))
+        # a preempted sequence can be prefilled once all its tokens are known
+        if sequence.num_in_flight > 0 or num_pages + self.num_running > self._pool.num_free:
+            return None
+        self._waiting.popleft()
+        sequence.pages = self._pool.allocate(num_pages)
+        sequence.slot = self._free_slots.pop()
+        return sequence
+
+    def _schedule_decode(self) -> Decode | None:
+        position = 0
+        while position < len(self._decoding):  # preempting shortens the list, from its end
+            sequence = self._decoding[position]
+            if len(sequence.pages) * self._pool.page_size > sequence.num_computed:
+                position += 1
+            elif self._pool.num_free > 0:
+                sequence.pages += self._pool.allocate(1)
+            else:
+                self._preempt_latest()
+        for sequence in self._decoding:
+            sequence.num_computed += 1
+            sequence.num_in_flight += 1
+        return Decode(tuple(self._decoding)) if self._decoding else None
+
+    def _preempt_latest(self) -> None:
+        """Send the running sequence that arrived last back to the front of the queue, to be prefilled again."""
+        sequence = self._prefilling or self._decoding[-1]
+        self._release(sequence)
+        sequence.num_computed = 0
+        self._waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take pages and slot from a running sequence."""
+        if sequence is self._prefilling:
+            self._prefilling = None
+        else:
+            self._decoding.remove(sequence)
+        self._pool.free(sequence.pages)
+        self._free_slots.append(sequence.slot)
+        sequence.pages, sequence.slot = [], -1

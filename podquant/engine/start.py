@@ -1,0 +1,260 @@
+"""From options to an engine that can be started: open, lay out, load, compile."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+from typing import Self
+
+import jax
+
+from podquant.config.rules import load_quantization_config
+from podquant.engine.engine import Engine
+from podquant.engine.executor import Announce, Executor
+from podquant.engine.options import EngineOptions
+from podquant.engine.pages import PagePool
+from podquant.engine.scheduler import Scheduler
+from podquant.errors import CapacityError, ConfigError
+from podquant.families.config import ModelConfig
+from podquant.families.registry import read_model_config
+from podquant.model.attention import CHUNK_TOKENS
+from podquant.model.decoder import plan_layout
+from podquant.model.layout import CacheShape, Model
+from podquant.model.matmul import Numerics
+from podquant.model.mesh import Exchange, advise, exchange_over, make_mesh
+from podquant.storage.hub.ids import download_model, is_offline
+from podquant.tokenizer.tokenizer import FILES, Tokenizer
+from podquant.weights.load import load_weights
+from podquant.weights.source import WeightSource, open_source
+
+_log = logging.getLogger(__name__)
+
+_SMALL_BYTES = 64 << 20
+"""No file of a tokenizer is larger."""
+
+_CPU_CACHE_TOKENS = 32768
+"""KV-cache tokens on a CPU, whose memory is shared with everything else, unless told otherwise."""
+
+
+OnLoad = Callable[[int, int], None]
+"""Called with the bytes that this process has read so far, and the bytes of the whole model."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model found and checked, of which nothing is loaded yet; a context manager that lets go of its files."""
+
+    options: EngineOptions
+    source: WeightSource
+    config: ModelConfig
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.options.context_length or self.config.max_positions
+
+
+def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
+    """Find a model and check what can be checked without reading a weight.
+
+    Args:
+        by_ranges: read a Hugging Face id from the hub, each process what it needs, instead of downloading it whole.
+
+    Raises:
+        ConfigError, CheckpointError, ArtifactError, MeshError, StorageError: the options, or what is there, are wrong.
+    """
+    _check(options)
+    rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
+    source = open_source(_locate(options, by_ranges=by_ranges), rules)
+    try:
+        config = read_model_config(source.config, f"{source.store.uri}/config.json")
+        _check_context(options, config)
+        plan_layout(config, options.tp_size, options.ep_size)
+    except BaseException:
+        source.close()
+        raise
+    return Opened(options, source, config)
+
+
+def start_executor(
+    opened: Opened, on_load: OnLoad = lambda done, total: None, announce: Announce = lambda bucket, arrays: None
+) -> tuple[Executor, CacheShape]:
+    """Load and compile a model. Where several processes run it together, all must, at the same time.
+
+    Args:
+        announce: told of each step before it is dispatched, in the process that schedules.
+
+    Raises:
+        CheckpointError, ArtifactError, MeshError, CapacityError, StorageError: before weights are read where that is
+            possible.
+    """
+    options, source = opened.options, opened.source
+    mesh = make_mesh(options.device, options.tp_size)
+    device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    numerics = Numerics(_dtype(options, opened.config), device.platform)
+    model = Model(opened.config, source.scheme_of, numerics, mesh, options.ep_size)
+    for line in advise(device.device_kind, model.schemes):
+        _log.warning("%s", line)
+    began = time.monotonic()
+    read = 0
+
+    def progress(num_bytes: int) -> None:
+        nonlocal read
+        read += num_bytes
+        on_load(read, source.num_bytes)
+
+    weights = load_weights(model, source, progress)
+    seconds = time.monotonic() - began
+    _log.info("loaded %.2f GB in %.1f s, %.2f GB/s", read / 1e9, seconds, read / seconds / 1e9)
+    shape = _cache_shape(options, model, device, opened.context_length, exchange_over(mesh))
+    executor = Executor(model, weights, shape, options.chunked_prefill_size, options.max_logprobs, announce)
+    if not options.skip_server_warmup:
+        began = time.monotonic()
+        executor.warm_up(lambda bucket, seconds: _log.info("compiled %s in %.1f s", bucket, seconds))
+        _log.info("compiled %d programs in %.1f s", len(executor.buckets), time.monotonic() - began)
+    return executor, shape
+
+
+def start_engine(options: EngineOptions, on_load: OnLoad = lambda done, total: None) -> Engine:
+    """Open, load and compile a model in this process; `Engine.start` then begins to serve.
+
+    Raises:
+        As `open_model`, `load_tokenizer` and `start_executor`, in this order.
+    """
+    with open_model(options) as opened:
+        return build_engine(opened, load_tokenizer(opened), on_load)
+
+
+def build_engine(
+    opened: Opened,
+    tokenizer: Tokenizer | None,
+    on_load: OnLoad = lambda done, total: None,
+    announce: Announce = lambda bucket, arrays: None,
+) -> Engine:
+    """The engine over `start_executor`'s executor; in the process that schedules.
+
+    Args:
+        tokenizer: None to serve token ids only.
+    """
+    options, config = opened.options, opened.config
+    executor, shape = start_executor(opened, on_load, announce)
+    pool = PagePool(shape.num_pages, shape.page_size)
+    scheduler = Scheduler(
+        pool,
+        max_running=options.max_running_requests,
+        max_waiting=options.max_waiting_requests,
+        chunk_size=options.chunked_prefill_size,
+        context_length=opened.context_length,
+    )
+    return Engine(
+        model_name=options.model_path,
+        executor=executor,
+        scheduler=scheduler,
+        pool=pool,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        context_length=opened.context_length,
+        max_logprobs=min(options.max_logprobs, config.vocab_size),
+        eos_token_ids=frozenset(tokenizer.eos_ids if tokenizer else config.eos_token_ids),
+        random_seed=options.random_seed,
+    )
+
+
+def load_tokenizer(opened: Opened) -> Tokenizer | None:
+    """The model's tokenizer, wherever its files are; None where the options want none.
+
+    Raises:
+        CheckpointError: its files are missing or wrong, or are not of this model.
+    """
+    if opened.options.skip_tokenizer_init:
+        return None
+    store = opened.source.store
+    with TemporaryDirectory(prefix="podquant-") as folder:
+        for name, size in store.list().items():
+            if size <= _SMALL_BYTES and any(PurePath("/", name).match("/" + pattern) for pattern in FILES):
+                path = Path(folder, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(store.read(name))
+        return Tokenizer.load(Path(folder), opened.source.config, vocab_size=opened.config.vocab_size, where=store.uri)
+
+
+def _locate(options: EngineOptions, *, by_ranges: bool) -> str:
+    path = options.model_path
+    if "://" in path or Path(path).expanduser().exists():
+        return path
+    if by_ranges and options.download_dir is None and not is_offline():
+        return f"hf://{path}" + (f"@{options.revision}" if options.revision else "")
+    return download_model(path, revision=options.revision, directory=options.download_dir).path
+
+
+def _check(options: EngineOptions) -> None:
+    for name in (
+        "tp_size",
+        "ep_size",
+        "max_running_requests",
+        "max_waiting_requests",
+        "chunked_prefill_size",
+        "page_size",
+    ):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(options, name)}")
+    for name, most in (("page_size", CHUNK_TOKENS), ("chunked_prefill_size", 1 << 20)):
+        value = getattr(options, name)
+        if value & (value - 1) or value > most or value < 2:
+            raise ConfigError(f"{name} must be a power of two from 2 to {most}, got {value}")
+    if not 0 < options.mem_fraction_static <= 1:
+        raise ConfigError(f"mem_fraction_static must lie above 0 and up to 1, got {options.mem_fraction_static}")
+
+
+def _check_context(options: EngineOptions, config: ModelConfig) -> None:
+    if config.rope.kind == "dynamic" and (options.context_length or 0) > config.max_positions:
+        raise ConfigError(
+            f"context_length {options.context_length}: with the rope type 'dynamic' this model runs up to the "
+            f"{config.max_positions} positions of its `max_position_embeddings`: give at most that"
+        )
+
+
+def _dtype(options: EngineOptions, config: ModelConfig) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    return "float32" if config.dtype == "float32" else "bfloat16"
+
+
+def _cache_shape(
+    options: EngineOptions, model: Model, device: jax.Device, context_length: int, exchange: Exchange
+) -> CacheShape:
+    """How many pages there is room for on every host, or were asked for."""
+    wanted = options.max_running_requests * context_length
+    tokens = options.max_total_tokens
+    if tokens is None:
+        stats = device.memory_stats()
+        if device.platform == "cpu" or not stats or "bytes_limit" not in stats:
+            tokens = min(_CPU_CACHE_TOKENS, wanted)
+        else:
+            free = stats["bytes_limit"] * options.mem_fraction_static - stats["bytes_in_use"]
+            tokens = min(int(free // _token_bytes(model)), wanted)
+        tokens = min(int(each) for each in exchange(str(tokens).encode()))
+    num_pages = tokens // options.page_size
+    if num_pages < 1:
+        raise CapacityError(
+            f"the KV cache would hold {max(tokens, 0)} tokens, less than one page of {options.page_size}: the weights "
+            "leave no room; raise --mem-fraction-static, use more devices, or quantize the weights"
+        )
+    return CacheShape(num_pages + 1, options.page_size, options.max_running_requests, context_length)
+
+
+def _token_bytes(model: Model) -> int:
+    """Bytes of one token's keys and values on one device."""
+    arrays = model.cache_arrays(CacheShape(num_pages=1, page_size=1, num_slots=1, context_length=1))[:2]
+    return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)

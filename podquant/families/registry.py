@@ -1,0 +1,110 @@
+"""The supported model families: each a short declaration of how it differs from a Llama.
+
+The only place where an architecture's name decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from podquant.dtypes import SOURCE_DTYPES
+from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.families.architectures import refuse_unsupported
+from podquant.families.config import ConfigReader, ModelConfig, read_windows
+from podquant.families.dense import DENSE
+from podquant.families.family import Family, qwen_sliding, read_sliding
+from podquant.families.gemma import GEMMA
+from podquant.families.internlm import INTERNLM
+from podquant.families.moe import MOE
+from podquant.families.qwen1 import QWEN1
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(),
+    # transformers' default when the key is absent is 4096; later Mistrals write null, and mean full attention.
+    "MistralForCausalLM": Family(qkv_bias=False, o_bias=False, sliding=lambda reader: read_sliding(reader, 4096)),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, o_bias=False, sliding=qwen_sliding),
+    "Qwen3ForCausalLM": Family(qk_norm=True, sliding=qwen_sliding),
+    **DENSE,
+    **GEMMA,
+    **INTERNLM,
+    **MOE,
+    **QWEN1,
+}
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def family_of(config: Mapping[str, Any], where: str = "config.json") -> tuple[str, Family]:
+    """The architecture's name and family, or an `UnsupportedModelError` that lists what is supported."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{where}: `architectures` must be a list with the model's class name, got {names!r}")
+    refuse_unsupported(config, where)
+    return names[0], FAMILIES[names[0]]
+
+
+def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Read a `config.json`.
+
+    Args:
+        config: the parsed file.
+        where: its location, for messages.
+
+    Raises:
+        UnsupportedModelError: an architecture or option podquant cannot run.
+        CheckpointError: a missing or malformed value.
+    """
+    architecture, family = family_of(config, where)
+    reader = ConfigReader(config, where, family.spelled, family.defaults)
+    reader.refuse_unless("pretraining_tp", [1])
+    reader.refuse_unless("hidden_act", list(_ACTIVATIONS))
+    num_layers = reader.count("num_hidden_layers")
+    num_heads = reader.count("num_attention_heads")
+    num_kv_heads = reader.count("num_key_value_heads", num_heads)
+    hidden_size = reader.count("hidden_size")
+    head_dim = reader.count("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise CheckpointError(
+            f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected an even number"
+        )
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if dtype not in SOURCE_DTYPES:
+        raise UnsupportedModelError(
+            f"{where}: dtype {dtype!r} is not supported; supported are {', '.join(SOURCE_DTYPES)}"
+        )
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{where}: {num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
+    attention_bias = reader.flag("attention_bias", False)
+    common = ModelConfig(
+        architecture=architecture,
+        vocab_size=reader.count("vocab_size"),
+        hidden_size=hidden_size,
+        ffn_size=reader.count("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        rope=family.rope(reader),
+        windows=read_windows(reader, num_layers, *family.sliding(reader)),
+        tied_embeddings=reader.flag("tie_word_embeddings", False),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        o_bias=attention_bias if family.o_bias is None else family.o_bias,
+        mlp_bias=reader.flag("mlp_bias", False),
+        qk_norm=family.qk_norm,
+        activation=_ACTIVATIONS[reader.values.get("hidden_act") or "silu"],
+        max_positions=reader.count("max_position_embeddings", 2048),
+        dtype=dtype,
+        eos_token_ids=reader.token_ids("eos_token_id"),
+        bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
+        names=family.names,
+    )
+    return replace(common, **family.more(reader, common))

@@ -1,0 +1,1 @@
+"""Google Cloud Storage over HTTP; gcsfs finds endpoint and credentials."""

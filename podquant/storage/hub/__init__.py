@@ -1,0 +1,1 @@
+"""The Hugging Face hub: ids, downloads, reading by ranges."""

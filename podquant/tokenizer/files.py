@@ -1,0 +1,170 @@
+"""What the small JSON files beside a vocabulary say: roles, added tokens, end tokens, chat templates.
+
+Knows nothing of how text becomes tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from podquant.errors import CheckpointError
+from podquant.tokenizer.chat_template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text before the vocabulary sees it.
+
+    Attributes:
+        content: as it stands in a text.
+        token_id: its id.
+        special: without text.
+        lstrip, rstrip: takes the white space before, or after it along.
+    """
+
+    content: str
+    token_id: int
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The files of one checkpoint, those it lacks as if they were empty.
+
+    Attributes:
+        directory: where they are.
+        where: what messages call it.
+        settings: tokenizer_config.json.
+        generation: generation_config.json.
+        roles: role → token, such as `eos_token` → `</s>`, of special_tokens_map.json and tokenizer_config.json.
+        added: `added_tokens_decoder` of tokenizer_config.json and added_tokens.json, by id.
+        special: contents of tokens without text: the roles', `additional_special_tokens`, and of `added`.
+    """
+
+    directory: Path
+    where: str
+    settings: dict[str, Any]
+    generation: dict[str, Any]
+    roles: dict[str, str]
+    added: tuple[AddedToken, ...]
+    special: frozenset[str]
+
+    @classmethod
+    def read(cls, directory: Path, where: str) -> TokenizerFiles:
+        """Raises CheckpointError for what is not the JSON it should be."""
+
+        def read(name: str) -> dict[str, Any]:
+            return _read_json(directory / name, f"{where}/{name}")
+
+        settings, names = read("tokenizer_config.json"), read("special_tokens_map.json")
+        added = _added_tokens(settings, f"{where}/tokenizer_config.json")
+        for content, token_id in read("added_tokens.json").items():
+            if not _is_id(token_id):
+                raise _not_an_id(f"{where}/added_tokens.json", content, token_id)
+            added.setdefault(token_id, AddedToken(content, token_id))
+        special = {token.content for token in added.values() if token.special}
+        for source in (names, settings):
+            special |= set(_contents(source).values()) | set(_listed(source.get("additional_special_tokens")))
+        return cls(
+            directory,
+            where,
+            settings,
+            read("generation_config.json"),
+            _contents(names) | _contents(settings),
+            tuple(added[token_id] for token_id in sorted(added)),
+            frozenset(special),
+        )
+
+    def with_roles(self, roles: Mapping[str, str]) -> TokenizerFiles:
+        """The same with further roles, where the files do not mention them."""
+        more = {role: content for role, content in roles.items() if role not in self.roles | self.settings}
+        return replace(self, roles=self.roles | more, special=self.special | frozenset(more.values()))
+
+    def role_added(self, role: str, *, default: bool = False) -> bool:
+        """Whether tokenizer_config.json wants the token of a role, `bos` or `eos`, added to every text."""
+        wanted = self.settings.get(f"add_{role}_token")
+        return default if wanted is None else wanted is True
+
+    def eos_ids(self, config: Mapping[str, Any]) -> set[int]:
+        """The end tokens of config.json, given, and of generation_config.json: one, several or none each."""
+        ids: set[int] = set()
+        for name, values in (("config.json", config), ("generation_config.json", self.generation)):
+            value = values.get("eos_token_id")
+            several = value if isinstance(value, list) else [] if value is None else [value]
+            for token_id in several:
+                if not _is_id(token_id):
+                    raise _not_an_id(f"{self.where}/{name}", "eos_token_id", token_id)
+            ids.update(several)
+        return ids
+
+    def chat_template(self) -> ChatTemplate | None:
+        """That of chat_template.jinja (and additional_chat_templates/), tokenizer_config.json or chat_template.json."""
+        path = self.directory / "chat_template.jinja"
+        if path.is_file():
+            named = {each.stem: each for each in self.directory.glob("additional_chat_templates/*.jinja")}
+            sources = {name: each.read_text(encoding="utf-8") for name, each in ({"default": path} | named).items()}
+            return ChatTemplate(sources, self.roles, f"{self.where}/{path.name}")
+        other = _read_json(self.directory / "chat_template.json", f"{self.where}/chat_template.json")
+        for name, values in (("tokenizer_config.json", self.settings), ("chat_template.json", other)):
+            source = values.get("chat_template")
+            if source:
+                if isinstance(source, list):
+                    source = {entry["name"]: entry["template"] for entry in source}
+                return ChatTemplate(source, self.roles, f"{self.where}/{name}")
+        return None
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    """The object in a file that a checkpoint may lack."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, got {type(value).__name__}. Download it again.")
+    return value
+
+
+def _added_tokens(settings: Mapping[str, Any], where: str) -> dict[int, AddedToken]:
+    tokens = {}
+    for key, value in (settings.get("added_tokens_decoder") or {}).items():
+        if not key.isdecimal() or not isinstance(value, dict) or not isinstance(value.get("content"), str):
+            raise CheckpointError(
+                f"{where}: expected `added_tokens_decoder` to map ids to objects with `content`, got {key!r}: {value!r}"
+                ". Download it again."
+            )
+        flags = {name: value.get(name) is True for name in ("special", "lstrip", "rstrip")}
+        tokens[int(key)] = AddedToken(value["content"], int(key), **flags)
+    return tokens
+
+
+def _contents(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like, written as a string or as an object with `content`."""
+    tokens = {name: _content(value) for name, value in settings.items() if name.endswith("_token")}
+    return {name: content for name, content in tokens.items() if content is not None}
+
+
+def _listed(value: Any) -> list[str]:
+    contents = [_content(each) for each in value] if isinstance(value, list) else []
+    return [content for content in contents if content is not None]
+
+
+def _content(value: Any) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _not_an_id(where: str, name: str, value: Any) -> CheckpointError:
+    return CheckpointError(f"{where}: expected a token id for {name!r}, got {value!r}. Download it again.")

@@ -1,0 +1,132 @@
+"""Vocabularies in Hugging Face's tokenizer.json form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+import tokenizers
+
+from podquant.errors import CheckpointError
+from podquant.tokenizer.detokenize import Detokenizer, WindowDetokenizer
+from podquant.tokenizer.files import AddedToken, TokenizerFiles
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level BPE (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+class JsonVocabulary:
+    """See `Vocabulary`.
+
+    Args:
+        tokenizer: changed: nothing is truncated or padded, and `special` are special.
+        special: contents of tokens without text, whatever `tokenizer` flags them as; those it lacks do not matter.
+        prefix, suffix: tokens to add to every text, where `tokenizer` adds none of its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        special: Collection[str] = (),
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+    ) -> None:
+        # some checkpoints ship the truncation or padding of their last training run
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        _flag_special(tokenizer, special)
+        self._tokenizer = tokenizer
+        adds_none = tokenizer.num_special_tokens_to_add(False) == 0
+        self._prefix, self._suffix = (list(prefix), list(suffix)) if adds_none else ([], [])
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.num_ids = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """See `Vocabulary`."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def token_id(self, content: str) -> int | None:
+        """See `Vocabulary`."""
+        token_id: int | None = self._tokenizer.token_to_id(content)
+        return token_id
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """See `Vocabulary`; told from the token's form, in byte-level BPE or with byte fallback."""
+        content = self._tokenizer.id_to_token(token_id)
+        if content is None:
+            return None
+        if match := _BYTE_TOKEN.fullmatch(content):
+            return bytes.fromhex(match[1])
+        try:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in content)
+        except KeyError:
+            return content.encode()
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is one of byte fallback, which decodes in one with the bytes around it."""
+        return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "") is not None
+
+    def detokenizer(self, skipped: AbstractSet[int], prompt_ids: Iterable[int]) -> Detokenizer:
+        """See `Vocabulary`."""
+        return WindowDetokenizer(self, skipped, prompt_ids)
+
+
+def _flag_special(tokenizer: tokenizers.Tokenizer, special: Collection[str]) -> None:
+    """Make tokens of the vocabulary special, but leave those alone that are: adding one again resets other flags."""
+    added = tokenizer.get_added_tokens_decoder()
+    for content in sorted(special):
+        token_id = tokenizer.token_to_id(content)
+        if token_id is not None and not (token_id in added and added[token_id].special):
+            token = added.get(token_id, tokenizers.AddedToken(content, normalized=False))
+            token.special = True
+            tokenizer.add_special_tokens([token])
+
+
+def load_json(files: TokenizerFiles, path: Path) -> JsonVocabulary:
+    """Read `path` with the tokens that the other files add. Raises CheckpointError."""
+    where = f"{files.where}/{path.name}"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"{where} is not a tokenizer the `tokenizers` library can read: {error}. Download it again."
+        ) from error
+    for token in files.added:
+        if tokenizer.token_to_id(token.content) is None:
+            _add(tokenizer, token, where)
+    ends = [_role_ids(tokenizer, files, role) for role in ("bos", "eos")]
+    return JsonVocabulary(tokenizer, files.special, *ends)
+
+
+def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken, where: str) -> None:
+    added = tokenizers.AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+    tokenizer.add_tokens([added])
+    got = tokenizer.token_to_id(token.content)
+    if got != token.token_id:
+        raise CheckpointError(
+            f"{where}: lacks the token {token.content!r}, to which the other tokenizer files give id {token.token_id}, "
+            f"but the next free id is {got}. The files are not of one checkpoint: download them again."
+        )
+
+
+def _role_ids(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles, role: str) -> list[int]:
+    token_id = tokenizer.token_to_id(files.roles.get(f"{role}_token", ""))
+    return [token_id] if files.role_added(role) and token_id is not None else []

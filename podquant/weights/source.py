@@ -1,0 +1,313 @@
+"""Where weights come from: an artifact, a checkpoint as it is, or a checkpoint quantized while it is read.
+
+All look alike to the loader, and the last gives bit for bit what converting first would have given. A checkpoint that
+other software quantized is `runtime.quantized_source`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from podquant.artifact.naming import MANIFEST, module_of, weight_of
+from podquant.artifact.reader import Artifact
+from podquant.checkpoint.index import Checkpoint
+from podquant.checkpoint.quantization import read_quantization
+from podquant.checkpoint.quantized import refuse_undeclared
+from podquant.checkpoint.reader import read_rows
+from podquant.config.rules import QuantizationConfig, Resolution
+from podquant.config.scheme import Scheme
+from podquant.dtypes import BY_NAME
+from podquant.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    NonFiniteWeightError,
+    PodquantError,
+    StorageError,
+)
+from podquant.quantize.qarray import QArray, scales_shape
+from podquant.quantize.weights import quantize_window
+from podquant.storage.runs import RecordingStore, Whole
+from podquant.storage.store import open_store
+from podquant.weights.hostmemory import empty
+from podquant.weights.quantized_source import QuantizedSource
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class WeightSource(Protocol):
+    """Weights by name, in the shapes they have on disk. Several threads may read."""
+
+    @property
+    def store(self) -> RecordingStore:
+        """Where the bytes are, and what was read of them: tensors only, and what is asked of it directly."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+
+    @property
+    def wholes(self) -> Mapping[str, Whole]:
+        """The files whose checksums are known, by name."""
+
+    def spoilt(self, file: str) -> PodquantError:
+        """What to raise when the bytes of one of these are not those its checksum was made of."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what will be loaded: equal where the weights are equal. No tensor is read for it."""
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """How a module's weight comes: quantized under a scheme, or plain."""
+
+    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
+        """A tensor's shape, None if there is no such tensor."""
+
+    def itemsize_of(self, tensor: str) -> int:
+        """Bytes of an element on disk."""
+
+    def quantizes(self, module: str) -> bool:
+        """Whether a module is quantized while it is read: `read_quantized` gives codes and scales together."""
+
+    def column_bounds(self, tensor: str) -> tuple[int, ...]:
+        """Where along axis 1 a matrix is cut on disk: from 0 to its width."""
+
+    def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
+        """Rows of a tensor as it is on disk; only some columns, where it is cut at both bounds."""
+
+    def read_quantized(self, module: str, start: int, stop: int) -> QArray:
+        """Rows of a module that is quantized while it is read; from a multiple of a block's rows to one, or the end."""
+
+    def close(self) -> None:
+        """Release the files."""
+
+
+class CheckpointSource:
+    """A Hugging Face checkpoint, quantized window by window as it is read if there are rules.
+
+    Args:
+        checkpoint: the opened checkpoint, not quantized yet.
+        rules: how to quantize, None to leave everything as it is.
+
+    Attributes:
+        resolution: what the rules decided, None without rules.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rules: QuantizationConfig | None) -> None:
+        refuse_undeclared(checkpoint.tensors, checkpoint.store.uri)
+        self._checkpoint = checkpoint
+        self.store = RecordingStore(checkpoint.store, lambda file: checkpoint.store.known_crc32c(file) is not None)
+        self.resolution: Resolution | None = None
+        if rules is not None:
+            modules = [
+                module
+                for name, info in checkpoint.tensors.items()
+                if (module := module_of(name)) is not None and len(info.shape) >= 2
+            ]
+            tied = bool(checkpoint.config.get("tie_word_embeddings", "lm_head" not in modules))
+            self.resolution = rules.resolve(modules, tied_embeddings=tied)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._checkpoint.config
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.nbytes for info in self._checkpoint.tensors.values())
+
+    @property
+    def fingerprint(self) -> str:
+        files = sorted((name, info.size, info.header_sha256) for name, info in self._checkpoint.files.items())
+        decisions = self.resolution.decisions if self.resolution else {}
+        schemes = sorted((module, repr(decided.scheme)) for module, decided in decisions.items())
+        return hashlib.sha256(json.dumps([files, schemes]).encode()).hexdigest()
+
+    @property
+    def wholes(self) -> Mapping[str, Whole]:
+        """Those of which the storage keeps a checksum."""
+        return self._checkpoint.wholes
+
+    def spoilt(self, file: str) -> PodquantError:
+        return StorageError(
+            f"{self.store.uri}/{file}: the bytes read do not have the CRC32C that the store keeps of it: they were "
+            "spoilt on the way. Start again"
+        )
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        decision = self.resolution.decisions.get(module) if self.resolution else None
+        return decision.scheme if decision else None
+
+    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
+        info = self._checkpoint.tensors.get(tensor)
+        return info.shape if info else None
+
+    def itemsize_of(self, tensor: str) -> int:
+        return self._checkpoint.tensors[tensor].dtype.itemsize
+
+    def quantizes(self, module: str) -> bool:
+        return self.scheme_of(module) is not None
+
+    def column_bounds(self, tensor: str) -> tuple[int, ...]:
+        return (0, self._checkpoint.tensors[tensor].shape[1])
+
+    def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
+        info = self._checkpoint.tensors[tensor]
+        return read_rows(self.store, info, start, stop, empty((stop - start, *info.shape[1:]), info.dtype.numpy))
+
+    def read_quantized(self, module: str, start: int, stop: int) -> QArray:
+        info = self._checkpoint.tensors[weight_of(module)]
+        scheme = self.scheme_of(module)
+        assert scheme is not None  # else there is nothing to quantize
+        rows = self.read_rows(info.name, start, stop)
+        block = scheme.weight_block_size
+        scales = np.empty(scales_shape((len(rows), info.shape[1]), block), np.float32)
+        out = QArray(empty((len(rows), info.shape[1]), BY_NAME[scheme.weight_dtype].numpy), scales, block)
+        try:
+            return quantize_window(rows, scheme, first_row=start, total_rows=info.shape[0], out=out)[0]
+        except NonFiniteWeightError as error:
+            raise NonFiniteWeightError(f"{self.store.uri}/{info.file}: {info.name}: {error}") from None
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+
+class ArtifactSource:
+    """An artifact: every tensor as conversion left it."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.store = RecordingStore(artifact.store, lambda file: True)
+        self._artifact = replace(artifact, store=self.store)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._artifact.config
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._artifact.tensors.values())
+
+    @property
+    def wholes(self) -> Mapping[str, Whole]:
+        """All files of the manifest."""
+        return self._artifact.wholes
+
+    def spoilt(self, file: str) -> PodquantError:
+        return ArtifactError(
+            f"{self.store.uri}: {file}: the bytes read do not have the CRC32C "
+            f"{self._artifact.manifest.files[file].crc32c:08x} of the manifest. Copy the artifact again"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._artifact.manifest.encode()).hexdigest()
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        tensor = self._artifact.tensors.get(weight_of(module))
+        return tensor.scheme if tensor else None
+
+    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
+        entry = self._artifact.tensors.get(tensor)
+        return entry.shape if entry else None
+
+    def itemsize_of(self, tensor: str) -> int:
+        return self._artifact.tensors[tensor].dtype.itemsize
+
+    def quantizes(self, module: str) -> bool:
+        return False
+
+    def column_bounds(self, tensor: str) -> tuple[int, ...]:
+        return self._artifact.column_bounds(tensor)
+
+    def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
+        entry = self._artifact.tensors[tensor]
+        inner = entry.shape[1:] if columns is None else (columns[1] - columns[0],)
+        out = empty((stop - start, *inner), entry.dtype.numpy)
+        return self._artifact.read_rows(tensor, start, stop, out, columns)
+
+    def read_quantized(self, module: str, start: int, stop: int) -> QArray:
+        raise AssertionError(f"{module} is quantized already")
+
+    def close(self) -> None:
+        self._artifact.close()
+
+
+def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSource:
+    """Open an artifact or a checkpoint, which may be quantized already.
+
+    Args:
+        uri: a directory; one with a manifest is an artifact.
+        rules: quantize a checkpoint by these while reading it.
+
+    Raises:
+        ConfigError: rules that contradict an artifact or a checkpoint that is quantized already.
+        UnsupportedModelError: the checkpoint is quantized in a way that podquant does not serve.
+        ArtifactError, CheckpointError, StorageError: it cannot be opened.
+    """
+    store = open_store(uri)
+    try:
+        is_artifact = MANIFEST in store.list()
+    finally:
+        store.close()
+    if not is_artifact:
+        return _open_checkpoint(uri, rules)
+    artifact = Artifact.open(uri)
+    if rules is not None and (difference := _contradiction(artifact, rules)):
+        artifact.close()
+        raise ConfigError(
+            f"{uri} is an artifact, quantized already, and {rules.name} contradicts its manifest: {difference}; leave "
+            "the quantization config out to serve the artifact as it is, or convert the original checkpoint again"
+        )
+    return ArtifactSource(artifact)
+
+
+def _open_checkpoint(uri: str, rules: QuantizationConfig | None) -> WeightSource:
+    checkpoint = Checkpoint.open(uri)
+    try:
+        quantization = read_quantization(checkpoint.config, f"{checkpoint.store.uri}/config.json")
+        if quantization is None:
+            return CheckpointSource(checkpoint, rules)
+        return QuantizedSource(checkpoint, quantization, rules)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _contradiction(artifact: Artifact, rules: QuantizationConfig) -> str | None:
+    """The first module that rules and manifest decide differently, in words."""
+    modules = artifact.manifest.modules
+    tied = bool(artifact.config.get("tie_word_embeddings", "lm_head" not in modules))
+    decisions = rules.resolve(list(modules), tied_embeddings=tied).decisions
+    for module, decided in modules.items():
+        wanted = decisions[module].scheme
+        if wanted != decided.scheme:
+            return f"{module} is {_label(decided.scheme)} there and {_label(wanted)} by the rules"
+    return None
+
+
+def _label(scheme: Scheme | None) -> str:
+    return scheme.label if scheme else "not quantized"
+
+
+def require(source: WeightSource, tensor: str, shape: tuple[int, ...]) -> None:
+    """Check that a tensor is there and has the shape config.json implies.
+
+    Raises:
+        CheckpointError: missing, or of another shape.
+    """
+    found = source.shape_of(tensor)
+    if found is None:
+        raise CheckpointError(f"{source.store.uri}: tensor {tensor} is missing, expected {list(shape)}; copy it again")
+    if found != shape:
+        raise CheckpointError(
+            f"{source.store.uri}: tensor {tensor}: expected shape {list(shape)} from config.json, got {list(found)}"
+        )

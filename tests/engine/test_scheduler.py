@@ -1,0 +1,369 @@
+"""The scheduler drives a small reference machine: paged memory, one last token per slot, programs run in order.
+
+The machine's next token depends on every earlier one, read back through the pages, so a page that is shared, lost,
+skipped or written out of order changes the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from podquant.engine.pages import PagePool
+from podquant.engine.request import Request, SamplingParams
+from podquant.engine.scheduler import Decode, Prefill, Scheduler, Sequence
+from podquant.errors import QueueFullError, RequestError, RequestTooLongError
+
+VOCABULARY = 97
+
+
+def next_token(tokens: list[int]) -> int:
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token + 1) % 10007
+    return value % VOCABULARY
+
+
+def expected_tokens(request: Request, stop_token: int) -> list[int]:
+    tokens = list(request.prompt_ids)
+    for _ in range(request.params.max_tokens):
+        tokens.append(next_token(tokens))
+        if tokens[-1] == stop_token:
+            break
+    return tokens[len(request.prompt_ids) :]
+
+
+def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
+    prompt = tuple((ord(name[-1]) * 13 + i * 5) % VOCABULARY for i in range(num_prompt))
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens))
+
+
+def make_scheduler(
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_running: int = 8,
+    max_waiting: int = 100,
+    chunk_size: int = 8,
+    context_length: int = 1000,
+) -> tuple[PagePool, Scheduler]:
+    pool = PagePool(num_pages, page_size)
+    limits = {"max_running": max_running, "max_waiting": max_waiting, "context_length": context_length}
+    return pool, Scheduler(pool, chunk_size=chunk_size, **limits)
+
+
+class Machine:
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.memory: dict[tuple[int, int], int] = {}
+        self.last_token: dict[int, int] = {}
+
+    def run(self, step: Prefill | Decode) -> list[int]:
+        if isinstance(step, Decode):
+            # inputs are read before anything is written: one program
+            rows = [(s, s.num_computed - 1, self.last_token[s.slot]) for s in step.sequences]
+            return [self._extend(sequence, [token], start, True) for sequence, start, token in rows]
+        chunk = step.sequence.token_ids[step.start : step.start + step.length]
+        token = self._extend(step.sequence, chunk, step.start, step.is_last)
+        return [token] if step.is_last else []
+
+    def _extend(self, sequence: Sequence, tokens: list[int], start: int, samples: bool) -> int:
+        places = [(sequence.pages[i // self.page_size], i % self.page_size) for i in range(start + len(tokens))]
+        self.memory.update(zip(places[start:], tokens, strict=True))
+        token = next_token([self.memory[place] for place in places])
+        if samples:
+            self.last_token[sequence.slot] = token
+        return token
+
+
+@dataclass
+class Run:
+    """Drives a scheduler as an engine does, `run_ahead` steps ahead of the tokens, checking every step."""
+
+    pool: PagePool
+    scheduler: Scheduler
+    max_running: int
+    chunk_size: int
+    run_ahead: int
+    stop_token: int
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    sequences: dict[str, Sequence] = field(default_factory=dict)
+    in_flight: deque[tuple[Prefill | Decode, list[int]]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.machine = Machine(self.pool.page_size)
+
+    def add(self, request: Request) -> None:
+        self.sequences[request.id] = self.scheduler.add(request)
+        self.outputs[request.id] = []
+
+    def advance(self) -> None:
+        step = self.scheduler.schedule()
+        self.check_pages()
+        if step is not None:
+            self.check_step(step)
+            self.in_flight.append((step, self.machine.run(step)))
+        else:
+            assert self.in_flight or not self.scheduler.has_work, "nothing to run, nothing to wait for, yet not done"
+        if self.in_flight and (step is None or len(self.in_flight) > self.run_ahead):
+            for sequence, token in self.scheduler.complete(*self.in_flight.popleft()):
+                self.outputs[sequence.request.id].append(token)
+                if token == self.stop_token:
+                    self.scheduler.finish(sequence)
+
+    def check_step(self, step: Prefill | Decode) -> None:
+        if isinstance(step, Prefill):
+            assert 1 <= step.length <= self.chunk_size
+            assert step.sequence.num_in_flight == step.is_last
+            assert step.is_last == (step.start + step.length == len(step.sequence.token_ids))
+        for sequence in step.sequences if isinstance(step, Decode) else (step.sequence,):
+            assert not sequence.finished
+            assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size
+            assert sequence.num_generated + sequence.num_in_flight <= max(sequence.request.params.max_tokens, 1)
+
+    def check_pages(self) -> None:
+        running = [sequence for sequence in self.sequences.values() if sequence.slot >= 0]
+        held = [page for sequence in self.sequences.values() for page in sequence.pages]
+        assert len(held) == len(set(held))
+        assert 0 not in held
+        assert len(held) + self.pool.num_free == self.pool.num_usable
+        assert len(running) == self.scheduler.num_running <= self.max_running
+        assert len({sequence.slot for sequence in running}) == len(running)
+        live = [sequence for sequence in self.sequences.values() if not sequence.finished and not sequence.is_exhausted]
+        # self.sequences is in the order of arrival
+        assert [sequence.slot >= 0 for sequence in live] == sorted((s.slot >= 0 for s in live), reverse=True)
+        assert all(0 <= sequence.slot < self.max_running for sequence in running)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(0, 3),  # steps since the previous arrival
+            st.integers(1, 20),  # prompt
+            st.integers(0, 14),  # max_tokens
+            st.one_of(st.none(), st.integers(0, 40)),  # aborted so many steps after
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    page_size=st.integers(1, 5),
+    spare_pages=st.integers(0, 12),
+    max_running=st.integers(1, 5),
+    chunk_size=st.integers(1, 9),
+    run_ahead=st.integers(0, 2),
+    stop_token=st.integers(0, 4),
+)
+@example([(0, 7, 14, None)] * 4, 2, 0, 4, 3, 2, -1)
+def test_every_request_ends_with_its_own_tokens(
+    arrivals: list[tuple[int, int, int, int | None]],
+    page_size: int,
+    spare_pages: int,
+    max_running: int,
+    chunk_size: int,
+    run_ahead: int,
+    stop_token: int,
+) -> None:
+    longest = max(-(-(prompt + max(new - 1, 0)) // page_size) for _, prompt, new, _ in arrivals)
+    pool, scheduler = make_scheduler(1 + longest + spare_pages, page_size, max_running, chunk_size=chunk_size)
+    run = Run(pool, scheduler, max_running, chunk_size, run_ahead, stop_token)
+    events: list[tuple[int, str, Request]] = []
+    now = 0
+    for index, (gap, prompt, new, abort) in enumerate(arrivals):
+        now += gap
+        request = make_request(f"r{chr(97 + index)}", prompt, new)
+        events.append((now, "add", request))
+        if abort is not None:
+            events.append((now + abort, "abort", request))
+    events.sort(key=lambda event: event[0])
+    aborted = set()
+    # far above what any order needs: each token at worst costs the prefill of all before it
+    for tick in range(20_000):
+        while events and events[0][0] <= tick:
+            _, kind, request = events.pop(0)
+            if kind == "add":
+                run.add(request)
+            elif not run.sequences[request.id].finished:
+                scheduler.finish(run.sequences[request.id])
+                aborted.add(request.id)
+        if not events and not scheduler.has_work and not run.in_flight:
+            break
+        run.advance()
+    assert not scheduler.has_work
+    assert (pool.num_free, scheduler.num_running, scheduler.num_waiting) == (pool.num_usable, 0, 0)
+    for name, sequence in run.sequences.items():
+        expected = expected_tokens(sequence.request, stop_token)
+        assert sequence.finished
+        assert run.outputs[name] == (expected[: len(run.outputs[name])] if name in aborted else expected)
+
+
+def test_chunks_and_decode_steps_take_turns() -> None:
+    _, scheduler = make_scheduler(chunk_size=4)
+    first = scheduler.add(make_request("a", 3, 10))
+    assert scheduler.schedule() == Prefill(first, 0, 3, is_last=True)
+    second = scheduler.add(make_request("b", 10, 10))
+    steps = [scheduler.schedule() for _ in range(6)]
+    assert steps == [
+        Decode((first,)),
+        Prefill(second, 0, 4, is_last=False),
+        Decode((first,)),
+        Prefill(second, 4, 4, is_last=False),
+        Decode((first,)),
+        Prefill(second, 8, 2, is_last=True),
+    ]
+    assert scheduler.schedule() == Decode((first, second))
+
+
+def test_steps_run_ahead_of_their_tokens_but_never_past_the_limit() -> None:
+    _, scheduler = make_scheduler()
+    sequence = scheduler.add(make_request("a", 3, 3))
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert steps == [Prefill(sequence, 0, 3, is_last=True), Decode((sequence,)), Decode((sequence,)), None]
+    assert [scheduler.complete(step, [9]) for step in steps if step] == [[(sequence, 9)]] * 3
+    assert sequence.finished
+    assert not scheduler.has_work
+
+
+def test_pages_and_slot_are_free_once_the_last_token_is_dispatched() -> None:
+    pool, scheduler = make_scheduler(max_running=1)
+    first = scheduler.add(make_request("a", 3, 1))
+    second = scheduler.add(make_request("b", 3, 1))
+    prefill = scheduler.schedule()
+    assert prefill == Prefill(first, 0, 3, is_last=True)
+    assert scheduler.schedule() == Prefill(second, 0, 3, is_last=True)
+    assert pool.num_free == pool.num_usable - 1
+    assert scheduler.complete(prefill, [5]) == [(first, 5)]
+
+
+def test_a_request_for_no_tokens_only_prefills() -> None:
+    pool, scheduler = make_scheduler(chunk_size=4)
+    sequence = scheduler.add(make_request("a", 6, 0))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert steps == [Prefill(sequence, 0, 4, is_last=False), Prefill(sequence, 4, 2, is_last=True), None]
+    assert scheduler.complete(steps[0], []) == []
+    assert not sequence.finished
+    assert scheduler.complete(steps[1], [1]) == []
+    assert sequence.finished
+    assert pool.num_free == pool.num_usable
+
+
+def test_tokens_of_a_stopped_sequence_are_dropped() -> None:
+    pool, scheduler = make_scheduler()
+    sequence = scheduler.add(make_request("a", 3, 10))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert scheduler.complete(steps[0], [1]) == [(sequence, 1)]
+    scheduler.finish(sequence)
+    scheduler.finish(sequence)
+    assert pool.num_free == pool.num_usable
+    assert scheduler.complete(steps[1], [2]) == []
+    assert scheduler.complete(steps[2], [3]) == []
+    assert sequence.token_ids[3:] == [1]
+    assert not scheduler.has_work
+
+
+def test_the_latest_is_preempted_and_prefilled_again_from_all_it_has() -> None:
+    _, scheduler = make_scheduler(num_pages=5, page_size=2, max_running=2)
+    first = scheduler.add(make_request("a", 1, 6))
+    second = scheduler.add(make_request("b", 1, 6))
+    steps: list[Prefill | Decode | None] = []
+    while scheduler.has_work:
+        steps.append(scheduler.schedule())
+        step = steps[-1]
+        if isinstance(step, Decode) and scheduler.num_preemptions == 1 and not first.finished:
+            assert step == Decode((first,))
+            assert (scheduler.num_running, scheduler.num_waiting, second.pages, second.slot) == (1, 1, [], -1)
+        scheduler.complete(step, [3] * (len(step.sequences) if isinstance(step, Decode) else 1))
+    assert scheduler.num_preemptions == 1
+    prefills = [(step.sequence, step.start, step.length) for step in steps if isinstance(step, Prefill)]
+    assert prefills == [(first, 0, 1), (second, 0, 1), (second, 0, 4)]
+
+
+def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
+    _, scheduler = make_scheduler(num_pages=5, page_size=2, max_running=2)
+    first, second = scheduler.add(make_request("a", 1, 6)), scheduler.add(make_request("b", 1, 6))
+    steps = deque()
+    while scheduler.num_preemptions == 0:
+        steps.append(scheduler.schedule())
+    scheduler.finish(first)
+    assert second.num_in_flight > 0
+    while second.num_in_flight > 0:
+        assert scheduler.schedule() is None
+        step = steps.popleft()
+        scheduler.complete(step, [3] * (len(step.sequences) if isinstance(step, Decode) else 1))
+    assert scheduler.schedule() == Prefill(second, 0, len(second.token_ids), is_last=True)
+
+
+def test_a_waiting_request_can_be_aborted() -> None:
+    _, scheduler = make_scheduler(max_running=1)
+    scheduler.add(make_request("a", 3, 5))
+    waiting = scheduler.add(make_request("b", 3, 5))
+    scheduler.schedule()
+    scheduler.finish(waiting)
+    assert (scheduler.num_waiting, scheduler.num_running) == (0, 1)
+
+
+def test_a_newcomer_leaves_a_page_for_each_that_runs() -> None:
+    pool, scheduler = make_scheduler(num_pages=4, page_size=4)
+    first = scheduler.add(make_request("a", 2, 5))
+    second = scheduler.add(make_request("b", 8, 1))
+    assert scheduler.schedule() == Prefill(first, 0, 2, is_last=True)
+    assert [scheduler.schedule() for _ in range(2)] == [Decode((first,))] * 2
+    assert pool.num_free == pool.num_pages_for(len(second.token_ids))
+    scheduler.finish(first)
+    assert scheduler.schedule() == Prefill(second, 0, 8, is_last=True)
+
+
+def test_too_many_waiting_is_refused() -> None:
+    _, scheduler = make_scheduler(max_waiting=1)
+    scheduler.add(make_request("a", 3, 5))
+    with pytest.raises(QueueFullError, match="1 requests are waiting, the most this server allows"):
+        scheduler.add(make_request("b", 3, 5))
+    assert scheduler.num_waiting == 1
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens", "error", "match", "param"),
+    [
+        (0, 5, RequestError, "The prompt is empty", "prompt"),
+        (10, 23, RequestTooLongError, "make 33 tokens; the context length is 32", "max_tokens"),
+        (32, 1, RequestTooLongError, "make 33 tokens; the context length is 32", "prompt"),
+        (9, 9, RequestTooLongError, "need 5 KV cache pages of 4 tokens; this server has 4", "max_tokens"),
+    ],
+)
+def test_what_can_never_run_is_refused(
+    num_prompt: int, max_tokens: int, error: type[RequestError], match: str, param: str
+) -> None:
+    _, scheduler = make_scheduler(num_pages=5, context_length=32)
+    with pytest.raises(error, match=match) as raised:
+        scheduler.add(make_request("a", num_prompt, max_tokens))
+    assert raised.value.param == param
+    assert not scheduler.has_work
+
+
+def test_what_just_fits_runs() -> None:
+    pool, scheduler = make_scheduler(num_pages=5, page_size=4, context_length=17)
+    run = Run(pool, scheduler, max_running=8, chunk_size=8, run_ahead=1, stop_token=-1)
+    request = make_request("a", 8, 9)
+    run.add(request)
+    while scheduler.has_work:
+        run.advance()
+    assert run.outputs["a"] == expected_tokens(request, -1)
+
+
+def test_a_decode_step_of_256_is_scheduled_in_under_a_millisecond() -> None:
+    _, scheduler = make_scheduler(num_pages=20_000, page_size=16, max_running=256, max_waiting=256, chunk_size=64)
+    for index in range(256):
+        scheduler.add(make_request(f"r{index}", 32, 500))
+    while scheduler.num_waiting:
+        scheduler.schedule()
+    scheduler.schedule()
+    durations = []
+    for _ in range(50):
+        started = time.perf_counter()
+        scheduler.schedule()
+        durations.append(time.perf_counter() - started)
+    assert sorted(durations)[25] < 1e-3

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from podquant.errors import CheckpointError
+from podquant.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.vocabularies import HARD_TEXTS, SENTENCEPIECE, sentencepiece_model
+
+texts = st.lists(st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=8)), max_size=8).map("".join)
+ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+
+
+def directory_of(path: Path, kind: str = "llama", **tokenizer_config: Any) -> Path:
+    (path / "tokenizer.model").write_bytes(sentencepiece_model(kind))
+    if tokenizer_config:
+        (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return path
+
+
+def processor(kind: str) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(kind))
+
+
+@pytest.fixture(scope="module", params=list(SENTENCEPIECE))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def loaded(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    # no token is named, so that nothing is looked for in a text, as the library itself does
+    nothing = dict.fromkeys(("unk_token", "bos_token", "eos_token"))
+    return Tokenizer.load(directory_of(tmp_path_factory.mktemp("model"), kind, **nothing), {})
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=texts)
+def test_tokens_and_text_are_the_librarys_own(loaded: Tokenizer, kind: str, text: str) -> None:
+    sp = processor(kind)
+    ids = sp.encode(text)
+    assert loaded.encode(text) == ids
+    if sp.unk_id() not in ids:  # the library writes " ⁇ " for it
+        assert loaded.decode(ids) == sp.decode(ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_tokens_stream_to_the_librarys_text(loaded: Tokenizer, kind: str, data: st.DataObject) -> None:
+    sp = processor(kind)
+    space = sp.piece_to_id("▁")
+    one = st.one_of(st.integers(0, len(sp) - 1), st.sampled_from([space, space, 0xF0 + 3, 0x9F + 3, 1, 2]))
+    ids = [token for token in data.draw(st.lists(one, max_size=20)) if token < len(sp) and token != sp.unk_id()]
+    num_prompt = data.draw(st.integers(0, len(ids)))
+
+    def text_of(some: list[int]) -> str:
+        return str(sp.decode([token for token in some if not sp.is_control(token)]))
+
+    assert loaded.decode(ids) == text_of(ids)
+    detokenizer = loaded.detokenizer([])
+    shown = ""
+    for count, token in enumerate(ids, start=1):
+        shown += detokenizer.push(token)
+        assert text_of(ids[:count]).rstrip("\ufffd") == shown.rstrip("\ufffd")
+    assert shown + detokenizer.flush() == text_of(ids)
+    prompt = text_of(ids[:num_prompt])
+    if not prompt.endswith("\ufffd"):
+        detokenizer = loaded.detokenizer(ids[:num_prompt])
+        rest = "".join(detokenizer.push(token) for token in ids[num_prompt:]) + detokenizer.flush()
+        assert prompt + rest == text_of(ids)
+
+
+def test_unknown_text_has_no_text(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(directory_of(tmp_path, "unigram"), {})
+    ids = tokenizer.encode("the😀dog", add_special_tokens=False)
+    assert 0 in ids
+    assert tokenizer.decode(ids) == "thedog"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "the<unk>dog"
+
+
+def test_special_tokens_are_found_in_text_and_left_out_of_it(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(directory_of(tmp_path, **ROLES), {"vocab_size": 420})
+    sp = processor("llama")
+    ids = tokenizer.encode("<s>hello</s> world<0x0A>")
+    # each text between them begins with a space of its own, and only tokens that are named are found
+    assert ids == [1, 1, *sp.encode("hello"), 2, *sp.encode(" world<0x0A>")]
+    assert sp.encode("<0x0A>")[-1] != 3 + 0x0A
+    assert tokenizer.decode(ids) == "hello  world<0x0A>"
+    assert tokenizer.decode(ids[1:], skip_special_tokens=False) == "<s> hello</s>  world<0x0A>"
+    assert (tokenizer.eos_ids, tokenizer.special_ids) == ({2}, {0, 1, 2})
+
+
+def test_only_the_beginning_gets_a_space_where_legacy_is_off(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(directory_of(tmp_path, legacy=False, **ROLES), {})
+    sp = processor("llama")
+    hello = tokenizer.encode("<s>hello", add_special_tokens=False)
+    assert hello[0] == 1
+    assert "".join(sp.id_to_piece(hello[1:])) == "hello" != "".join(sp.id_to_piece(sp.encode("hello")))
+    assert tokenizer.encode("hello<s>", add_special_tokens=False) == [*sp.encode("hello"), 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "before", "after"),
+    [
+        ({}, [1], []),
+        ({"add_bos_token": False}, [], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+        ({"bos_token": None}, [], []),
+    ],
+)
+def test_the_settings_say_which_tokens_are_added(
+    tmp_path: Path, more: dict[str, Any], before: list[int], after: list[int]
+) -> None:
+    tokenizer = Tokenizer.load(directory_of(tmp_path, **(ROLES | more)), {})
+    plain = processor("llama").encode("hello")
+    assert tokenizer.encode("hello") == [*before, *plain, *after]
+    assert tokenizer.encode("hello", add_special_tokens=False) == plain
+
+
+def test_a_model_without_settings_brings_its_own_roles(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(directory_of(tmp_path, "gemma"), {})
+    assert tokenizer.encode("hello<eos>")[0] == 2
+    assert tokenizer.eos_ids == {1}
+    assert tokenizer.special_ids >= {0, 1, 2, 3}
+
+
+def test_added_tokens_follow_the_model(tmp_path: Path) -> None:
+    directory = directory_of(tmp_path, **ROLES, chat_template="{{ bos_token }}<|im_start|>{{ messages[0].content }}")
+    (directory / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 421, "<|im_start|>": 420, "<|im|>": 422}))
+    (directory / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<|im_end|>"]}))
+    tokenizer = Tokenizer.load(directory, {"vocab_size": 432})
+    sp = processor("llama")
+    ids = tokenizer.encode("<|im_start|>user\n<|im_end|><|im|>", add_special_tokens=False)
+    assert ids == [420, *sp.encode("user\n"), 421, 422]
+    assert tokenizer.decode(ids) == "<|im_start|> user\n<|im|>"
+    detokenizer = tokenizer.detokenizer(ids[:1])
+    assert "".join(detokenizer.push(token) for token in ids[1:]) == " user\n<|im|>"
+    assert tokenizer.encode_chat([{"role": "user", "content": "hello"}]) == [1, 420, *sp.encode("hello")]
+
+
+def test_added_tokens_take_white_space_along_as_they_say(tmp_path: Path) -> None:
+    added = {"420": {"content": "<|user|>", "rstrip": True}, "421": {"content": "<mask>", "lstrip": True}}
+    tokenizer = Tokenizer.load(directory_of(tmp_path, added_tokens_decoder=added, **ROLES), {})
+    sp = processor("llama")
+    assert tokenizer.encode("a <|user|> \n b  <mask> c", add_special_tokens=False) == [
+        *(*sp.encode("a "), 420),
+        *(*sp.encode("b"), 421),
+        *sp.encode(" c"),
+    ]
+
+
+def test_a_broken_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a model the `sentencepiece` library can read"):
+        Tokenizer.load(tmp_path, {})
