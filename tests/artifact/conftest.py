@@ -16,6 +16,9 @@ from podquant.artifact.manifest import Manifest, ModuleRule, OutputFile, Piece, 
 from podquant.checkpoint.header import encode_header
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
+from tests.convert.conftest import source
+
+__all__ = ["source"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Change = Callable[[dict[str, bytes]], None]
