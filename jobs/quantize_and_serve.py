@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 
+from podquant.app.options import flag_kinds
 from podquant.cli import convert, serve
 from podquant.cli.main import guarded
-from podquant.cli.options import flag_kinds
 from podquant.config.job import load_quantize_and_serve_job
 
 

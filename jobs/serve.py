@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
+from podquant.app.options import flag_kinds
 from podquant.cli.main import guarded
-from podquant.cli.options import flag_kinds
 from podquant.cli.serve import run_job
 from podquant.config.job import load_serve_job
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from podquant.cli.progress import progress
-from podquant.cli.signals import stopping
-from podquant.cli.source import add_source_arguments, num_threads, open_source, positive, worker_environment
+from podquant.app.progress import progress
+from podquant.app.signals import stopping
+from podquant.app.source import add_source_arguments, num_threads, open_source, positive, worker_environment
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def run_job(job: ConvertJob, *, address: str | None, download_dir: str | None = 
     """
     from dataclasses import asdict
 
-    from podquant.convert.report import note_lines, quality_lines, size_text, time_line
+    from podquant.app.report import note_lines, quality_lines, size_text, time_line
     from podquant.convert.run import check_source, check_target, convert
 
     check_target(job.target, overwrite=job.overwrite)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
-    from podquant.cli.demo_model import write_smollm2_checkpoint
+    from podquant.app.demo.model import write_smollm2_checkpoint
 
     checkpoint = arguments.directory / "SmolLM2-135M-Instruct"
     artifact = arguments.directory / f"SmolLM2-135M-Instruct-{Path(arguments.quantization_config_path).stem}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 
-from podquant.cli.progress import progress
+from podquant.app.progress import progress
 from podquant.errors import ConfigError
 
 _FORMS = ("pack-quantized", "fp8-block")
@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write a checkpoint that podquant serves too, as one that is quantized already."""
+    from podquant.app.report import size_text
     from podquant.artifact.export import export_artifact
     from podquant.artifact.reader import read_manifest
-    from podquant.convert.report import size_text
     from podquant.storage.store import open_store
 
     if arguments.format is None and not arguments.portable:

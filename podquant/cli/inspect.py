@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print manifest, schemes, sizes and the quality table."""
+    from podquant.app.report import manifest_lines, quality_lines
     from podquant.artifact.reader import Artifact
-    from podquant.convert.report import manifest_lines, quality_lines
 
     with closing(Artifact.open(arguments.artifact)) as artifact:
         print(*manifest_lines(artifact.manifest), "", *quality_lines(artifact.read_quality()), sep="\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 
-from podquant.cli.progress import progress
+from podquant.app.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 
-from podquant.cli.source import add_source_arguments, num_threads, open_source, positive
+from podquant.app.source import add_source_arguments, num_threads, open_source, positive
 from podquant.errors import ConfigError
 
 
@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
+    from podquant.app.report import plan_lines
     from podquant.convert.forecast import forecast
-    from podquant.convert.report import plan_lines
 
     num_hosts = _num_hosts(arguments)
     threads = num_threads(arguments, is_here=num_hosts is None)

@@ -15,8 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from podquant.cli.options import API_KEY_VARIABLE, SECRET_VARIABLE, ServeOptions, add_options, read_options
-from podquant.cli.source import worker_environment
+from podquant.app.options import API_KEY_VARIABLE, SECRET_VARIABLE, ServeOptions, add_options, read_options
+from podquant.app.source import worker_environment
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         PodquantError: the address, the model or the other hosts cannot be had.
     """
-    from podquant.server import serving
+    from podquant.app import serving
 
     is_stopped = threading.Event()
     try:
@@ -123,7 +123,7 @@ def serve_on_host(
     is_stopped: threading.Event,
 ) -> None:
     """One host's part of `run_job`; its JAX is in a process of its own, also where there is one host only."""
-    from podquant.server import serving
+    from podquant.app import serving
 
     options = replace(options, nnodes=len(addresses), node_rank=rank, dist_init_addr=f"{addresses[0]}:{port}")
     members = options.members(secret)
@@ -135,8 +135,8 @@ def serve_on_host(
 
 def _serve_here(options: ServeOptions, members: Members | None, is_stopped: threading.Event) -> None:
     """Serve as host 0, and say when, and how far it is before."""
-    from podquant.cli.progress import LoadProgress
-    from podquant.server import serving
+    from podquant.app import serving
+    from podquant.app.progress import LoadProgress
 
     name = options.served_model_name or options.model_path
     loading = LoadProgress("loading")

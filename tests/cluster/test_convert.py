@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from podquant.app.demo.model import write_smollm2_checkpoint
 from podquant.artifact.merge import merge_artifact
 from podquant.artifact.verify import verify_artifact
 from podquant.checkpoint.index import Checkpoint
-from podquant.cli.demo_model import write_smollm2_checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
 from podquant.convert.run import convert

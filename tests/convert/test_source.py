@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from podquant.app.report import note_lines
 from podquant.checkpoint.index import Checkpoint
-from podquant.convert.report import note_lines
 from podquant.convert.source import read_contents
 from podquant.errors import CheckpointError, UnsupportedModelError
 

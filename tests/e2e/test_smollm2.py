@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from podquant.app.demo.model import write_smollm2_checkpoint
 from podquant.checkpoint.index import Checkpoint
-from podquant.cli.demo_model import write_smollm2_checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
 from podquant.convert.run import convert

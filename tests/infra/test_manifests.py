@@ -28,9 +28,9 @@ from ray._private import ray_constants
 from ray._private.accelerators.tpu import TPUAcceleratorManager, infer_tpu_pod_type_from_topology
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from podquant.cli.options import API_KEY_VARIABLE, ServeOptions, flag_kinds
+from podquant.app.options import API_KEY_VARIABLE, ServeOptions, flag_kinds
+from podquant.app.source import _FORWARDED
 from podquant.cli.serve import serve_options
-from podquant.cli.source import _FORWARDED
 from podquant.cluster.ray_hosts import OFF_CHIPS
 from podquant.cluster.ray_pool import _SLICE_LABEL
 from podquant.cluster.topology import TpuSlice, parse_slice

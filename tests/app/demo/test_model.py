@@ -13,10 +13,10 @@ from gguf.quants import dequantize
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from podquant.cli.demo_model import find_package, undo_rope_permutation, write_smollm2_checkpoint
+from podquant.app.demo.model import find_package, undo_rope_permutation, write_smollm2_checkpoint
 from podquant.errors import StorageError
 
-REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())
+REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "smollm2_greedy.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from podquant.app.report import note_lines, plan_lines, quality_lines, size_text
 from podquant.convert.forecast import forecast
-from podquant.convert.report import note_lines, plan_lines, quality_lines, size_text
 
 
 @pytest.mark.parametrize(

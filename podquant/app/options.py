@@ -20,9 +20,9 @@ from podquant.config.job import Kind
 from podquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from podquant.app.serving import HttpOptions
     from podquant.engine.options import EngineOptions
     from podquant.group.service import Members
-    from podquant.server.serving import HttpOptions
 
 
 API_KEY_VARIABLE = "PODQUANT_API_KEY"
@@ -184,7 +184,7 @@ class ServeOptions:
     @property
     def http_options(self) -> HttpOptions:
         """The server's part of it."""
-        from podquant.server.serving import HttpOptions
+        from podquant.app.serving import HttpOptions
 
         return HttpOptions(
             host=self.host,

@@ -1,0 +1,7 @@
+"""The tiny checkpoints of the conversion's tests."""
+
+from __future__ import annotations
+
+from tests.convert.conftest import make_source, source
+
+__all__ = ["make_source", "source"]
