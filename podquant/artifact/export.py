@@ -23,6 +23,7 @@ from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME, DType
 from podquant.errors import ArtifactError, UnsupportedModelError
 from podquant.families.modules import kind_of
+from podquant.families.registry import is_tied
 from podquant.quantize.qarray import QArray
 from podquant.storage.publication import Publication, open_publication
 from podquant.storage.runs import RecordingStore, adds_up
@@ -89,7 +90,7 @@ def export_artifact(
         artifact = replace(opened, store=RecordingStore(opened.store, lambda file: True))
         modules = _decide(artifact, form, portable or form == "fp8-block")
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
-        tied = bool(config.get("tie_word_embeddings", "lm_head" not in modules))
+        tied = is_tied(config, artifact.tensors, f"{artifact.uri}/config.json")
         section = _section(artifact, modules, form, tied)
         if section is not None:
             config["quantization_config"] = section

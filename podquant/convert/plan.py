@@ -22,7 +22,7 @@ from podquant.convert.source import Contents, read_contents
 from podquant.convert.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import ConfigError, UnsupportedModelError
-from podquant.families.architectures import unsupported_architecture
+from podquant.families.registry import unsupported_architecture
 from podquant.quantize.qarray import scales_shape
 
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, _UNITS_AT_LEAST = 64 << 20, 1 << 30, 32

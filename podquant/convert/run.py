@@ -26,7 +26,7 @@ from podquant.convert.resume import check_staged, resume
 from podquant.convert.task import Setting, check_tied, do_unit, receipt_name
 from podquant.convert.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
-from podquant.families.architectures import refuse_unsupported
+from podquant.families.registry import refuse_unsupported
 from podquant.quantize.quality import Quality
 from podquant.storage.publication import Publication, open_publication
 from podquant.storage.records import Records, open_records

@@ -17,6 +17,7 @@ from podquant.checkpoint.quantization import quant_method
 from podquant.checkpoint.quantized import refuse_undeclared
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.modules import kind_of
+from podquant.families.registry import is_tied
 
 _LAYER = re.compile(r"^((?:[a-z_]+\.)*(?:layers|h))\.(\d+)\.(.+)$")
 
@@ -62,13 +63,12 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     matrices = {module: info for module, info in matrices.items() if _layer_of(info.name) not in further}
     embedding = next((info for module, info in matrices.items() if kind_of(module) == "embedding"), None)
     head = next((info for module, info in matrices.items() if kind_of(module) == "lm_head"), None)
-    says = config.get("tie_word_embeddings", head is None)
-    if not says and head is None and embedding is not None:
+    tied = is_tied(config, checkpoint.tensors, f"{where}/config.json")
+    if not tied and head is None and embedding is not None:
         raise CheckpointError(
             f"{where}: lm_head.weight is missing: config.json says tie_word_embeddings: false, so it must be there. "
-            "Copy the checkpoint again"
+            "Set it to true if the embedding is the head too"
         )
-    tied = bool(says) and embedding is not None
     redundant = None
     if tied and head is not None and embedding is not None:
         if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):

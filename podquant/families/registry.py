@@ -5,18 +5,18 @@ The only place where an architecture's name decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from podquant.dtypes import SOURCE_DTYPES
 from podquant.errors import CheckpointError, UnsupportedModelError
-from podquant.families.architectures import refuse_unsupported
 from podquant.families.config import ConfigReader, ModelConfig, read_windows
 from podquant.families.dense import DENSE
 from podquant.families.family import Family, qwen_sliding, read_sliding
 from podquant.families.gemma import GEMMA
 from podquant.families.internlm import INTERNLM
+from podquant.families.modules import kind_of
 from podquant.families.moe import MOE
 from podquant.families.qwen1 import QWEN1
 
@@ -42,27 +42,74 @@ _ACTIVATIONS = {
 }
 
 
-def family_of(config: Mapping[str, Any], where: str = "config.json") -> tuple[str, Family]:
-    """The architecture's name and family, or an `UnsupportedModelError` that lists what is supported."""
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The family that config.json names, None if podquant does not know it."""
     names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointError(f"{where}: `architectures` must be a list with the model's class name, got {names!r}")
-    refuse_unsupported(config, where)
-    return names[0], FAMILIES[names[0]]
+    name = names[0] if isinstance(names, list) and names else None
+    return FAMILIES.get(name) if isinstance(name, str) else None
 
 
-def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def unsupported_architecture(config: Mapping[str, Any]) -> str | None:
+    """The architecture that config.json names, if podquant does not run it."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names and family_of(config) is None else None
+
+
+def refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedModelError if config.json names an architecture that podquant does not run."""
+    name = unsupported_architecture(config)
+    if name is not None:
+        raise _unsupported(name, where)
+
+
+def _unsupported(name: str, where: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
+    )
+
+
+def is_tied(config: Mapping[str, Any], names: Iterable[str], where: str = "config.json") -> bool:
+    """Whether the embedding is the output projection too.
+
+    `tie_word_embeddings` says so. Where it is absent or null, as transformers leaves it where it is what the model's
+    class has by default: of a family that ties by default, it is; of others if the checkpoint stores no head.
+
+    Args:
+        config: config.json.
+        names: of all tensors of the checkpoint.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: the key is neither true nor false.
+    """
+    family = family_of(config)
+    default = family.defaults.get("tie_word_embeddings") if family else None
+    if default is None:
+        modules = {name.rpartition(".")[0] for name in names}
+        head = family.names.lm_head if family else None
+        default = not any(module == head or kind_of(module) == "lm_head" for module in modules)
+    return ConfigReader(config, where).flag("tie_word_embeddings", default)
+
+
+def read_model_config(config: Mapping[str, Any], names: Iterable[str], where: str = "config.json") -> ModelConfig:
     """Read a `config.json`.
 
     Args:
         config: the parsed file.
+        names: of all tensors of the checkpoint, which decide what it leaves open, see `is_tied`.
         where: its location, for messages.
 
     Raises:
         UnsupportedModelError: an architecture or option podquant cannot run.
         CheckpointError: a missing or malformed value.
     """
-    architecture, family = family_of(config, where)
+    architectures, family = config.get("architectures"), family_of(config)
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise CheckpointError(
+            f"{where}: `architectures` must be a list with the model's class name, got {architectures!r}"
+        )
+    if family is None:
+        raise _unsupported(architectures[0], where)
     reader = ConfigReader(config, where, family.spelled, family.defaults)
     reader.refuse_unless("pretraining_tp", [1])
     reader.refuse_unless("hidden_act", list(_ACTIVATIONS))
@@ -84,7 +131,7 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
         raise CheckpointError(f"{where}: {num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
     attention_bias = reader.flag("attention_bias", False)
     common = ModelConfig(
-        architecture=architecture,
+        architecture=architectures[0],
         vocab_size=reader.count("vocab_size"),
         hidden_size=hidden_size,
         ffn_size=reader.count("intermediate_size"),
@@ -95,7 +142,7 @@ def read_model_config(config: Mapping[str, Any], where: str = "config.json") -> 
         norm_eps=reader.number("rms_norm_eps", 1e-6),
         rope=family.rope(reader),
         windows=read_windows(reader, num_layers, *family.sliding(reader)),
-        tied_embeddings=reader.flag("tie_word_embeddings", False),
+        tied_embeddings=is_tied(config, names, where),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
         mlp_bias=reader.flag("mlp_bias", False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from threading import Lock
@@ -22,6 +22,7 @@ from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
 from podquant.errors import ConfigError, PodquantError, StorageError
 from podquant.families.modules import kind_of
+from podquant.families.registry import is_tied
 from podquant.quantize.qarray import QArray
 from podquant.storage.runs import RecordingStore, Whole
 from podquant.weights.hostmemory import empty
@@ -88,11 +89,15 @@ class QuantizedSource:
 
     @property
     def _tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self._checkpoint.tensors))
+        return is_tied(self.config, self.names, f"{self.store.uri}/config.json")
 
     @property
     def config(self) -> Mapping[str, Any]:
         return self._checkpoint.config
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._checkpoint.tensors.keys()
 
     @property
     def num_bytes(self) -> int:

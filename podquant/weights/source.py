@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from podquant.errors import (
     PodquantError,
     StorageError,
 )
+from podquant.families.registry import is_tied
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.weights import quantize_window
 from podquant.storage.runs import RecordingStore, Whole
@@ -51,6 +52,10 @@ class WeightSource(Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """config.json."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors on disk."""
 
     @property
     def num_bytes(self) -> int:
@@ -114,12 +119,16 @@ class CheckpointSource:
                 for name, info in checkpoint.tensors.items()
                 if (module := module_of(name)) is not None and len(info.shape) >= 2
             ]
-            tied = bool(checkpoint.config.get("tie_word_embeddings", "lm_head" not in modules))
+            tied = is_tied(checkpoint.config, self.names, f"{checkpoint.store.uri}/config.json")
             self.resolution = rules.resolve(modules, tied_embeddings=tied)
 
     @property
     def config(self) -> Mapping[str, Any]:
         return self._checkpoint.config
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._checkpoint.tensors.keys()
 
     @property
     def num_bytes(self) -> int:
@@ -191,6 +200,10 @@ class ArtifactSource:
     @property
     def config(self) -> Mapping[str, Any]:
         return self._artifact.config
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._artifact.tensors.keys()
 
     @property
     def num_bytes(self) -> int:
@@ -285,7 +298,7 @@ def _open_checkpoint(uri: str, rules: QuantizationConfig | None) -> WeightSource
 def _contradiction(artifact: Artifact, rules: QuantizationConfig) -> str | None:
     """The first module that rules and manifest decide differently, in words."""
     modules = artifact.manifest.modules
-    tied = bool(artifact.config.get("tie_word_embeddings", "lm_head" not in modules))
+    tied = is_tied(artifact.config, artifact.tensors, f"{artifact.uri}/config.json")
     decisions = rules.resolve(list(modules), tied_embeddings=tied).decisions
     for module, decided in modules.items():
         wanted = decisions[module].scheme

@@ -48,7 +48,7 @@ def main(topology: str, *ep_sizes: str) -> None:
     """Compile for each of `ep_sizes`, over all chips of a topology."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    config = read_model_config(QWEN3_235B)
+    config = read_model_config(QWEN3_235B, ())
     mesh = Mesh(np.array(topologies.get_topology_desc(topology, "tpu").devices).reshape(-1), (TP,))
     BATCHES[config.num_layers] = BATCH
     found = {}

@@ -23,7 +23,7 @@ NUMERICS = Numerics("float32", "cpu")
 
 
 def model(tp: int, scheme: Scheme | None = None, **changes: Any) -> Model:
-    config = read_model_config({**LLAMA, **changes})
+    config = read_model_config({**LLAMA, **changes}, ())
     return Model(config, lambda module: scheme, NUMERICS, make_mesh("cpu", tp))
 
 
@@ -36,7 +36,7 @@ def test_leaves_are_the_decoders_arrays_stacked_over_layers() -> None:
 
 
 def test_layers_quantized_alike_are_one_segment() -> None:
-    config = read_model_config(LLAMA)
+    config = read_model_config(LLAMA, ())
 
     def keep_first(module: str) -> Scheme | None:
         return None if ".layers.0." in module else Scheme("int8")

@@ -225,7 +225,7 @@ def main(topology: str, names: Sequence[str]) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     devices = topologies.get_topology_desc(topology, "tpu").devices
-    config = read_model_config(LLAMA_3_8B if len(devices) == 8 else LLAMA_3_70B)
+    config = read_model_config(LLAMA_3_8B if len(devices) == 8 else LLAMA_3_70B, ())
     mesh = Mesh(np.array(devices).reshape(-1), (TP,))
     found = {}
     for name in names:

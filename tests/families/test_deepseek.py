@@ -16,7 +16,7 @@ GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 
 
 def read(name: str, **changes: Any) -> ModelConfig:
-    return read_model_config({**json.loads((GOLDENS / name / "config.json").read_text()), **changes})
+    return read_model_config({**json.loads((GOLDENS / name / "config.json").read_text()), **changes}, ())
 
 
 def test_v3_scores_by_sigmoid_in_groups_and_corrects() -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from podquant.errors import CheckpointError, UnsupportedModelError
-from podquant.families.architectures import ARCHITECTURES
 from podquant.families.config import FULL_ATTENTION, ModelConfig, RopeConfig
-from podquant.families.registry import FAMILIES, read_model_config
+from podquant.families.registry import FAMILIES, read_model_config, refuse_unsupported, unsupported_architecture
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 OLD: dict[str, Any] = {
@@ -33,8 +32,13 @@ def golden(name: str) -> dict[str, Any]:
     return config
 
 
+def read_with_head(config: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """Of a checkpoint that stores a head."""
+    return read_model_config(config, ["model.embed_tokens.weight", "lm_head.weight"], where)
+
+
 def read(**changes: Any) -> ModelConfig:
-    return read_model_config({**OLD, **changes})
+    return read_with_head({**OLD, **changes})
 
 
 def without(key: str) -> dict[str, Any]:
@@ -43,10 +47,10 @@ def without(key: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_old_and_new_spelling_read_the_same(key: str) -> None:
-    old = read_model_config({**OLD, "rope_scaling": {key: "llama3", **LLAMA3}})
+    old = read_with_head({**OLD, "rope_scaling": {key: "llama3", **LLAMA3}})
     new = {name: value for name, value in OLD.items() if name not in ("rope_theta", "torch_dtype")}
     parameters = {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}
-    assert read_model_config({**new, "dtype": "float32", "rope_parameters": parameters}) == old
+    assert read_with_head({**new, "dtype": "float32", "rope_parameters": parameters}) == old
     assert old.rope == RopeConfig("llama3", 500000.0, LLAMA3)
     assert old.dtype == "float32"
 
@@ -59,8 +63,8 @@ def test_what_is_left_out() -> None:
     assert config.rope == RopeConfig("default", 500000.0, {})
     assert config.windows == (FULL_ATTENTION,) * 3
     assert (config.eos_token_ids, config.bos_token_id) == ((), None)
-    assert read_model_config(without("rope_theta")).rope.theta == 10000.0
-    assert read_model_config(without("torch_dtype")).dtype == "bfloat16"
+    assert read_with_head(without("rope_theta")).rope.theta == 10000.0
+    assert read_with_head(without("torch_dtype")).dtype == "bfloat16"
 
 
 def test_nulls_are_as_good_as_nothing() -> None:
@@ -120,27 +124,27 @@ def test_each_family_differs_as_declared() -> None:
 
 
 def test_the_goldens() -> None:
-    assert read_model_config(golden("mistral-window")).windows == (8, 8, 8)
-    assert read_model_config(golden("llama3-rope")).rope.kind == "llama3"
-    assert read_model_config(golden("llama3-rope")).tied_embeddings
-    assert read_model_config(golden("qwen2")).qkv_bias
-    assert read_model_config(golden("qwen3")).head_dim == 16
-    assert read_model_config(golden("llama")).eos_token_ids == (2,)
+    assert read_with_head(golden("mistral-window")).windows == (8, 8, 8)
+    assert read_with_head(golden("llama3-rope")).rope.kind == "llama3"
+    assert read_with_head(golden("llama3-rope")).tied_embeddings
+    assert read_with_head(golden("qwen2")).qkv_bias
+    assert read_with_head(golden("qwen3")).head_dim == 16
+    assert read_with_head(golden("llama")).eos_token_ids == (2,)
 
 
 def test_gemma_3_in_its_old_spelling() -> None:
     gemma3 = {"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 6, "sliding_window": 16}
     old = {**without("rope_theta"), **gemma3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    config = read_model_config(old)
+    config = read_with_head(old)
     assert config.windows == (16,) * 5 + (FULL_ATTENTION,)
     assert config.layer_ropes == (1,) * 5 + (0,)
     assert config.rope == RopeConfig("linear", 1e6, {"factor": 8.0})
     assert config.other_ropes == (RopeConfig("default", 1e4, {}),)
     assert (config.head_dim, config.tied_embeddings, config.activation) == (256, True, "gelu_tanh")
-    assert read_model_config({**old, "rope_local_base_freq": 2e4}).other_ropes[0].theta == 2e4
-    assert read_model_config({**old, "sliding_window_pattern": 2}).layer_ropes == (1, 0) * 3
+    assert read_with_head({**old, "rope_local_base_freq": 2e4}).other_ropes[0].theta == 2e4
+    assert read_with_head({**old, "sliding_window_pattern": 2}).layer_ropes == (1, 0) * 3
     new = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 3e4}}
-    config = read_model_config({**without("rope_theta"), **gemma3, "rope_parameters": new})
+    config = read_with_head({**without("rope_theta"), **gemma3, "rope_parameters": new})
     assert (config.rope.theta, config.other_ropes[0].theta) == (5e5, 3e4)
 
 
@@ -153,15 +157,15 @@ def test_gemma_2_alternates_where_it_does_not_say() -> None:
 
 
 def test_first_generation_qwen() -> None:
-    config = read_model_config(golden("qwen1"))
+    config = read_with_head(golden("qwen1"))
     assert (config.ffn_size, config.head_dim, config.norm_eps) == (160, 8, 1e-6)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
     assert config.rope == RopeConfig("dynamic_ntk", 10000.0, {"original_max_position_embeddings": 512})
     assert config.logn_length == 512
-    plain = read_model_config({**golden("qwen1"), "use_dynamic_ntk": False, "use_logn_attn": False})
+    plain = read_with_head({**golden("qwen1"), "use_dynamic_ntk": False, "use_logn_attn": False})
     assert (plain.rope.kind, plain.logn_length) == ("default", None)
     with pytest.raises(CheckpointError, match="`layer_norm_epsilon` must be a positive number, got -1"):
-        read_model_config({**golden("qwen1"), "layer_norm_epsilon": -1})
+        read_with_head({**golden("qwen1"), "layer_norm_epsilon": -1})
 
 
 def test_internlm_says_by_other_names_where_biases_are() -> None:
@@ -276,7 +280,7 @@ def test_what_is_malformed_is_named(changes: dict[str, Any], message: str) -> No
 )
 def test_what_is_missing_is_named(key: str) -> None:
     with pytest.raises(CheckpointError, match=f"^here: `{key}` must be an integer from 1 on, got nothing"):
-        read_model_config(without(key), "here")
+        read_with_head(without(key), "here")
 
 
 @pytest.mark.parametrize(
@@ -305,5 +309,9 @@ def test_no_value_gets_through_as_another_error(changes: dict[str, Any]) -> None
         read(**changes)
 
 
-def test_what_converting_lets_through_is_what_serving_runs() -> None:
-    assert set(FAMILIES) == set(ARCHITECTURES)
+def test_an_architecture_is_refused_only_if_it_is_named_and_unknown() -> None:
+    for name in FAMILIES:
+        refuse_unsupported({"architectures": [name]}, "here")
+    assert unsupported_architecture({}) is None
+    with pytest.raises(UnsupportedModelError, match=r"^here: architecture 'GPT2LMHeadModel' is not .* Llama"):
+        refuse_unsupported({"architectures": ["GPT2LMHeadModel"]}, "here")

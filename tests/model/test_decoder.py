@@ -18,7 +18,7 @@ LLAMA = json.loads((Path(__file__).parents[1] / "data" / "goldens" / "llama" / "
 
 def config(**changes: Any) -> ModelConfig:
     """8 query heads, 4 key/value heads, FFN width 160, vocabulary 512, or changed."""
-    return read_model_config({**LLAMA, **changes})
+    return read_model_config({**LLAMA, **changes}, ())
 
 
 def test_heads_are_shared_out() -> None:
@@ -55,7 +55,7 @@ def test_the_sizes_that_fit_are_named() -> None:
 
 def test_experts_are_shared_out() -> None:
     path = Path(__file__).parents[1] / "data" / "goldens" / "qwen3_moe" / "config.json"
-    moe = read_model_config(json.loads(path.read_text()))
+    moe = read_model_config(json.loads(path.read_text()), ())
     assert plan_layout(moe, 4, 2) == Layout(4, 4, 512, 2)
     with pytest.raises(MeshError, match=r"--ep-size 3 must divide --tp-size 4 and the 8 experts .* fit: 1, 2, 4$"):
         plan_layout(moe, 4, 3)

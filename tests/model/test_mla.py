@@ -47,7 +47,7 @@ FP8 = "float8_e4m3fn"
 
 
 def config_with(latent: LatentConfig) -> ModelConfig:
-    return replace(read_model_config(CONFIG), latent=latent)
+    return replace(read_model_config(CONFIG, ()), latent=latent)
 
 
 def weights_of(latent: LatentConfig) -> dict[str, Array]:

@@ -58,7 +58,7 @@ def golden(name: str, **changes: Any) -> dict[str, Any]:
 
 def test_layers_with_experts() -> None:
     def layers(name: str, **changes: Any) -> tuple[bool, ...]:
-        moe = read_model_config(golden(name, **changes)).moe
+        moe = read_model_config(golden(name, **changes), ()).moe
         assert moe is not None
         return moe.layers
 
@@ -79,4 +79,4 @@ def test_layers_with_experts() -> None:
 )
 def test_experts_that_cannot_be_are_refused(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        read_model_config(golden("glm4_moe", **changes))
+        read_model_config(golden("glm4_moe", **changes), ())

@@ -112,7 +112,7 @@ def main(topology: str, dtype: str) -> None:
     """Compile the programs of layer 0, of the embedding and of the last norm."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    config = read_model_config(LLAMA_3_70B)
+    config = read_model_config(LLAMA_3_70B, ())
     devices = topologies.get_topology_desc(topology, "tpu").devices
     mesh = Mesh(np.array(choose_devices(devices, "tpu", len(devices))), (TP,))
     scheme = Scheme(dtype)

@@ -52,7 +52,9 @@ def open_case(case: Case, devices: list[Any]) -> tuple[WeightSource, Model]:
     """The source, and the model laid out over these devices."""
     source = open_source(case.uri, load_quantization_config(case.rules) if case.rules else None)
     mesh = Mesh(np.array(devices), (TP,))
-    return source, Model(read_model_config(source.config), source.scheme_of, Numerics(case.dtype, "cpu"), mesh)
+    return source, Model(
+        read_model_config(source.config, source.names), source.scheme_of, Numerics(case.dtype, "cpu"), mesh
+    )
 
 
 def digest(array: Any) -> str:

@@ -33,7 +33,9 @@ Arrays = dict[tuple[str | int, ...], np.ndarray[Any, Any]]
 def load(uri: str, rules: str | None = None, tp: int = 1, dtype: str = "float32") -> Arrays:
     """Every array on the devices, by its path."""
     source = open_source(uri, load_quantization_config(rules) if rules else None)
-    model = Model(read_model_config(source.config), source.scheme_of, Numerics(dtype, "cpu"), make_mesh("cpu", tp))
+    model = Model(
+        read_model_config(source.config, source.names), source.scheme_of, Numerics(dtype, "cpu"), make_mesh("cpu", tp)
+    )
     seen: list[int] = []
     weights = load_weights(model, source, seen.append)
     source.close()

@@ -291,7 +291,10 @@ def test_windows_and_shards_give_the_same_arrays(tmp_path: Path, form: str) -> N
     place, _ = write_pair(GOLDENS / "llama", tmp_path, *FORMS[form])
     source = open_source(str(place))
     _, expected = load(source, 1)
-    config, mesh = read_model_config(source.config), make_mesh("cpu", 2 if "blocks" in form or form == "inverse" else 4)
+    config, mesh = (
+        read_model_config(source.config, source.names),
+        make_mesh("cpu", 2 if "blocks" in form or form == "inverse" else 4),
+    )
     model = Model(config, source.scheme_of, Numerics("float32", "cpu"), mesh)
     few = Limits(window_bytes=2048, ahead_bytes=8192, gathered_bytes=2048, whole_bytes=100, tile_rows=1)
     for leaf, one, several in zip(model.leaves, expected, load_weights(model, source, limits=few), strict=True):
