@@ -39,7 +39,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         metavar="N",
         type=positive,
-        help=f"threads of a process that read and quantize ({_own_threads()} here, {_HOST_THREADS} on hosts)",
+        help="threads of a process that read and quantize (default: one for each CPU it may use, at most "
+        f"{_MOST_THREADS}; {_HOST_THREADS} on the hosts of a cluster)",
     )
 
 

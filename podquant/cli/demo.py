@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--directory",
         type=Path,
         default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "podquant" / "demo",
-        help="where the checkpoint and the artifact go (%(default)s)",
+        help="where the checkpoint and the artifact go (default: podquant/demo in the user's cache directory)",
     )
     parser.add_argument("--quantization-config-path", default="int8.yaml", metavar="YAML", help="(%(default)s)")
     parser.add_argument("--question", default=_QUESTION, help="what to ask (%(default)s)")

@@ -23,16 +23,16 @@ _REQUIRED = {
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """Where a job runs, and how it bears losses.
+    """Where a job runs, and how it copes with losses. Whether there is such an accelerator is not checked here.
 
     Attributes:
-        accelerator: the TPU slice to reserve whole, `v5e-16`; text that nothing has checked yet. None takes the TPU
+        accelerator: the TPU slice to reserve whole: a type (`v5e-16`) or a topology (`v5e:4x4`). Without it, the TPU
             hosts that are there, else all nodes.
-        workers_per_host: processes.
-        threads_per_worker: threads of one process that read and quantize; it reserves so many CPUs.
+        workers_per_host: processes on each host that convert.
+        threads_per_worker: threads of one process that read and quantize; it reserves as many CPUs.
         unit_deadline_seconds: a unit that takes longer is given to another host as well.
-        max_retries: of one unit, after errors that may pass.
-        env: environment variables of the workers.
+        max_retries: how often a unit is retried after errors that may pass.
+        env: environment variables of the processes, text to text: numbers in quotes.
     """
 
     accelerator: str | None = None
@@ -48,26 +48,27 @@ class ConvertJob:
     """One conversion.
 
     Attributes:
-        source: `gs://…`, a local directory or a Hugging Face id.
-        target: `gs://…` or a local directory; another place than the source.
-        quantization_config_path: as written; for `load_quantization_config`, which has not seen it yet.
-        revision: branch, tag or commit of a Hugging Face id.
-        tp_size: tensor-parallel slices to cut every weight into.
-        strict_rules: a rule that matches nothing is an error.
-        overwrite: replace the artifact that is at the target, once done.
+        source: the checkpoint: `gs://…`, a directory that all hosts share, or a Hugging Face id (`org/name`).
+        target: the artifact: `gs://…`, or a directory that all hosts share; another place than the source.
+        quantization_config_path: the rules: a path, or the name of a file that podquant ships, such as `int8.yaml`.
+        revision: branch, tag or commit of a Hugging Face id; the main branch without it.
+        tp_size: cut every weight into as many tensor-parallel slices.
+        strict_rules: a rule that matches no module is an error.
+        overwrite: replace an artifact that is at the target, once the new one is complete, and discard an unfinished
+            conversion of something else there.
         cluster: where it runs.
-        name: the file's name without its directory.
+        name: the job, for messages: the file's name without its directory.
     """
 
     source: str
     target: str
     quantization_config_path: str
-    revision: str | None
-    tp_size: int
-    strict_rules: bool
-    overwrite: bool
-    cluster: ClusterOptions
-    name: str
+    revision: str | None = None
+    tp_size: int = 1
+    strict_rules: bool = False
+    overwrite: bool = False
+    cluster: ClusterOptions = ClusterOptions()
+    name: str = "command line"
 
 
 Kind = type[bool] | type[int] | type[float] | type[str] | tuple[str, ...]
@@ -79,20 +80,21 @@ class ServeJob:
     """A model to serve.
 
     Attributes:
-        model: an artifact or a checkpoint: `gs://…`, a local directory or a Hugging Face id.
-        quantization_config_path: quantize a checkpoint by these rules while loading it; None leaves it as it is.
-        revision: branch, tag or commit of a Hugging Face id.
-        flags: of `podquant serve`, by name, with values of their kinds.
-        cluster: where it runs.
-        name: the file's name without its directory.
+        model: an artifact or a checkpoint: `gs://…`, a directory that all hosts share, or a Hugging Face id.
+        quantization_config_path: quantize a checkpoint by these rules while loading it. Without it, an artifact or a
+            checkpoint is served as it is.
+        revision: branch, tag or commit of a Hugging Face id; the main branch without it.
+        flags: of `podquant serve`, by name, with values of their types.
+        cluster: where it runs; only `accelerator` and `env` matter here.
+        name: the job, for messages: the file's name without its directory.
     """
 
     model: str
-    quantization_config_path: str | None
-    revision: str | None
-    flags: Mapping[str, bool | int | float | str]
-    cluster: ClusterOptions
-    name: str
+    quantization_config_path: str | None = None
+    revision: str | None = None
+    flags: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    cluster: ClusterOptions = ClusterOptions()
+    name: str = "command line"
 
 
 _JOB_KEYS = tuple(entry.name for entry in fields(ConvertJob) if entry.name != "name")

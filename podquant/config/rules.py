@@ -20,19 +20,37 @@ from podquant.dtypes import QUANTIZED_DTYPES
 from podquant.errors import ConfigError
 from podquant.families.modules import Kind, Spelling, kind_of, router_neighbours, spell, unspell
 
-_QUANTIZATION_KEYS = (
-    "dense",
-    "linear",
-    "moe",
-    "weight_block_size",
-    "ignored_layers",
-    "is_static_checkpoint",
-    "allow_narrow_n_blockwise",
-)
-_DTYPE_KEYS = ("weight_dtype", "activation_dtype")
+_QUANTIZED = ", ".join(QUANTIZED_DTYPES)
+SCHEME_KEYS = {
+    "weight_dtype": f"{_QUANTIZED}, or null: the weight is left as it is",
+    "activation_dtype": f"{_QUANTIZED}, or null: weight-only, activations keep their own type",
+    "weight_qtype": "the same as `weight_dtype`",
+    "act_qtype": "the same as `activation_dtype`",
+}
+"""Keys of `moe`, and what they mean: how a weight is quantized."""
+RULE_KEYS = {
+    "module_path": "a regular expression: which modules the rule decides",
+    **SCHEME_KEYS,
+    "weight_block_size": "`[rows, columns]` that share a scale; null: one scale per output channel. Default: that of "
+    "the whole file",
+}
+"""Keys of each entry of `dense.rules`, and what they mean."""
+QUANTIZATION_KEYS = {
+    "dense": "`rules`, a list, tried in order; the first that takes a module decides. For all but routed experts: "
+    "attention, MLP, shared experts, embedding, lm_head, and those routers that a rule names",
+    "linear": "the same as `dense`",
+    "moe": "how routed experts are quantized; without it they are left as they are",
+    "weight_block_size": "`[rows, columns]` that share a scale, where a rule says nothing else; null: one scale per "
+    "output channel",
+    "ignored_layers": "modules that are always left as they are: names, which stand for everything below them too, and "
+    "`re:` patterns",
+    "is_static_checkpoint": "true: the file describes a checkpoint that is quantized already, whose codes and scales "
+    "are taken as they are; any other checkpoint is refused",
+    "allow_narrow_n_blockwise": "accepted for files of sglang-jax, where it lifts the guard of a kernel; it changes "
+    "nothing here",
+}
+"""Keys of `quantization`, and what they mean."""
 _ALIASES = {"weight_dtype": "weight_qtype", "activation_dtype": "act_qtype"}
-_MOE_KEYS = (*_DTYPE_KEYS, *_ALIASES.values())
-_RULE_KEYS = ("module_path", *_DTYPE_KEYS, "weight_block_size", *_ALIASES.values())
 _ALSO_CALLED = {
     "i8": "int8",
     "s8": "int8",
@@ -187,7 +205,7 @@ def load_quantization_config(path_or_bare_name: str) -> QuantizationConfig:
     if "quantization" not in root:
         raise ConfigError(f"{path}:1: the file is an empty mapping: expected the key quantization")
     section = root["quantization"]
-    entries = section.mapping(_QUANTIZATION_KEYS)
+    entries = section.mapping(tuple(QUANTIZATION_KEYS))
     dense = _either(entries, "dense", "linear")
     if dense is None and "moe" not in entries:
         section.fail("it says nothing to quantize: expected a dense: or a moe: section")
@@ -196,7 +214,7 @@ def load_quantization_config(path_or_bare_name: str) -> QuantizationConfig:
     return QuantizationConfig(
         name=path.name,
         rules=_rules(dense, block) if dense else (),
-        moe=_scheme(moe, moe.mapping(_MOE_KEYS), block) if moe else None,
+        moe=_scheme(moe, moe.mapping(tuple(SCHEME_KEYS)), block) if moe else None,
         moe_label=f"moe {path.name}:{moe.line}" if moe else "no moe section",
         ignored=_ignored(entries["ignored_layers"]) if "ignored_layers" in entries else (),
         is_static_checkpoint=_flag(entries, "is_static_checkpoint"),
@@ -210,7 +228,7 @@ def _rules(dense: Node, block: tuple[int, int] | None) -> tuple[Rule, ...]:
         dense.fail("expected the key rules with a list of rules, got an empty mapping")
     rules = []
     for node in entries["rules"].items("a list of rules"):
-        rule = node.mapping(_RULE_KEYS)
+        rule = node.mapping(tuple(RULE_KEYS))
         if "module_path" not in rule:
             node.fail("a rule without module_path: expected a regular expression that says which modules it decides")
         path = rule["module_path"]

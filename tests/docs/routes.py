@@ -1,0 +1,178 @@
+"""The page of the HTTP server, from the app itself: routes, fields of bodies, errors as it gives them, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from podquant.engine.backend import EngineStats
+from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
+from podquant.server.app import MAX_BODY_BYTES, create_app
+from podquant.server.errors import response_for
+from podquant.server.metrics import Metrics
+from tests.docs.markdown import attributes, first_sentence, page, prose, summary, table
+
+_KEY = "a key"
+_JSON = {"Content-Type": "application/json"}
+_PROVOKED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("no API key, or a wrong one", "GET", "/v1/models", {"headers": {}}),
+    ("no such route", "GET", "/v2/models", {}),
+    ("another method than the route has", "GET", "/v1/completions", {}),
+    (
+        "a body that is not JSON",
+        "POST",
+        "/v1/completions",
+        {"content": "{", "headers": {"Content-Type": "application/json"}},
+    ),
+    (f"a body over {MAX_BODY_BYTES >> 20} MiB", "POST", "/v1/completions", {"content": bytes(MAX_BODY_BYTES + 1)}),
+    ("a field that is missing", "POST", "/v1/completions", {"json": {}}),
+    ("a field that is unknown", "POST", "/v1/completions", {"json": {"prompt": "a", "promt": "a"}}),
+    ("a field that this server does not support", "POST", "/v1/completions", {"json": {"prompt": "a", "best_of": 2}}),
+    ("a value that does not fit its field", "POST", "/v1/completions", {"json": {"prompt": "a", "top_p": 2}}),
+    ("a request before the model is loaded", "POST", "/v1/completions", {"json": {"prompt": "a"}}),
+    ("`/ready` before the model is loaded", "GET", "/ready", {}),
+)
+"""Requests that an app without an engine refuses, and what is wrong with each."""
+
+
+def http_page() -> str:
+    """docs/reference/http.md."""
+    app = create_app(None, api_key=_KEY)
+    schema = app.openapi()
+    return page(
+        "HTTP",
+        prose("""
+            What `podquant serve` answers; [serve a model](../howto/serve.md) has examples. `GET /openapi.json` gives
+            the same as a schema. A field that is not listed is refused by name; null means that a field was not given.
+        """),
+        "## Routes\n",
+        table(["route", "answers"], _routes(schema)),
+        *(part for name in _bodies(schema) for part in (f"## {name}\n", _fields(schema, name))),
+        "## Errors\n",
+        prose("""
+            Each has the body that OpenAI's clients expect:
+            `{"error": {"message": …, "type": …, "param": …, "code": …}}`. `param` names the field at
+            fault, if it is one.
+        """),
+        table(["what", "status", "code"], [*asyncio.run(_provoke(app)), *_of_the_engine()]),
+        "## Metrics\n",
+        prose("""
+            `GET /metrics`, in Prometheus' text format. The [counters of a conversion](../howto/pod.md) are in Ray's
+            dashboard.
+        """),
+        table(["metric", "type", "meaning"], _metrics()),
+    )
+
+
+def _routes(schema: dict[str, Any]) -> Iterator[list[str]]:
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            body = _body_name(route)
+            fields = f"; [fields](#{body.lower()})" if body else ""
+            yield [f"`{method.upper()} {path}`", first_sentence(route["description"]) + fields]
+
+
+def _bodies(schema: dict[str, Any]) -> Iterator[str]:
+    """Schemas of bodies, and of what they hold, in the order of the routes."""
+    routes = [route for methods in schema["paths"].values() for route in methods.values()]
+    waiting = [name for route in routes if (name := _body_name(route))]
+    seen = []
+    for name in waiting:
+        if name not in seen:
+            seen.append(name)
+            waiting += _references(schema["components"]["schemas"][name])
+    return iter(seen)
+
+
+def _body_name(route: dict[str, Any]) -> str:
+    body = route.get("requestBody")
+    return body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2] if body else ""
+
+
+def _references(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        found = [node["$ref"].rpartition("/")[2]] if "$ref" in node else []
+        return found + [name for value in node.values() for name in _references(value)]
+    return [name for value in node for name in _references(value)] if isinstance(node, list) else []
+
+
+def _fields(schema: dict[str, Any], name: str) -> str:
+    described = schema["components"]["schemas"][name]
+    meanings = attributes(described.get("description", ""))
+    rows = []
+    for field, node in described["properties"].items():
+        default = "**required**" if field in described.get("required", ()) else ""
+        if "default" in node:
+            default = f"`{json.dumps(node['default'])}`"
+        rows.append([f"`{field}`", _type(node), default, _bounds(node), meanings.get(field, "")])
+    return table(["field", "type", "default", "bounds", "meaning"], rows)
+
+
+def _type(node: dict[str, Any]) -> str:
+    if "$ref" in node:
+        name = node["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in node:
+        return " or ".join(_type(each) for each in node["anyOf"] if each.get("type") != "null")
+    if "enum" in node or "const" in node:
+        return " or ".join(f"`{json.dumps(value)}`" for value in node.get("enum", [node.get("const")]))
+    return f"array of {_type(node['items'])}" if node["type"] == "array" else str(node["type"])
+
+
+def _bounds(node: dict[str, Any]) -> str:
+    nodes = [node, *node.get("anyOf", ()), node.get("items", {})]
+    words = {
+        "minimum": "from {}",
+        "exclusiveMinimum": "above {}",
+        "maximum": "to {}",
+        "exclusiveMaximum": "below {}",
+        "minItems": "{} or more items",
+        "maxItems": "at most {} items",
+    }
+    return ", ".join(text.format(_number(each[key])) for each in nodes for key, text in words.items() if key in each)
+
+
+def _number(value: float) -> str:
+    power = abs(int(value)).bit_length() - 1
+    if power > 30 and abs(value) == 2.0**power:
+        return f"{'-' if value < 0 else ''}2^{power}"
+    return f"{value:g}"
+
+
+async def _provoke(app: Any) -> list[list[str]]:
+    """What the app says to what is wrong."""
+    rows = []
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://podquant") as client:
+        for what, method, path, request in _PROVOKED:
+            headers = {"Authorization": f"Bearer {_KEY}"} | request.get("headers", {})
+            if request.get("headers") == {}:
+                headers = {}
+            response = await client.request(method, path, **(request | {"headers": headers}))
+            rows.append(_row(what, response.status_code, response.json()))
+    return rows
+
+
+def _of_the_engine() -> list[list[str]]:
+    """What the engine refuses, by its errors."""
+    kinds = (RequestError, RequestTooLongError, QueueFullError, EngineStoppedError)
+    responses = [(kind, response_for(kind("refused"))) for kind in kinds]
+    return [_row(summary(kind), response.status_code, json.loads(bytes(response.body))) for kind, response in responses]
+
+
+def _row(what: str, status: int, body: dict[str, Any]) -> list[str]:
+    code = body["error"]["code"]
+    return [first_sentence(what), str(status), f"`{code}`" if code else ""]
+
+
+def _metrics() -> Iterator[list[str]]:
+    text = Metrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0)).exposition().decode()
+    for family in text_string_to_metric_families(text):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        if not family.name.endswith("_created"):
+            yield [f"`{name}`", family.type, family.documentation]
