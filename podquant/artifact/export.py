@@ -27,6 +27,7 @@ from podquant.families.registry import is_tied
 from podquant.quantize.qarray import QArray
 from podquant.storage.publication import Publication, open_publication
 from podquant.storage.runs import RecordingStore, adds_up
+from podquant.storage.space import require_space
 
 Form = Literal["pack-quantized", "fp8-block"]
 FORMS: tuple[Form, ...] = ("pack-quantized", "fp8-block")
@@ -95,12 +96,14 @@ def export_artifact(
         if section is not None:
             config["quantization_config"] = section
         files = _files(artifact, modules, form)
+        nbytes = sum(_nbytes(part) for parts in files.values() for part in parts)
         with open_publication(target) as publication:
+            others = [file.size for name, file in artifact.manifest.files.items() if not name.endswith(".safetensors")]
+            require_space(publication.uri, nbytes + sum(others), "the export")
             for file, parts in files.items():
                 _write_file(artifact, file, parts, publication, on_bytes)
             _copy_others(artifact, publication, on_bytes)
             _refuse_spoilt(artifact)
-            nbytes = sum(_nbytes(part) for parts in files.values() for part in parts)
             weight_map = {part.name: file for file, parts in files.items() for part in parts}
             index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             publication.write_small(INDEX, encode_json(index))

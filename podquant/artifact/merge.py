@@ -20,6 +20,7 @@ from podquant.artifact.reader import Artifact
 from podquant.checkpoint.writer import SafetensorsWriter
 from podquant.errors import ArtifactError
 from podquant.storage.publication import open_publication
+from podquant.storage.space import require_space
 from podquant.storage.store import Writer
 
 WINDOW_BYTES = 4 << 20
@@ -65,6 +66,8 @@ def merge_artifact(uri: str, target: str, on_bytes: Callable[[int], None] = lamb
         StorageError: `target` is taken, or bytes cannot be read or written.
     """
     with closing(Artifact.open(uri)) as artifact, open_publication(target) as publication:
+        nbytes = sum(file.size for file in artifact.manifest.files.values())
+        require_space(publication.uri, nbytes, "the merged artifact")
         checked = _Checked(artifact, on_bytes)
         whole = {name: replace(tensor, pieces=(_uncut(tensor),)) for name, tensor in artifact.tensors.items()}
         names: dict[str, list[str]] = {}

@@ -18,6 +18,7 @@ from podquant.artifact.naming import CONFIG, MANIFEST, QUALITY
 from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.reader import read_rows, read_whole
 from podquant.errors import ArtifactError
+from podquant.storage.publication import refuse_half_replaced
 from podquant.storage.runs import Run, Whole
 from podquant.storage.store import Store, open_store
 
@@ -184,6 +185,7 @@ def read_manifest(store: Store) -> Manifest:
         ArtifactError: there is none, or it breaks FORMAT.md.
     """
     if MANIFEST not in store.list():
+        refuse_half_replaced(store.uri)
         raise ArtifactError(
             f"{store.uri}: no {MANIFEST}, so no artifact (an unfinished conversion leaves none). "
             "Give a directory that podquant convert wrote"

@@ -15,6 +15,7 @@ from podquant.checkpoint.experts import name_experts
 from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.jsonfile import parse_object
 from podquant.errors import CheckpointError
+from podquant.storage.publication import refuse_half_replaced
 from podquant.storage.runs import Run, Whole
 from podquant.storage.store import Store, open_store
 
@@ -96,6 +97,7 @@ class Checkpoint:
         try:
             sizes = store.list()
             if _CONFIG not in sizes:
+                refuse_half_replaced(store.uri)
                 raise CheckpointError(
                     f"{store.uri}: no {_CONFIG}. Expected the directory of a Hugging Face checkpoint."
                 )

@@ -14,6 +14,7 @@ import numpy as np
 
 from podquant.artifact.manifest import Manifest, OutputFile
 from podquant.artifact.naming import MANIFEST
+from podquant.artifact.reader import read_manifest
 from podquant.checkpoint.index import Checkpoint
 from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
 from podquant.cluster.local import LocalHosts
@@ -28,11 +29,11 @@ from podquant.convert.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
 from podquant.families.registry import refuse_unsupported
 from podquant.quantize.quality import Quality
-from podquant.storage.publication import Publication, open_publication
+from podquant.storage.publication import Publication, finish_replacement, open_publication
 from podquant.storage.records import Records, open_records
 from podquant.storage.runs import Run
+from podquant.storage.space import require_space
 from podquant.storage.store import open_store
-from podquant.storage.target import bytes_free, replace_directory
 
 _COPY_BYTES = 4 << 20
 _SLACK_BYTES = 1 << 20  # manifest, index and reports, generously
@@ -94,10 +95,7 @@ def convert(
     """
     check_source(checkpoint)
     replaces = check_target(target, overwrite=overwrite)
-    place = open_publication(target).uri
-    publication = open_publication(
-        f"{place}.new" if replaces else place, keep=True, files_at_a_time=files_at_a_time(plan.tp_size)
-    )
+    publication = open_publication(target, keep=True, replaces=replaces, files_at_a_time=files_at_a_time(plan.tp_size))
     records = open_records(f"{publication.uri}.receipts")
     setting = Setting(
         checkpoint.store.uri, publication.staging, records, threads, window_bytes or checkpoint.store.window_bytes
@@ -119,8 +117,6 @@ def convert(
                     records.clear()
             raise
     records.clear()
-    if replaces:
-        replace_directory(publication.uri, place)
     quality = {name: figures for receipt in receipts.values() for name, figures in receipt.quality.items()}
     seconds = sum((receipt.seconds for unit, receipt in receipts.items() if unit not in resumed), Seconds())
     return Result(manifest, quality, len(resumed), seconds)
@@ -131,20 +127,34 @@ def check_source(checkpoint: Checkpoint) -> None:
     refuse_unsupported(checkpoint.config, f"{checkpoint.store.uri}/config.json")
 
 
-def check_target(target: str, *, overwrite: bool) -> bool:
-    """Whether something at `target` is to be replaced; refuses one that is taken. `convert` does this itself."""
+def check_target(target: str, *, overwrite: bool) -> frozenset[str] | None:
+    """The files at `target` that are to be replaced, None if it is free; `convert` does this itself.
+
+    Raises:
+        ArtifactExistsError: it is taken; or, to overwrite, it holds anything but one whole artifact.
+    """
+    if overwrite:
+        finish_replacement(target)
     publication = open_publication(target)
     if not publication.exists():
-        return False
+        return None
     if not overwrite:
         raise ArtifactExistsError(
             f"{publication.uri}: already exists. Choose another place, remove it, or pass --overwrite"
         )
-    if MANIFEST not in open_store(target).list():
+    with closing(open_store(target)) as store:
+        found = store.list()
+        if MANIFEST not in found:
+            raise ArtifactExistsError(
+                f"{publication.uri}: exists and holds no {MANIFEST}: it is no artifact, and is left as it is"
+            )
+        own = frozenset({MANIFEST, *read_manifest(store).files})
+    if more := sorted(found.keys() - own):
         raise ArtifactExistsError(
-            f"{publication.uri}: exists and holds no {MANIFEST}, so it is no artifact: --overwrite does not touch it"
+            f"{publication.uri}: holds files that are no part of the artifact: {', '.join(more[:5])}"
+            f"{' and more' if len(more) > 5 else ''}. --overwrite would lose them: move them away first"
         )
-    return True
+    return own
 
 
 def _do_units(
@@ -214,12 +224,7 @@ def _refuse_corrupted(
 
 def _check_space(uri: str, plan: Plan, receipts: Mapping[str, Receipt]) -> None:
     there = sum(file.size for receipt in receipts.values() for file in receipt.files.values())
-    free, needed = bytes_free(uri), plan.bytes_out - there + _SLACK_BYTES
-    if free is not None and free < needed:
-        raise StorageError(
-            f"{uri}: the disk is too small: the artifact takes {plan.bytes_out - there:,} bytes and some for its "
-            f"manifest, {free:,} are free. Free space there, or choose a place with more"
-        )
+    require_space(uri, plan.bytes_out - there + _SLACK_BYTES, "the artifact")
 
 
 def _copy(checkpoint: Checkpoint, name: str, size: int, publication: Publication) -> OutputFile:

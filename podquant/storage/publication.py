@@ -5,10 +5,11 @@ Knows nothing of what the files hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
+from podquant.errors import StorageError
 from podquant.storage.gcs.chunks import chunk_bytes
 from podquant.storage.local.publication import LocalPublication
 from podquant.storage.places import SCHEME_GCS
@@ -72,16 +73,57 @@ class Publication(Protocol):
         """Let others in again, and unless it was published remove what was written."""
 
 
-def open_publication(uri: str, *, keep: bool = False, files_at_a_time: int = 1) -> Publication:
+def open_publication(
+    uri: str, *, keep: bool = False, replaces: Collection[str] | None = None, files_at_a_time: int = 1
+) -> Publication:
     """A publication to `uri`: a local directory (a path or `file://`), or `gs://bucket/path`.
 
     Args:
         keep: what was staged stays when the run ends unpublished, and what earlier runs left counts as staged. Which
             of it fits is the caller's to know; to start anew, open without.
+        replaces: names of the files that are at `uri` now and that publishing puts aside and removes; one that is there
+            and is not among them is an error. None: `uri` must be free. Killed while it replaces, the old directory or
+            the new one is whole at `uri`, or what opens `uri` says where it is.
         files_at_a_time: how many a process writes at once, in chunks that together stay within its memory.
     """
     if uri.startswith(SCHEME_GCS):
         from podquant.storage.gcs.publication import GcsPublication  # noqa: PLC0415  gcsfs takes a second to import
+        from podquant.storage.gcs.replacement import GcsReplacement  # noqa: PLC0415
 
-        return GcsPublication(uri, keep=keep, chunk_bytes=chunk_bytes(files_at_a_time))
-    return LocalPublication(uri, keep=keep)
+        size = chunk_bytes(files_at_a_time)
+        if replaces is None:
+            return GcsPublication(uri, keep=keep, chunk_bytes=size)
+        return GcsReplacement(uri, replaces, keep=keep, chunk_bytes=size)
+    return LocalPublication(uri, keep=keep, replaces=replaces)
+
+
+def refuse_half_replaced(uri: str) -> None:
+    """Raise StorageError if a run that was to replace what is at `uri` was killed half-way; says where the whole is.
+
+    For a place that has been found wanting: it costs a listing. A local directory is exchanged, or is not.
+    """
+    if new := _unfinished_replacement(uri):
+        raise StorageError(
+            f"{uri}: a run that was to replace it was killed half-way. The new directory is whole at {new}: use that, "
+            "or run the command with --overwrite again"
+        )
+
+
+def finish_replacement(uri: str) -> None:
+    """Do the rest of what a killed run was to put in the place of `uri`; nothing where there is none.
+
+    Raises:
+        StorageError: `uri` holds files that podquant has not written.
+    """
+    if new := _unfinished_replacement(uri):
+        from podquant.storage.gcs.replacement import replace_objects  # noqa: PLC0415  gcsfs takes a second to import
+
+        replace_objects(new, uri, ())
+
+
+def _unfinished_replacement(uri: str) -> str | None:
+    if not uri.startswith(SCHEME_GCS):
+        return None
+    from podquant.storage.gcs.replacement import unfinished_replacement  # noqa: PLC0415
+
+    return unfinished_replacement(uri)

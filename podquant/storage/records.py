@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from podquant.storage.failures import storage_error
+from podquant.storage.local import ownership
 from podquant.storage.local.store import local_path
 from podquant.storage.names import checked_name
 from podquant.storage.places import SCHEME_GCS
@@ -50,7 +50,7 @@ def open_records(uri: str) -> Records:
         from podquant.storage.gcs.records import GcsRecords  # noqa: PLC0415  gcsfs takes a second to import
 
         return GcsRecords(uri.rstrip("/"))
-    return LocalRecords(os.path.realpath(local_path(uri)))
+    return LocalRecords(os.path.abspath(local_path(uri)))
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class LocalRecords:
         """As `Records.write`: under another name first, so that a killed writer leaves no half."""
         final = Path(self.uri) / checked_name(name, self.uri)
         unfinished = final.with_name(_UNFINISHED + uuid.uuid4().hex)
+        ownership.claim(Path(self.uri))
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_bytes(data)
             os.replace(unfinished, final)
         except OSError as error:
@@ -76,8 +76,10 @@ class LocalRecords:
         """As `Records.read`."""
         root = Path(self.uri)
         try:
+            ownership.refuse_foreign(root)
             names = sorted(os.listdir(root)) if root.is_dir() else []
-            return {name: (root / name).read_bytes() for name in names if not name.startswith(_UNFINISHED)}
+            hidden = (_UNFINISHED, ownership.MARKER)
+            return {name: (root / name).read_bytes() for name in names if not name.startswith(hidden)}
         except OSError as error:
             raise storage_error("read", root, error) from error
 
@@ -93,7 +95,6 @@ class LocalRecords:
         """As `Records.clear`."""
         root = Path(self.uri)
         try:
-            if root.is_dir():
-                shutil.rmtree(root)
+            ownership.remove(root)
         except OSError as error:
             raise storage_error("remove", root, error) from error

@@ -227,6 +227,32 @@ def test_overwrite_replaces_an_artifact_only_at_the_end(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+def test_overwrite_keeps_what_is_not_the_artifacts(source: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    checkpoint, plan = source.plan("int8.yaml")
+    convert(checkpoint, plan, str(out), threads=1)
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    with pytest.raises(ArtifactExistsError, match=r"out: holds files that are no part of the artifact: notes\.txt\. "):
+        convert(checkpoint, plan, str(out), threads=1, overwrite=True)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced", "out.receipts"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_others_keep_beside_the_target_is_left_alone(
+    source: Any, tmp_path: Path, name: str, overwrite: bool
+) -> None:
+    checkpoint, plan = source.plan("int8.yaml")
+    if overwrite:
+        convert(checkpoint, plan, str(tmp_path / "out"), threads=1)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("precious")
+    with pytest.raises(StorageError, match=rf"{name}: podquant needs this name"):
+        convert(checkpoint, plan, str(tmp_path / "out"), threads=1, overwrite=overwrite)
+    assert contents(tmp_path / name) == {"mine": b"precious"}
+
+
 def test_two_runs_into_one_place(source: Any, tmp_path: Path) -> None:
     checkpoint, plan = source.plan("int8.yaml")
     refused: list[str] = []

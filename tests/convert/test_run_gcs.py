@@ -14,8 +14,8 @@ from podquant.artifact.verify import verify_artifact
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
-from podquant.errors import ArtifactExistsError, StorageError
+from podquant.convert.run import check_target, convert
+from podquant.errors import ArtifactExistsError, PodquantError, StorageError
 from podquant.storage.gcs import client as gcs_client
 from podquant.storage.retry import Patience
 from tests.storage.gcs.emulator import GcsEmulator
@@ -165,3 +165,42 @@ def test_a_fault_that_lasts_is_told_and_nothing_is_published(
 def test_a_bucket_that_is_not_there_is_named(emulator: GcsEmulator, place: str, target: str) -> None:
     with pytest.raises(StorageError, match=r"gs://none/.*HTTP 404.*Check the bucket and the path"):
         run(place, target)
+
+
+def test_an_overwrite_killed_half_way_is_told_and_finished(emulator: GcsEmulator, source: Any, tmp_path: Path) -> None:
+    run(str(source.path), str(tmp_path / "out"))
+    run("gs://b/source", TARGET)
+    emulator.fail("status", "out.new/podquant.json/rewriteTo", status=403, times=1)
+    with pytest.raises(StorageError, match="HTTP 403"):
+        run("gs://b/source", TARGET, overwrite=True)
+    assert verify_artifact(f"{TARGET}.new") == []
+    (told,) = verify_artifact(TARGET)
+    assert "killed half-way. The new directory is whole at gs://b/out.new: use that" in told
+    assert check_target(TARGET, overwrite=True) is not None
+    found = {name: data for name, data in emulator.data("b").items() if name.startswith(("out/", "out.new/"))}
+    assert found == {f"out/{name}": data for name, data in local(tmp_path / "out").items()}
+
+
+def test_a_folder_made_by_the_cloud_console_is_in_nobodys_way(
+    emulator: GcsEmulator, source: Any, tmp_path: Path
+) -> None:
+    run(str(source.path), str(tmp_path / "out"))
+    for name in ("out/", "out.new/", "out.receipts/", "source/"):
+        emulator.put("b", name, b"")
+    run("gs://b/source", TARGET)
+    run("gs://b/source", TARGET, overwrite=True)
+    assert verify_artifact(TARGET) == []
+    assert emulator.data("b")["out/"] == b""
+    found = {name: data for name, data in artifact(emulator).items() if name and not name.endswith("/")}
+    assert found == local(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out.new.receipts/mine", "out.lock", "out/mine"])
+def test_objects_of_others_are_left_alone(emulator: GcsEmulator, source: Any, name: str) -> None:
+    run("gs://b/source", TARGET)
+    emulator.put("b", name, b"precious", age=1000.0)
+    before = emulator.data("b")
+    with pytest.raises(PodquantError, match=r"did not write|no part of the artifact"):
+        run("gs://b/source", TARGET, overwrite=True)
+    left = {each: data for each, data in emulator.data("b").items() if each in before}
+    assert left == before

@@ -90,6 +90,11 @@ class GcsLock:
                     raise
                 generation = "0"
                 continue
+            if _OWNER not in info.metadata:
+                raise StorageError(
+                    f"{self._bucket.uri(self._name)}: podquant needs this name for a lock while it writes {place}, and "
+                    "did not write what is there. Nothing was touched: move it away, or choose another place"
+                )
             age = (now - info.updated).total_seconds()
             if age > self._lease:
                 generation = info.generation

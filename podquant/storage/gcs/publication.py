@@ -28,6 +28,11 @@ LAST_KEY = "podquant-last"
 _CLEAN_UP_SECONDS = 30.0
 
 
+def is_folder(info: ObjectInfo) -> bool:
+    """Whether an object only makes a folder show, as the cloud console and gsutil make them: empty, `path/`."""
+    return info.size == 0 and info.name.endswith("/")
+
+
 @dataclass(frozen=True)
 class GcsStaging:
     """A `Staging` below `gs://bucket/path`."""
@@ -155,7 +160,9 @@ class GcsPublication:
         return self._staging.start(name, self._client, chunk_bytes)
 
     def _listed(self) -> list[ObjectInfo]:
-        return self._client.run(listed(self._bucket, f"{self._path}/"))
+        """What is there, but for folder markers: they are the user's, and in nobody's way."""
+        infos = self._client.run(listed(self._bucket, f"{self._path}/"))
+        return [info for info in infos if not is_folder(info)]
 
     def _clean_up(self) -> None:
         # What cannot be removed now, the next run removes or complains about.

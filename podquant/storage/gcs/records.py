@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import google_crc32c
 
+from podquant.errors import StorageError
 from podquant.storage.gcs.client import GcsError, shared_client
-from podquant.storage.gcs.objects import Bucket, ObjectInfo
+from podquant.storage.gcs.objects import WRITE_KEY, Bucket, ObjectInfo
 from podquant.storage.gcs.store import listed, split_uri
 from podquant.storage.names import checked_name
 
@@ -29,7 +30,7 @@ class GcsRecords:
         bucket, prefix = self._place()
 
         async def read_all() -> dict[str, bytes]:
-            infos = await listed(bucket, prefix)
+            infos = await _own(bucket, prefix)
             data = await asyncio.gather(*(bucket.read(info) for info in infos))
             return {info.name.removeprefix(prefix): each for info, each in zip(infos, data, strict=True)}
 
@@ -52,8 +53,20 @@ class GcsRecords:
         return Bucket(shared_client(), name), f"{prefix}/"
 
     async def _remove(self, bucket: Bucket, prefix: str, wanted: set[str] | None) -> None:
-        infos: list[ObjectInfo] = await listed(bucket, prefix)
+        infos = await _own(bucket, prefix)
         await bucket.delete_all(info for info in infos if wanted is None or info.name in wanted)
+
+
+async def _own(bucket: Bucket, prefix: str) -> list[ObjectInfo]:
+    """What is there; an error if podquant has not written all of it."""
+    infos = [info for info in await listed(bucket, prefix) if not info.name.endswith("/")]
+    foreign = [info.name for info in infos if WRITE_KEY not in info.metadata]
+    if foreign:
+        raise StorageError(
+            f"{bucket.uri(foreign[0])}: podquant keeps notes under {bucket.uri(prefix)} while it writes, and did not "
+            "write this. Nothing was touched: move it away, or choose another place"
+        )
+    return infos
 
 
 async def _write(bucket: Bucket, name: str, data: bytes) -> None:

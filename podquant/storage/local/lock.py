@@ -15,6 +15,8 @@ from pathlib import Path
 from podquant.errors import StorageError
 from podquant.storage.failures import storage_error
 
+_PREFIX = "process "
+
 
 class Lock:
     """An exclusive lock on `path`, a file of its own that exists while the lock is held."""
@@ -22,12 +24,16 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
+        self._is_own = False
 
     def acquire(self, place: Path) -> None:
         """Take the lock at once or raise `StorageError` naming its holder. `place` is what the lock protects."""
         try:
             while not self._try(place):
                 pass
+        except StorageError:
+            self.release()
+            raise
         except OSError as error:
             self.release()
             raise storage_error("lock", self._path, error) from error
@@ -35,7 +41,8 @@ class Lock:
     def release(self) -> None:
         """Remove the file, then let go: whoever opened it meanwhile finds it gone and makes a new one."""
         if self._descriptor >= 0:
-            self._path.unlink(missing_ok=True)
+            if self._is_own:
+                self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -57,9 +64,16 @@ class Lock:
             os.close(descriptor)
             return False
         self._descriptor = descriptor
+        found = os.pread(descriptor, 4096, 0)
+        if found and not found.startswith(_PREFIX.encode()):
+            raise StorageError(
+                f"{self._path}: podquant needs this name for a lock while it writes {place}, and did not write what is "
+                "there. Nothing was touched: move it away, or choose another place"
+            )
+        self._is_own = True
         started = datetime.now(UTC).isoformat(timespec="seconds")
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on host {socket.gethostname()} (since {started})".encode(), 0)
+        os.pwrite(descriptor, f"{_PREFIX}{os.getpid()} on host {socket.gethostname()} (since {started})".encode(), 0)
         return True
 
 

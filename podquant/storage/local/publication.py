@@ -1,7 +1,8 @@
 """Writes a directory that others see whole or not at all. Knows nothing of what the files hold.
 
-Files go to `<target>.partial`, beside the target and so on its file system; publishing is one rename. A lock
-(`<target>.partial.lock`) keeps a second run out; what a killed run left behind, the next one removes.
+Files go to `<target>.partial`, beside the target and so on its file system; publishing is one rename, and where it
+replaces a directory one exchange of names. A lock (`<target>.partial.lock`) keeps a second run out; what a killed run
+left behind, the next one removes. Nothing is removed or renamed that podquant did not make, see `ownership`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Buffer, Iterable
+from collections.abc import Buffer, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,9 @@ import numpy as np
 
 from podquant.errors import StorageError
 from podquant.storage.failures import storage_error
+from podquant.storage.local import ownership
+from podquant.storage.local.descriptors import WRITING
+from podquant.storage.local.exchange import exchange
 from podquant.storage.local.lock import Lock
 from podquant.storage.local.store import LocalStore, local_path
 from podquant.storage.names import checked_name
@@ -55,10 +59,12 @@ class LocalPublication:
     be written by several threads at once, each file by one.
     """
 
-    def __init__(self, target_uri: str, *, keep: bool = False) -> None:
+    def __init__(self, target_uri: str, *, keep: bool = False, replaces: Collection[str] | None = None) -> None:
         self.keep = keep
+        self._replaces = replaces
         self._target = Path(os.path.realpath(local_path(target_uri)))
         self._partial = Path(f"{self._target}.partial")
+        self._replaced = Path(f"{self._target}.replaced")
         self._lock = Lock(Path(f"{self._target}.partial.lock"))
         self._writers: list[LocalWriter] = []
 
@@ -75,7 +81,7 @@ class LocalPublication:
     def exists(self) -> bool:
         """Whether the target is taken. An empty directory is not: publishing replaces it."""
         try:
-            return any(self._target.iterdir())
+            return any(path.name != ownership.MARKER for path in self._target.iterdir())
         except FileNotFoundError:
             return False
         except NotADirectoryError:
@@ -147,11 +153,55 @@ class LocalPublication:
         shutil.rmtree(self._partial / _UNFINISHED, ignore_errors=True)  # of workers that were killed
         for folder, _, _ in os.walk(self._partial):
             _sync(Path(folder))
+        is_free = self._replaces is None or not self.exists()
+        if self._replaces is not None and not is_free:
+            self._refuse_more_than(self._replaces)
         try:
-            os.rename(self._partial, self._target)
+            if is_free:
+                if self._target.is_dir():  # it may hold the marker of a run that was killed: a rename needs it empty
+                    ownership.unmark(self._target)
+                os.rename(self._partial, self._target)
+            else:
+                self._replace()
+            ownership.unmark(self._target)
         except OSError as error:
             raise storage_error(f"rename {self._partial.name} to it", self._target, error) from error
         _sync(self._target.parent)
+
+    def _replace(self) -> None:
+        """Put the new directory in the place of the old one, and remove that; raises OSError."""
+        ownership.mark(self._target)  # so that it is known for ours under another name
+        try:
+            old = self._partial if exchange(self._partial, self._target) else self._replaced
+            if old is self._replaced:
+                ownership.remove(self._replaced)
+                os.rename(self._target, self._replaced)
+                os.rename(self._partial, self._target)
+        except BaseException:
+            self._restore()
+            with contextlib.suppress(OSError):
+                ownership.unmark(self._target)
+            raise
+        with contextlib.suppress(OSError):  # the new one is in place: what is left of the old, the next run removes
+            ownership.remove(old)
+
+    def _restore(self) -> None:
+        """Undo half of a replacement that was killed between two renames: the old directory gets its name back."""
+        if self.exists() or not ownership.is_own(self._replaced):
+            return
+        try:
+            os.rename(self._replaced, self._target)
+            ownership.unmark(self._target)
+        except OSError as error:
+            raise storage_error(f"rename {self._replaced.name} to it", self._target, error) from error
+
+    def _refuse_more_than(self, names: Collection[str]) -> None:
+        more = sorted(set(LocalStore(str(self._target)).list()) - set(names))
+        if more:
+            raise StorageError(
+                f"{self._target}: holds files that are no part of what is to be replaced: {', '.join(more[:5])}"
+                f"{' and more' if len(more) > 5 else ''}. Nothing was touched: move them away and run again"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -160,22 +210,28 @@ class LocalPublication:
             writer.abandon()
         # After publish() there is nothing here. What cannot be removed now, the next run removes or complains about.
         if not self.keep:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            with contextlib.suppress(OSError, StorageError):
+                ownership.remove(self._partial)
         self._lock.release()
 
     def _make_partial(self) -> None:
+        self._restore()
+        if self.exists():
+            if self._replaces is None:
+                raise StorageError(f"{self._target}: already exists. Remove it, or choose another place.")
+            self._refuse_more_than(self._replaces)
+        for place in (self._partial, self._replaced):
+            ownership.refuse_foreign(place)
         try:
-            left = self._partial / _UNFINISHED if self.keep else self._partial
-            if left.exists():
-                shutil.rmtree(left)
+            if self.exists():
+                ownership.remove(self._replaced)
+            if self.keep:
+                shutil.rmtree(self._partial / _UNFINISHED, ignore_errors=True)
+            else:
+                ownership.remove(self._partial)
         except OSError as error:
             raise storage_error("remove what an earlier run left", self._partial, error) from error
-        if self.exists():
-            raise StorageError(f"{self._target}: already exists. Remove it, or choose another place.")
-        try:
-            self._partial.mkdir(exist_ok=self.keep)
-        except OSError as error:
-            raise storage_error("create", self._partial, error) from error
+        ownership.claim(self._partial)
 
 
 class LocalWriter:
@@ -186,7 +242,8 @@ class LocalWriter:
         self._final = final
         self._path = path
         self._name = name
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        self._is_closed = False
         self._nbytes = 0
         self._crc32c = 0
 
@@ -205,7 +262,7 @@ class LocalWriter:
     @property
     def is_closed(self) -> bool:
         """Whether the file has been ended."""
-        return self._descriptor < 0
+        return self._is_closed
 
     def write(self, buffer: Buffer) -> None:
         if self.is_closed:
@@ -213,11 +270,12 @@ class LocalWriter:
         data = np.frombuffer(buffer, np.uint8)  # google_crc32c takes arrays, but no memoryview
         done = 0
         try:
-            while done < len(data):
-                chunk = data[done : done + _CHUNK]
-                chunk = chunk[: os.write(self._descriptor, chunk)]
-                self._crc32c = google_crc32c.extend(self._crc32c, chunk)
-                done += len(chunk)
+            with WRITING.use(self._path, self._path, os.O_WRONLY | os.O_APPEND) as descriptor:
+                while done < len(data):
+                    chunk = data[done : done + _CHUNK]
+                    chunk = chunk[: os.write(descriptor, chunk)]
+                    self._crc32c = google_crc32c.extend(self._crc32c, chunk)
+                    done += len(chunk)
         except OSError as error:
             action = f"write, at offset {self._nbytes + done:,},"
             raise storage_error(action, self._path, error, wanted=len(data) - done) from error
@@ -227,9 +285,9 @@ class LocalWriter:
     def close(self) -> None:
         if self.is_closed:
             return
-        descriptor, self._descriptor = self._descriptor, -1
+        self._is_closed = True
         try:
-            os.close(descriptor)  # network file systems tell of a full disk only here
+            WRITING.close(self._path)  # network file systems tell of a full disk only here
             if self._final is not None:
                 os.replace(self._path, self._final)
         except OSError as error:
@@ -238,9 +296,9 @@ class LocalWriter:
     def abandon(self) -> None:
         """Let go of a file that will be removed; closed or not, and whatever the disk says to it."""
         if not self.is_closed:
-            descriptor, self._descriptor = self._descriptor, -1
+            self._is_closed = True
             with contextlib.suppress(OSError):
-                os.close(descriptor)
+                WRITING.close(self._path)
                 if self._final is not None:
                     self._path.unlink(missing_ok=True)
 

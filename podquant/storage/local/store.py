@@ -6,12 +6,14 @@ Knows nothing of what the files hold.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Buffer
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from podquant.errors import StorageError
 from podquant.storage.failures import storage_error
+from podquant.storage.local.descriptors import Descriptors
+from podquant.storage.local.ownership import MARKER, is_own
 from podquant.storage.names import checked_name
 
 _WINDOW_BYTES = 2 << 20
@@ -22,7 +24,8 @@ bfloat16 are converted in 0.70 s in windows of 2 MiB, 0.77 s of 1 MiB, 1.1 s of 
 class LocalStore:
     """The files of one local directory; a `Store`.
 
-    A file stays open from its first ranged read to `close()`, so a file replaced meanwhile is still read consistently.
+    A file stays open from its first ranged read to `close()`, so a file replaced meanwhile is still read consistently;
+    if it was closed in between, for hundreds of others are read, that is an error.
     """
 
     def __init__(self, uri: str) -> None:
@@ -30,9 +33,13 @@ class LocalStore:
         self._root = Path(os.path.abspath(local_path(uri)))
         if not self._root.is_dir():
             found = "a file" if self._root.exists() else "nothing"
-            raise StorageError(f"{self._root}: expected a directory, found {found}. Check the path.")
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+            aside = Path(f"{self._root}.replaced")
+            advice = "Check the path."
+            if found == "nothing" and is_own(aside):
+                advice = f"A run that replaced it was killed, and {aside} has what was there: rename it or run again."
+            raise StorageError(f"{self._root}: expected a directory, found {found}. {advice}")
+        self._descriptors = Descriptors()
+        self._first: dict[str, os.stat_result] = {}
         self._is_open = True
 
     @property
@@ -43,7 +50,7 @@ class LocalStore:
         """As `Store.list`. Symbolic links to files count as files (the Hugging Face cache is made of them)."""
         sizes = {}
         for folder, _, names in os.walk(self._root, onerror=_raise):
-            for path in (Path(folder, name) for name in names):
+            for path in (Path(folder, name) for name in names if name != MARKER):
                 if path.is_file():
                     sizes[path.relative_to(self._root).as_posix()] = path.stat().st_size
         return dict(sorted(sizes.items()))
@@ -77,12 +84,13 @@ class LocalStore:
         view = view.cast("B")
         done = 0
         try:
-            descriptor = self._descriptor(name, path)
-            while done < len(view):  # Linux moves at most 2 GiB a call
-                got = os.preadv(descriptor, [view[done:]], offset + done)
-                if got == 0:
-                    break
-                done += got
+            with self._descriptor(name, path) as descriptor:
+                self._refuse_another(name, path, os.fstat(descriptor))
+                while done < len(view):  # Linux moves at most 2 GiB a call
+                    got = os.preadv(descriptor, [view[done:]], offset + done)
+                    if got == 0:
+                        break
+                    done += got
         except OSError as error:
             raise storage_error(f"read at offset {offset:,}", path, error) from error
         if done < len(view):
@@ -92,10 +100,8 @@ class LocalStore:
             )
 
     def close(self) -> None:
-        with self._lock:
-            self._is_open = False
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self._is_open = False
+        self._descriptors.close_all()
 
     def _stat(self, name: str) -> os.stat_result:
         path = self._path(name)
@@ -104,13 +110,14 @@ class LocalStore:
         except OSError as error:
             raise storage_error("read the size", path, error) from error
 
-    def _descriptor(self, name: str, path: Path) -> int:
-        with self._lock:
-            if not self._is_open:
-                raise StorageError(f"{path}: read after its store was closed.")
-            if name not in self._descriptors:
-                self._descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[name]
+    def _descriptor(self, name: str, path: Path) -> AbstractContextManager[int]:
+        if not self._is_open:
+            raise StorageError(f"{path}: read after its store was closed.")
+        return self._descriptors.use(name, path, os.O_RDONLY)
+
+    def _refuse_another(self, name: str, path: Path, found: os.stat_result) -> None:
+        if not os.path.samestat(self._first.setdefault(name, found), found):
+            raise StorageError(f"{path}: another file has taken its place while it was read. Start again.")
 
     def _path(self, name: str) -> Path:
         return self._root / checked_name(name, self._root)
@@ -121,7 +128,12 @@ def local_path(uri: str) -> Path:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme != "file":
         raise StorageError(f"{uri}: unknown kind of storage {scheme!r}. Expected a local directory, or gs://….")
-    path = rest if separator else uri
+    path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest if separator else uri
+    if separator and path and not path.startswith("/"):
+        raise StorageError(
+            f"{uri}: names the host {path.partition('/')[0]!r}; files of other hosts cannot be read. "
+            f"Expected file:///path of this machine, or the path by itself."
+        )
     if not path or "\0" in path:
         raise StorageError(f"{uri!r} names no place. Expected a local directory.")
     return Path(path).expanduser()

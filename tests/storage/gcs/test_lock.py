@@ -50,7 +50,7 @@ def test_a_live_holder_is_never_taken_for_dead(bucket: Bucket) -> None:
 
 
 def test_of_many_exactly_one_takes_over_a_dead_holders_lock(emulator: GcsEmulator, bucket: Bucket) -> None:
-    emulator.put("b", "out.lock", b"", age=6.0)
+    emulator.put("b", "out.lock", b"", {"podquant-lock": "another job"}, age=6.0)
     locks = [GcsLock(bucket, "out.lock", lease_seconds=5.0) for _ in range(8)]
     barrier = threading.Barrier(8)
 
@@ -73,7 +73,7 @@ def test_of_many_exactly_one_takes_over_a_dead_holders_lock(emulator: GcsEmulato
 def test_a_lock_is_waited_for_until_its_lease_ends(
     emulator: GcsEmulator, bucket: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    emulator.put("b", "out.lock", b"", age=28.0)
+    emulator.put("b", "out.lock", b"", {"podquant-lock": "another job"}, age=28.0)
     lock = GcsLock(bucket, "out.lock")
     begin = time.monotonic()
     lock.acquire(PLACE)
@@ -114,3 +114,10 @@ def test_a_lock_that_cannot_be_made_is_told(emulator: GcsEmulator, client: GcsCl
         GcsLock(bucket, "out.lock").acquire(PLACE)
     with pytest.raises(StorageError, match=r"gs://none/out.lock: cannot write: The specified bucket does not exist"):
         GcsLock(Bucket(client, "none"), "out.lock").acquire(PLACE)
+
+
+def test_what_is_no_lock_of_podquants_is_left_alone(emulator: GcsEmulator, bucket: Bucket) -> None:
+    emulator.put("b", "out.lock", b"the user's", age=1000.0)
+    with pytest.raises(StorageError, match=r"gs://b/out\.lock: podquant needs this name for a lock .* did not write"):
+        GcsLock(bucket, "out.lock").acquire(PLACE)
+    assert emulator.data("b") == {"out.lock": b"the user's"}

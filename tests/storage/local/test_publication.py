@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from podquant.errors import StorageError
+from podquant.storage.local.ownership import mark
 from podquant.storage.local.publication import LocalPublication
 
 RunPython = Callable[[str, Path], str]
@@ -184,7 +185,7 @@ def test_another_run_is_refused_until_killed_and_its_leftovers_are_removed(tmp_p
         child.send_signal(signal.SIGKILL)
     assert sorted(os.listdir(tmp_path)) == ["out.partial", "out.partial.lock"]
     with LocalPublication(target) as publication:
-        assert os.listdir(tmp_path / "out.partial") == []
+        assert os.listdir(tmp_path / "out.partial") == [".podquant"]
         publication.write_small("a", b"1")
         publication.publish()
     assert os.listdir(tmp_path) == ["out"]
@@ -229,10 +230,11 @@ def test_leftovers_that_cannot_be_removed_are_told(tmp_path: Path, run_unprivile
     left = tmp_path / "deep" / "out.partial"
     left.mkdir(parents=True)
     (left / "a").touch()
+    mark(left)
     left.chmod(0o555)
     told = run_unprivileged(FILL, tmp_path)
     assert f"{left}: cannot remove what an earlier run left: Permission denied (EACCES)" in told
-    assert os.listdir(left) == ["a"]
+    assert sorted(os.listdir(left)) == [".podquant", "a"]
 
 
 def test_other_processes_write_through_a_staging_and_tries_do_not_meet(tmp_path: Path) -> None:
