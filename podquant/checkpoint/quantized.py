@@ -101,6 +101,11 @@ def refuse_undeclared(tensors: Mapping[str, TensorInfo], where: str) -> None:
             )
 
 
+def parts_of(module: str) -> tuple[str, ...]:
+    """Names of all tensors that a quantized matrix may be stored in."""
+    return tuple(f"{module}.{leaf}" for leaf in ("weight", *sorted(_LEAVES)))
+
+
 def read_codes(store: Store, weight: QuantizedWeight, start: int, stop: int, out: Array) -> Array:
     """Rows `[start, stop)` of the codes, into `out` [stop - start, in] of the scheme's dtype."""
     if weight.stored.layout != "packed":

@@ -78,7 +78,7 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
     rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
     source = open_source(_locate(options, by_ranges=by_ranges), rules)
     try:
-        config = read_model_config(source.config, source.names, f"{source.store.uri}/config.json")
+        config = read_model_config(source.config, source.tensors, f"{source.store.uri}/config.json")
         _check_context(options, config)
         plan_layout(config, options.tp_size, options.ep_size)
     except BaseException:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-Kind = Literal["dense", "embedding", "lm_head", "router", "expert"]
+Kind = Literal["dense", "embedding", "lm_head", "router", "expert", "norm"]
 Spelling = Literal["dotted", "slash", "bracket"]
 
 _EMBEDDINGS = frozenset({"embed_tokens", "tok_embeddings", "wte"})

@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from podquant.artifact.naming import weight_of
 from podquant.families.config import MoEConfig
 from podquant.model.axes import TP
-from podquant.model.layout import Leaf, Model
+from podquant.model.layout import Model
 from podquant.model.moe import expert_names
-from podquant.weights.source import WeightSource, require
+from podquant.weights.source import WeightSource
 from podquant.weights.windows import Limits
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -138,22 +138,6 @@ class ExpertWindow:
 def is_expert(path: Path) -> bool:
     """Whether a leaf, or a module, is a projection of routed experts."""
     return "experts" in path
-
-
-def require_experts(model: Model, source: WeightSource, leaf: Leaf) -> None:
-    """Check that every expert of a leaf is there and has the shape config.json implies.
-
-    Raises:
-        CheckpointError: one is missing, or has another shape.
-    """
-    moe = _moe(model)
-    if leaf.path[-1] == "weight_scale":
-        return
-    width = (moe.ffn_size, model.config.hidden_size)
-    shape = width[::-1] if leaf.axes[-1] == "local_ffn" else width
-    for layer in range(*model.segments[int(leaf.path[1])]):
-        for module in _modules(model, leaf.path[:-1], layer):
-            require(source, f"{module}.{leaf.path[-1]}", shape)
 
 
 def expert_windows(

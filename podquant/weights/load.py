@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from podquant.artifact.naming import weight_of
+from podquant.families.declaration import declare
 from podquant.model.layout import Model
 from podquant.model.mesh import Exchange, exchange_over
 from podquant.weights.agreement import agree, check_files
@@ -34,21 +35,18 @@ from podquant.weights.expert_windows import (
     is_expert,
     place_experts,
     read_part,
-    require_experts,
 )
 from podquant.weights.hostmemory import empty
 from podquant.weights.placement import place
-from podquant.weights.source import WeightSource, require
+from podquant.weights.source import WeightSource, check_source
 from podquant.weights.windows import (
     LIMITS,
     Limits,
     Stream,
     Window,
-    disk_names,
     local_devices,
     module_windows,
     modules_of,
-    tensor_shape,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -94,12 +92,7 @@ def load_weights(
         ArtifactError: bytes of an artifact are not those its manifest has a checksum of; names the file.
         StorageError: bytes could not be read, or are not those the storage has a checksum of.
     """
-    for leaf in model.leaves:
-        if is_expert(leaf.path):
-            require_experts(model, source, leaf)
-        elif leaf.path[-1] != "weight_scale":
-            for name in disk_names(model, leaf.path[:-1]):
-                require(source, f"{name}.{leaf.path[-1]}", tensor_shape(model, leaf))
+    check_source(declare(model.config), source)
     exchange = exchange or exchange_over(model.mesh)
     modules = list(modules_of(model).values())
     module_of = {leaf: number for number, leaves in enumerate(modules) for leaf in leaves.values()}

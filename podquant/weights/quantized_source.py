@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from podquant.artifact.naming import scales_of, weight_of
+from podquant.checkpoint.check import Held
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import Quantization
-from podquant.checkpoint.quantized import QuantizedWeight, find_quantized, read_codes, read_scales
+from podquant.checkpoint.quantized import QuantizedWeight, find_quantized, parts_of, read_codes, read_scales
 from podquant.checkpoint.reader import read_rows
 from podquant.config.rules import QuantizationConfig
 from podquant.config.scheme import Scheme
-from podquant.dtypes import BY_NAME
+from podquant.dtypes import BY_NAME, DType
 from podquant.errors import ConfigError, PodquantError, StorageError
 from podquant.families.modules import kind_of
 from podquant.families.registry import is_tied
@@ -28,6 +29,13 @@ from podquant.storage.runs import RecordingStore, Whole
 from podquant.weights.hostmemory import empty
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class _Quantized(NamedTuple):
+    """Codes, or their scales, as a `Held`."""
+
+    dtype: DType
+    shape: tuple[int, ...]
 
 
 class QuantizedSource:
@@ -89,15 +97,22 @@ class QuantizedSource:
 
     @property
     def _tied(self) -> bool:
-        return is_tied(self.config, self.names, f"{self.store.uri}/config.json")
+        return is_tied(self.config, self._checkpoint.tensors, f"{self.store.uri}/config.json")
 
     @property
     def config(self) -> Mapping[str, Any]:
         return self._checkpoint.config
 
-    @property
-    def names(self) -> Collection[str]:
-        return self._checkpoint.tensors.keys()
+    @cached_property
+    def tensors(self) -> Mapping[str, Held]:
+        stored = {part for module in self._weights for part in parts_of(module)}
+        plain = {name: info for name, info in self._checkpoint.tensors.items() if name not in stored}
+        codes = {
+            name: _Quantized(BY_NAME[weight.stored.scheme.weight_dtype], weight.shape)
+            for name, weight in self._codes.items()
+        }
+        scales = {name: _Quantized(weight.scales.dtype, weight.scales_shape) for name, weight in self._scales.items()}
+        return {**plain, **codes, **scales}
 
     @property
     def num_bytes(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from podquant.artifact.naming import MANIFEST, module_of, weight_of
 from podquant.artifact.reader import Artifact
+from podquant.checkpoint.check import Held, check_headers
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import read_quantization
 from podquant.checkpoint.quantized import refuse_undeclared
@@ -25,12 +26,12 @@ from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
 from podquant.errors import (
     ArtifactError,
-    CheckpointError,
     ConfigError,
     NonFiniteWeightError,
     PodquantError,
     StorageError,
 )
+from podquant.families.declaration import Declaration
 from podquant.families.registry import is_tied
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.weights import quantize_window
@@ -54,8 +55,8 @@ class WeightSource(Protocol):
         """config.json."""
 
     @property
-    def names(self) -> Collection[str]:
-        """Of all tensors on disk."""
+    def tensors(self) -> Mapping[str, Held]:
+        """All of them by name; quantized ones as an artifact has them: codes `X.weight` and scales `X.weight_scale`."""
 
     @property
     def num_bytes(self) -> int:
@@ -119,7 +120,7 @@ class CheckpointSource:
                 for name, info in checkpoint.tensors.items()
                 if (module := module_of(name)) is not None and len(info.shape) >= 2
             ]
-            tied = is_tied(checkpoint.config, self.names, f"{checkpoint.store.uri}/config.json")
+            tied = is_tied(checkpoint.config, self.tensors, f"{checkpoint.store.uri}/config.json")
             self.resolution = rules.resolve(modules, tied_embeddings=tied)
 
     @property
@@ -127,8 +128,8 @@ class CheckpointSource:
         return self._checkpoint.config
 
     @property
-    def names(self) -> Collection[str]:
-        return self._checkpoint.tensors.keys()
+    def tensors(self) -> Mapping[str, Held]:
+        return self._checkpoint.tensors
 
     @property
     def num_bytes(self) -> int:
@@ -202,8 +203,8 @@ class ArtifactSource:
         return self._artifact.config
 
     @property
-    def names(self) -> Collection[str]:
-        return self._artifact.tensors.keys()
+    def tensors(self) -> Mapping[str, Held]:
+        return self._artifact.tensors
 
     @property
     def num_bytes(self) -> int:
@@ -311,16 +312,14 @@ def _label(scheme: Scheme | None) -> str:
     return scheme.label if scheme else "not quantized"
 
 
-def require(source: WeightSource, tensor: str, shape: tuple[int, ...]) -> None:
-    """Check that a tensor is there and has the shape config.json implies.
+def check_source(declaration: Declaration, source: WeightSource) -> None:
+    """Check that a source has every weight of a model.
 
     Raises:
-        CheckpointError: missing, or of another shape.
+        CheckpointError: see `check_headers`.
     """
-    found = source.shape_of(tensor)
-    if found is None:
-        raise CheckpointError(f"{source.store.uri}: tensor {tensor} is missing, expected {list(shape)}; copy it again")
-    if found != shape:
-        raise CheckpointError(
-            f"{source.store.uri}: tensor {tensor}: expected shape {list(shape)} from config.json, got {list(found)}"
-        )
+
+    def is_quantized(module: str) -> bool:
+        return source.scheme_of(module) is not None and not source.quantizes(module)
+
+    check_headers(declaration, source.tensors, source.store.uri, is_quantized)

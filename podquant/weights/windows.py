@@ -226,14 +226,6 @@ def disk_names(model: Model, path: tuple[str | int, ...]) -> list[str]:
     return [place.module for place in disk_places(model, path)]
 
 
-def tensor_shape(model: Model, leaf: Leaf) -> tuple[int, ...]:
-    """The shape of the tensor on disk that a weight is all of, or some rows of."""
-    place = disk_places(model, leaf.path[:-1])[0]
-    if len(place.parts) == 1:
-        return disk_shape(model.config, leaf)
-    return (sum(_part_rows(model, leaf, place)), *disk_shape(model.config, leaf)[1:])
-
-
 def _part_rows(model: Model, leaf: Leaf, place: Place) -> list[int]:
     """Rows of each of the weights that are one tensor on disk, of which `leaf` is one; of their codes, if of scales."""
     name = "weight" if leaf.path[-1] == "weight_scale" else leaf.path[-1]

@@ -40,7 +40,7 @@ class Scorer:
 
     def __init__(self, checkpoint: str, config: str | None, length: int) -> None:
         source = open_source(checkpoint, load_quantization_config(config) if config else None)
-        model_config = read_model_config(source.config, source.names)
+        model_config = read_model_config(source.config, source.tensors)
         model = Model(model_config, source.scheme_of, Numerics("float32", "cpu"), make_mesh("cpu", 1))
         self._weights = load_weights(model, source)
         source.close()

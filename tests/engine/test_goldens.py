@@ -107,7 +107,7 @@ def open_artifact(name: str, mode: str, directory: Path) -> WeightSource:
 
 
 def load(source: WeightSource, tp: int, ep: int = 1) -> tuple[Model, tuple[jax.Array, ...]]:
-    config, numerics = read_model_config(source.config, source.names), Numerics("float32", "cpu")
+    config, numerics = read_model_config(source.config, source.tensors), Numerics("float32", "cpu")
     model = Model(config, source.scheme_of, numerics, make_mesh("cpu", tp), ep)
     return model, load_weights(model, source)
 

@@ -53,7 +53,7 @@ def open_case(case: Case, devices: list[Any]) -> tuple[WeightSource, Model]:
     source = open_source(case.uri, load_quantization_config(case.rules) if case.rules else None)
     mesh = Mesh(np.array(devices), (TP,))
     return source, Model(
-        read_model_config(source.config, source.names), source.scheme_of, Numerics(case.dtype, "cpu"), mesh
+        read_model_config(source.config, source.tensors), source.scheme_of, Numerics(case.dtype, "cpu"), mesh
     )
 
 

@@ -34,7 +34,7 @@ def load(uri: str, rules: str | None = None, tp: int = 1, dtype: str = "float32"
     """Every array on the devices, by its path."""
     source = open_source(uri, load_quantization_config(rules) if rules else None)
     model = Model(
-        read_model_config(source.config, source.names), source.scheme_of, Numerics(dtype, "cpu"), make_mesh("cpu", tp)
+        read_model_config(source.config, source.tensors), source.scheme_of, Numerics(dtype, "cpu"), make_mesh("cpu", tp)
     )
     seen: list[int] = []
     weights = load_weights(model, source, seen.append)

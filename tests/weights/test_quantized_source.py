@@ -292,7 +292,7 @@ def test_windows_and_shards_give_the_same_arrays(tmp_path: Path, form: str) -> N
     source = open_source(str(place))
     _, expected = load(source, 1)
     config, mesh = (
-        read_model_config(source.config, source.names),
+        read_model_config(source.config, source.tensors),
         make_mesh("cpu", 2 if "blocks" in form or form == "inverse" else 4),
     )
     model = Model(config, source.scheme_of, Numerics("float32", "cpu"), mesh)
