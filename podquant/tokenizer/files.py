@@ -12,25 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from podquant.errors import CheckpointError
+from podquant.tokenizer.added_tokens import AddedToken
 from podquant.tokenizer.chat_template import ChatTemplate
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is found in a text before the vocabulary sees it.
-
-    Attributes:
-        content: as it stands in a text.
-        token_id: its id.
-        special: without text.
-        lstrip, rstrip: takes the white space before, or after it along.
-    """
-
-    content: str
-    token_id: int
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
 
 
 @dataclass(frozen=True)

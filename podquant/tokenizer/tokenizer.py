@@ -53,7 +53,9 @@ class Tokenizer:
 
         Raises CheckpointError for missing or bad files, and for a vocabulary that does not fit the model.
         """
-        vocabulary, files = _load_vocabulary(TokenizerFiles.read(directory, where or str(directory)))
+        vocabulary, files = _load_vocabulary(
+            TokenizerFiles.read(directory, where or str(directory)), config.get("model_type")
+        )
         size = config.get("vocab_size") if vocab_size is None else vocab_size
         if size is not None:
             _check_fit(vocabulary, files, size)
@@ -124,7 +126,7 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
 
-def _load_vocabulary(files: TokenizerFiles) -> tuple[Vocabulary, TokenizerFiles]:
+def _load_vocabulary(files: TokenizerFiles, model_type: str | None) -> tuple[Vocabulary, TokenizerFiles]:
     """The vocabulary in the form that says most, and the files with what it says of roles."""
     whole = files.directory / "tokenizer.json"
     if whole.is_file():
@@ -135,7 +137,7 @@ def _load_vocabulary(files: TokenizerFiles) -> tuple[Vocabulary, TokenizerFiles]
             return load_tiktoken(files, path)
     model = files.directory / "tokenizer.model"
     if model.is_file():
-        return load_sentencepiece(files, model)
+        return load_sentencepiece(files, model, model_type)
     raise CheckpointError(
         f"{files.where}/tokenizer.json is missing, and so are *.tiktoken, tiktoken.model and tokenizer.model, the "
         "forms of vocabularies that podquant reads. Save one beside the weights "

@@ -10,8 +10,9 @@ from pathlib import Path
 import tokenizers
 
 from podquant.errors import CheckpointError
+from podquant.tokenizer.added_tokens import AddedToken
 from podquant.tokenizer.detokenize import Detokenizer, WindowDetokenizer
-from podquant.tokenizer.files import AddedToken, TokenizerFiles
+from podquant.tokenizer.files import TokenizerFiles
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 

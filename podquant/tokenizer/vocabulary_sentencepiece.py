@@ -1,12 +1,12 @@
 """Vocabularies in sentencepiece's own form, `tokenizer.model`, where a checkpoint has no other.
 
-The library encodes; decoding is that of its `Decode`, told token by token, with the tokens that a checkpoint adds.
+The library encodes what stands between added tokens; decoding is that of its `Decode`, told token by token. Which texts
+begin with a space that is not theirs is what transformers makes of the model and of tokenizer_config.json.
 """
 
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from enum import Enum
@@ -15,14 +15,17 @@ from pathlib import Path
 import sentencepiece
 
 from podquant.errors import CheckpointError
+from podquant.tokenizer.added_tokens import AddedToken, Finder
 from podquant.tokenizer.detokenize import ByteDetokenizer, Detokenizer
-from podquant.tokenizer.files import AddedToken, TokenizerFiles
+from podquant.tokenizer.files import TokenizerFiles
+from podquant.tokenizer.sentencepiece_model import PieceType, SentencepieceModel, with_prefix
 
 _SPACE = "▁"
-_NO_PREFIX = b"\x1a\x02\x18\x00"
-"""Appended to a model: `normalizer_spec {add_dummy_prefix: false}` (sentencepiece_model.proto); protobuf merges it."""
-
 _EACH_BYTE = "podquant.each_byte"
+
+_LLAMA_CLASSES = {"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"}
+_NOT_LLAMA = {"internlm2", "internlm3", "minicpm3", "ministral", "mistral", "mistral3", "mixtral", "phi3", "phimoe"}
+"""Model types whose tokenizer transformers (5.24) builds from tokenizer.model alone, whatever class they name."""
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -34,12 +37,22 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
-class _Leading(Enum):
-    """What becomes of the space that sentencepiece puts before the first word."""
+class Prefix(Enum):
+    """Which texts get a space before them."""
 
-    KEPT = 0
-    ONE_TAKEN = 1
-    ALL_TAKEN = 2
+    NONE = "none"
+    FIRST = "the one at the beginning, unless it begins with a space"
+    EACH = "each between added tokens, unless it begins with a space"
+    EACH_ALWAYS = "each between added tokens, as the library does"
+
+
+_NEEDED = {
+    Prefix.NONE: (False,),
+    Prefix.FIRST: (False, True),
+    Prefix.EACH: (False, True),
+    Prefix.EACH_ALWAYS: (True,),
+}
+"""Whether the library puts the space, for each processor that a prefix needs."""
 
 
 class SentencepieceVocabulary:
@@ -47,52 +60,49 @@ class SentencepieceVocabulary:
 
     Args:
         model: the bytes of a tokenizer.model.
+        prefix: None for what the model says.
         added: tokens looked for in a text before the library sees it; their ids may lie in the model or after it.
         special_ids: tokens without text, besides those that the model calls control tokens.
-        prefix, suffix: tokens to add to every text.
-        prefixes_all: whether each text between added tokens gets the space before its first word (transformers'
-            `legacy`), or only one at the beginning.
+        before, after: tokens to add to every text.
 
-    Attributes:
-        roles: the names of the tokens that the model has for unknown text, beginning and end.
-
-    Raises RuntimeError if `model` is none.
+    Raises RuntimeError or ValueError if `model` is none.
     """
 
     def __init__(
         self,
         model: bytes,
+        prefix: Prefix | None = None,
         added: Iterable[AddedToken] = (),
         special_ids: Iterable[int] = (),
-        prefix: Sequence[int] = (),
-        suffix: Sequence[int] = (),
-        *,
-        prefixes_all: bool = True,
+        before: Sequence[int] = (),
+        after: Sequence[int] = (),
     ) -> None:
-        self._first = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._later = sp if prefixes_all else sentencepiece.SentencePieceProcessor(model_proto=model + _NO_PREFIX)
-        self._prefix, self._suffix = list(prefix), list(suffix)
-        self.num_ids = sp.get_piece_size()
-        named = {"unk_token": sp.unk_id(), "bos_token": sp.bos_id(), "eos_token": sp.eos_id()}
-        self.roles = {role: sp.id_to_piece(token_id) for role, token_id in named.items() if token_id >= 0}
-        control = [token_id for token_id in range(self.num_ids) if sp.is_control(token_id)]
-        self.special_ids = frozenset(control) | frozenset(special_ids)
+        parsed = SentencepieceModel.parse(model)
+        own = Prefix.EACH_ALWAYS if parsed.adds_prefix else Prefix.NONE
+        self._prefix = own if prefix is None else prefix
+        self._processors = {
+            prefixed: sentencepiece.SentencePieceProcessor(model_proto=with_prefix(model, prefixed))
+            for prefixed in _NEEDED[self._prefix]
+        }
+        self._pieces = parsed.pieces
+        self._strips_all = parsed.removes_spaces
+        self._before, self._after = list(before), list(after)
+        self.num_ids = len(parsed.pieces)
+        self._ids = {piece: token_id for token_id, (piece, _) in enumerate(parsed.pieces)}
+        self.special_ids = frozenset(parsed.ids_of(PieceType.CONTROL)) | frozenset(special_ids)
         added = tuple(added)
         self._added = {token.content: token.token_id for token in added}
-        self._added_bytes = {token_id: content.encode() for content, token_id in self._added.items()}
-        self._split = _splitter(added)
-        self._leading = self._find_leading()
+        self._names = {token_id: content for content, token_id in self._added.items()}
+        self._finder = Finder(added)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """See `Vocabulary`."""
         ids: list[int] = []
-        end = 0
-        for found in self._split.finditer(text) if self._split else ():
-            ids += self._encode(text[end : found.start()], end == 0)
-            ids.append(self._added[found[found.lastindex or 0]])
-            end = found.end()
-        ids += self._encode(text[end:], end == 0)
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+        for start, piece, token_id in self._finder.split(text):
+            ids += self._encode(piece, start == 0)
+            if token_id is not None:
+                ids.append(token_id)
+        return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Vocabulary`."""
@@ -101,22 +111,18 @@ class SentencepieceVocabulary:
 
     def token_id(self, content: str) -> int | None:
         """See `Vocabulary`."""
-        if content in self._added:
-            return self._added[content]
-        return self._piece_id(content)
+        return self._added.get(content, self._ids.get(content))
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """See `Vocabulary`."""
-        if token_id in self._added_bytes:
-            return self._added_bytes[token_id]
-        if not 0 <= token_id < self.num_ids:
-            return None
-        piece = self._first.id_to_piece(token_id)
-        if self._first.is_byte(token_id):
-            return bytes([int(piece[3:5], 16)])
-        if token_id == self._first.unk_id() or token_id in self.special_ids:
-            return piece.encode()
-        return piece.replace(_SPACE, " ").encode()
+        name = self._names.get(token_id)
+        if name is None:
+            if not 0 <= token_id < self.num_ids:
+                return None
+            name = self._pieces[token_id][0]
+            if self._is_byte(token_id):
+                return bytes([int(name[3:5], 16)])
+        return name.replace(_SPACE, " ").encode()
 
     def detokenizer(self, skipped: AbstractSet[int], prompt_ids: Iterable[int]) -> Detokenizer:
         """See `Vocabulary`."""
@@ -130,85 +136,93 @@ class SentencepieceVocabulary:
     def _encode(self, text: str, is_first: bool) -> list[int]:
         if not text:
             return []
-        ids: list[int] = (self._first if is_first else self._later).encode(text)
+        if self._prefix is Prefix.EACH_ALWAYS:
+            prefixed = True
+        elif text.startswith((" ", _SPACE)):
+            prefixed = False
+        else:
+            prefixed = self._prefix is Prefix.EACH or (self._prefix is Prefix.FIRST and is_first)
+        ids: list[int] = self._processors[prefixed].encode(text)
         return ids
 
-    def _piece_id(self, content: str) -> int | None:
-        token_id: int = self._first.piece_to_id(content)
-        return token_id if self._first.id_to_piece(token_id) == content else None
-
-    def _find_leading(self) -> _Leading:
-        """What the library's decoder does, tried out on a token that begins with the space."""
-        sp = self._first
-        for token_id in range(self.num_ids):
-            piece = sp.id_to_piece(token_id)
-            if len(piece) > 1 and piece.startswith(_SPACE) and not sp.is_control(token_id):
-                if sp.decode([token_id]).startswith(" "):
-                    return _Leading.KEPT
-                alone = self._piece_id(_SPACE)
-                if alone is not None and not sp.decode([alone, token_id]).startswith(" "):
-                    return _Leading.ALL_TAKEN
-                return _Leading.ONE_TAKEN
-        return _Leading.KEPT
+    def _is_byte(self, token_id: int) -> bool:
+        return 0 <= token_id < self.num_ids and self._pieces[token_id][1] is PieceType.BYTE
 
     def _running_bytes(self) -> Callable[[int], bytes | None]:
         """`token_bytes` for the tokens of one text in turn: the space before the first word is taken away."""
-        takes = self._leading is not _Leading.KEPT
+        takes = self._strips_all or self._prefix is not Prefix.NONE
 
         def running(token_id: int) -> bytes | None:
             nonlocal takes
             content = self.token_bytes(token_id)
             if not takes or not content:
                 return content
-            if content[:1] != b" " or token_id in self._added_bytes or self._first.is_byte(token_id):
+            if content[:1] != b" " or self._is_byte(token_id):
                 takes = False
                 return content
-            takes = self._leading is _Leading.ALL_TAKEN and content == b" "
+            takes = self._strips_all and content == b" "
             return content[1:]
 
         return running
 
 
-def _splitter(added: Sequence[AddedToken]) -> re.Pattern[str] | None:
-    """Finds the longest added token at a place, as one of its groups."""
-    longest_first = sorted(added, key=lambda token: len(token.content), reverse=True)
-    parts = [
-        (r"\s*" if token.lstrip else "") + f"({re.escape(token.content)})" + (r"\s*" if token.rstrip else "")
-        for token in longest_first
-        if token.content
-    ]
-    return re.compile("|".join(parts)) if parts else None
-
-
-def load_sentencepiece(files: TokenizerFiles, path: Path) -> tuple[SentencepieceVocabulary, TokenizerFiles]:
+def load_sentencepiece(
+    files: TokenizerFiles, path: Path, model_type: str | None = None
+) -> tuple[SentencepieceVocabulary, TokenizerFiles]:
     """Read `path` with what the other files say; also the files, with the model's own roles where they name none.
 
-    Raises CheckpointError.
+    `model_type` is that of config.json. Raises CheckpointError.
     """
     where = f"{files.where}/{path.name}"
     model = path.read_bytes()
     try:
-        bare = SentencepieceVocabulary(model)
-    except RuntimeError as error:  # the library raises nothing narrower
+        parsed = SentencepieceModel.parse(model)
+        files = files.with_roles(parsed.roles)
+        is_llama = _is_llama(files, model_type)
+        known = _added_tokens(files, parsed, is_llama)
+        vocabulary = SentencepieceVocabulary(
+            model,
+            _prefix(files, parsed, is_llama),
+            known.values(),
+            {token.token_id for token in known.values() if token.content in files.special},
+            _role_ids(files, known, "bos", default=True),  # as transformers' tokenizers of this kind have it
+            _role_ids(files, known, "eos", default=False),
+        )
+    except (RuntimeError, ValueError) as error:  # the library raises nothing narrower
         raise CheckpointError(
-            f"{where} is not a model the `sentencepiece` library can read: {error}. Download it again, or save a "
-            "tokenizer.json beside the weights."
+            f"{where} is not a model the `sentencepiece` library can read: {error}. It has {len(model)} bytes, "
+            f"beginning with {model[:24]!r}. Download it again, or save a tokenizer.json beside the weights."
         ) from error
-    files = files.with_roles(bare.roles)
-    known = {token.content: token for token in files.added}
-    for content in files.special - known.keys():
-        token_id = bare.token_id(content)
-        if token_id is not None:
-            known[content] = AddedToken(content, token_id, special=True)
-    vocabulary = SentencepieceVocabulary(
-        model,
-        known.values(),
-        {token.token_id for token in known.values() if token.content in files.special},
-        _role_ids(files, known, "bos", default=True),  # as transformers' tokenizers of this kind have it
-        _role_ids(files, known, "eos", default=False),
-        prefixes_all=files.settings.get("legacy") is not False,
-    )
     return vocabulary, files
+
+
+def _added_tokens(files: TokenizerFiles, model: SentencepieceModel, is_llama: bool) -> dict[str, AddedToken]:
+    """Tokens that are found in a text: those of the files, and control tokens, whose text the library would cut up.
+
+    Tokens that a user of the trainer defined the library finds by itself, but after the space before a text; a Llama's
+    stand in its place.
+    """
+    known = {token.content: token for token in files.added}
+    named = {token.token_id for token in files.added}
+    kinds = {PieceType.CONTROL, PieceType.USER_DEFINED} if is_llama else {PieceType.CONTROL}
+    for token_id, (content, kind) in enumerate(model.pieces):
+        if content in files.special or (kind in kinds and token_id not in named):
+            known.setdefault(content, AddedToken(content, token_id, content in files.special))
+    return known
+
+
+def _is_llama(files: TokenizerFiles, model_type: str | None) -> bool:
+    return files.settings.get("tokenizer_class") in _LLAMA_CLASSES and model_type not in _NOT_LLAMA
+
+
+def _prefix(files: TokenizerFiles, model: SentencepieceModel, is_llama: bool) -> Prefix:
+    """As transformers 5.24 has it, save that a model which asks for no prefix gets none unless the settings do."""
+    adds, legacy = files.settings.get("add_prefix_space"), files.settings.get("legacy")
+    if adds is False or (adds is not True and not model.adds_prefix):
+        return Prefix.NONE
+    if legacy is False or (is_llama and legacy is not True):
+        return Prefix.FIRST
+    return Prefix.EACH if is_llama else Prefix.EACH_ALWAYS
 
 
 def _role_ids(files: TokenizerFiles, known: Mapping[str, AddedToken], role: str, *, default: bool) -> list[int]:

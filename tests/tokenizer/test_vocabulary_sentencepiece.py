@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from podquant.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.vocabularies import HARD_TEXTS, SENTENCEPIECE, sentencepiece_model
 
 texts = st.lists(st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=8)), max_size=8).map("".join)
+CONTROL = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]")
 ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": {"content": "</s>"}}
 
 
@@ -44,6 +46,8 @@ def loaded(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @given(text=texts)
 def test_tokens_and_text_are_the_librarys_own(loaded: Tokenizer, kind: str, text: str) -> None:
     sp = processor(kind)
+    for name in CONTROL:  # the library cuts them up
+        text = text.replace(name, "")
     ids = sp.encode(text)
     assert loaded.encode(text) == ids
     if sp.unk_id() not in ids:  # the library writes " ⁇ " for it
@@ -84,11 +88,18 @@ def test_unknown_text_has_no_text(tmp_path: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "the<unk>dog"
 
 
+def pieces_of(directory: Path, text: str, config: dict[str, Any] | None = None) -> list[str]:
+    """What the tokens of a text stand for: `▁` for a space, control tokens by name."""
+    tokenizer = Tokenizer.load(directory, config or {})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return [(tokenizer.token_bytes(token_id) or b"").decode().replace(" ", "▁") for token_id in ids]
+
+
 def test_special_tokens_are_found_in_text_and_left_out_of_it(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(directory_of(tmp_path, **ROLES), {"vocab_size": 420})
     sp = processor("llama")
     ids = tokenizer.encode("<s>hello</s> world<0x0A>")
-    # each text between them begins with a space of its own, and only tokens that are named are found
+    # each text between them begins with a space of its own, and bytes are not found by name
     assert ids == [1, 1, *sp.encode("hello"), 2, *sp.encode(" world<0x0A>")]
     assert sp.encode("<0x0A>")[-1] != 3 + 0x0A
     assert tokenizer.decode(ids) == "hello  world<0x0A>"
@@ -96,13 +107,78 @@ def test_special_tokens_are_found_in_text_and_left_out_of_it(tmp_path: Path) -> 
     assert (tokenizer.eos_ids, tokenizer.special_ids) == ({2}, {0, 1, 2})
 
 
-def test_only_the_beginning_gets_a_space_where_legacy_is_off(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(directory_of(tmp_path, legacy=False, **ROLES), {})
-    sp = processor("llama")
-    hello = tokenizer.encode("<s>hello", add_special_tokens=False)
-    assert hello[0] == 1
-    assert "".join(sp.id_to_piece(hello[1:])) == "hello" != "".join(sp.id_to_piece(sp.encode("hello")))
-    assert tokenizer.encode("hello<s>", add_special_tokens=False) == [*sp.encode("hello"), 1]
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "model_type", "begins"),
+    [
+        # what the texts "a", " a" and "<s>a", "<s> a" begin with after the token
+        ({}, None, ("▁a", "▁▁a", "▁a", "▁▁a")),
+        ({"legacy": True}, "mistral", ("▁a", "▁▁a", "▁a", "▁▁a")),
+        (LLAMA | {"legacy": True}, "mistral", ("▁a", "▁▁a", "▁a", "▁▁a")),
+        ({"legacy": False}, "mistral", ("▁a", "▁a", "a", "▁a")),
+        (LLAMA, "mistral", ("▁a", "▁▁a", "▁a", "▁▁a")),
+        (LLAMA, "llama", ("▁a", "▁a", "a", "▁a")),
+        (LLAMA | {"legacy": None}, "llama", ("▁a", "▁a", "a", "▁a")),
+        (LLAMA | {"legacy": False}, "llama", ("▁a", "▁a", "a", "▁a")),
+        (LLAMA | {"legacy": True}, "llama", ("▁a", "▁a", "▁a", "▁a")),
+        (LLAMA | {"add_prefix_space": False}, "llama", ("a", "▁a", "a", "▁a")),
+    ],
+)
+def test_texts_get_the_space_that_transformers_puts_before_them(
+    tmp_path: Path, settings: dict[str, Any], model_type: str | None, begins: tuple[str, ...]
+) -> None:
+    directory = directory_of(tmp_path, **ROLES, **settings)
+    texts = ("a", " a", "<s>a", "<s> a")
+    pieces = [pieces_of(directory, text, {"model_type": model_type}) for text in texts]
+    assert tuple("".join(each).removeprefix("<s>") for each in pieces) == begins
+
+
+def test_a_model_without_a_space_before_texts_gets_none(tmp_path: Path) -> None:
+    directory = directory_of(tmp_path, "gemma", tokenizer_class="GemmaTokenizer")
+    assert "".join(pieces_of(directory, "a<s>a")) == "a<s>a"
+    tokenizer = Tokenizer.load(directory, {})
+    assert tokenizer.decode(tokenizer.encode(" a")) == " a"
+    directory = directory_of(tmp_path, "gemma", tokenizer_class="LlamaTokenizer", add_prefix_space=True)
+    assert "".join(pieces_of(directory, "a")) == "▁a"
+
+
+@pytest.mark.parametrize("settings", [{}, {"legacy": False}, {"tokenizer_class": "LlamaTokenizer"}])
+def test_control_tokens_are_found_without_being_named(tmp_path: Path, settings: dict[str, Any]) -> None:
+    directory = directory_of(tmp_path, "mistral", **settings)
+    ids = Tokenizer.load(directory, {}).encode("[INST] hello [/INST][TOOL_CALLS]", add_special_tokens=False)
+    assert [ids[0], *ids[-2:]] == [3, 4, 5]
+    assert Tokenizer.load(directory, {}).special_ids == {0, 1, 2, 3, 4, 5}
+
+
+def test_tokens_that_a_user_of_the_trainer_defined_are_found(tmp_path: Path) -> None:
+    text = "<start_of_turn>user\n\n  hello<s><start_of_turn>"
+    tokenizer = Tokenizer.load(directory_of(tmp_path, "gemma"), {})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    turn = tokenizer._vocabulary.token_id("<start_of_turn>")
+    assert (ids[0], ids[-2:]) == (turn, [2, turn])
+    assert tokenizer.decode(ids) == text.replace("<s>", "")
+    # a Llama's stand at the beginning of a text, without a space before them
+    directory = directory_of(tmp_path, "gemma", tokenizer_class="LlamaTokenizer", add_prefix_space=True)
+    assert pieces_of(directory, text)[0] == "<start_of_turn>"
+
+
+def test_runs_of_spaces_show_as_spaces(tmp_path: Path) -> None:
+    # Gemma names them among its added tokens
+    added = {"5": {"content": "▁▁", "special": False}}
+    directory = directory_of(tmp_path, "gemma", added_tokens_decoder=added, tokenizer_class="GemmaTokenizer")
+    tokenizer = Tokenizer.load(directory, {})
+    ids = tokenizer.encode("  x", add_special_tokens=False)
+    assert ids[0] == 5
+    assert tokenizer.decode(ids) == "  x"
+
+
+def test_only_one_space_before_a_text_is_taken_away(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(directory_of(tmp_path), {})
+    for text in ("hello", " hello", "   hello", " ", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("") == [1]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +231,17 @@ def test_added_tokens_take_white_space_along_as_they_say(tmp_path: Path) -> None
     ]
 
 
-def test_a_broken_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a model the `sentencepiece` library can read"):
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda model: b"version https://git-lfs", "wire type|fields of the wrong kind|ends"),
+        (lambda model: model[:3000], r"It has 3000 bytes, beginning with b'\\n"),
+        (lambda model: b"", r"Model|It has 0 bytes"),
+    ],
+)
+def test_a_broken_model_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], match: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(damage(sentencepiece_model("llama")))
+    with pytest.raises(
+        CheckpointError, match=rf"tokenizer\.model is not a model the `sentencepiece` library can read.*({match})"
+    ):
         Tokenizer.load(tmp_path, {})

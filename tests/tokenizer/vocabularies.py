@@ -86,6 +86,10 @@ SENTENCEPIECE = {
     # as Llama 2 and Mistral have it
     "llama": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
     | {"remove_extra_whitespaces": False, "split_digits": True, "vocab_size": 420},
+    # as Mistral 7B v0.3 has it
+    "mistral": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+    | {"remove_extra_whitespaces": False, "split_digits": True, "vocab_size": 423}
+    | {"control_symbols": ["[INST]", "[/INST]", "[TOOL_CALLS]"]},
     # as Gemma has it
     "gemma": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
     | {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "vocab_size": 420}
