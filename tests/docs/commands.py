@@ -37,7 +37,7 @@ def _command(name: str, text: str) -> list[str]:
     return [
         f"## podquant {name}\n",
         f"{text[0].upper()}{text[1:]}.\n",
-        f"    {usage}\n",
+        f"```text\n{usage}\n```\n",
         table(["argument", "meaning"], [[_argument(action), _meaning(action, parser)] for action in actions]),
     ]
 

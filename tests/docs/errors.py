@@ -12,7 +12,7 @@ from tests.docs.markdown import page, prose, summary, table
 
 def errors_page() -> str:
     """docs/reference/errors.md."""
-    tree = "\n".join(f"    {line}" for line in (inspect.getdoc(errors) or "").partition("\n\n")[2].splitlines())
+    tree = (inspect.getdoc(errors) or "").partition("\n\n")[2]
     return page(
         "Errors",
         prose("""
@@ -20,7 +20,7 @@ def errors_page() -> str:
             print it in one line and exit with status 1; [the server](http.md#errors) answers a `RequestError`. A
             message says what, where, expected, got, and what to do.
         """),
-        f"{tree}\n",
+        f"```text\n{tree}\n```\n",
         table(["error", "means"], [[f"`{kind.__name__}`", summary(kind)] for kind in _kinds(PodquantError)]),
     )
 
