@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import sys
 
-from podquant.cli.convert import run_job
-from podquant.cli.main import guarded
+from podquant.app.convert_on_ray import convert_on_ray
+from podquant.app.status import job_status
 from podquant.config.job import load_convert_job
 
 
-def main() -> int:
-    """Exit status: 0, 1 after an error of podquant's, 2 for wrong usage."""
-    if len(sys.argv) != 2:
-        print("usage: python jobs/convert.py JOB.yaml", file=sys.stderr)
-        return 2
-    return guarded(lambda: run_job(load_convert_job(sys.argv[1]), address="auto"))
+def run(path: str) -> None:
+    """Carry out the job of a file."""
+    convert_on_ray(load_convert_job(path), address="auto")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(job_status(sys.argv, run))

@@ -10,30 +10,15 @@ from __future__ import annotations
 import sys
 
 from podquant.app.options import flag_kinds
-from podquant.cli import convert, serve
-from podquant.cli.main import guarded
+from podquant.app.quantize_and_serve import quantize_and_serve
+from podquant.app.status import job_status
 from podquant.config.job import load_quantize_and_serve_job
 
 
-def run(path: str) -> int:
-    """Both halves; what is wrong with the second is found before the first begins."""
-    conversion, serving = load_quantize_and_serve_job(path, flag_kinds())
-    options = serve.serve_options(serving)
-    if convert.is_done(conversion):
-        print(f"{conversion.target}: is there already, and is served as it is")
-    else:
-        serve.check_source(options, conversion.source, conversion.revision)
-        convert.run_job(conversion, address="auto")
-    return serve.run_job(serving, address="auto")
-
-
-def main() -> int:
-    """Exit status: 0, 1 after an error of podquant's, 2 for wrong usage."""
-    if len(sys.argv) != 2:
-        print("usage: python jobs/quantize_and_serve.py JOB.yaml", file=sys.stderr)
-        return 2
-    return guarded(lambda: run(sys.argv[1]))
+def run(path: str) -> None:
+    """Carry out the job of a file."""
+    quantize_and_serve(*load_quantize_and_serve_job(path, flag_kinds()), address="auto")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(job_status(sys.argv, run))

@@ -10,18 +10,15 @@ from __future__ import annotations
 import sys
 
 from podquant.app.options import flag_kinds
-from podquant.cli.main import guarded
-from podquant.cli.serve import run_job
+from podquant.app.serve_on_ray import serve_on_ray
+from podquant.app.status import job_status
 from podquant.config.job import load_serve_job
 
 
-def main() -> int:
-    """Exit status: 0, 1 after an error of podquant's, 2 for wrong usage."""
-    if len(sys.argv) != 2:
-        print("usage: python jobs/serve.py JOB.yaml", file=sys.stderr)
-        return 2
-    return guarded(lambda: run_job(load_serve_job(sys.argv[1], flag_kinds()), address="auto"))
+def run(path: str) -> None:
+    """Carry out the job of a file."""
+    serve_on_ray(load_serve_job(path, flag_kinds()), address="auto")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(job_status(sys.argv, run))

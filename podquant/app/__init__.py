@@ -1,4 +1,5 @@
-"""Use cases, each a function: convert, serve, quantize and serve, with their progress, reports and signals.
+"""Use cases, each a function: convert, plan, serve, quantize and serve, and what is done with an artifact.
 
-`cli` and `jobs` parse and call these; nothing below imports this room.
+With them what a user sees of work in progress: reports, progress, signals, exit statuses. `cli` and `jobs` parse and
+call these; nothing below imports this room.
 """

@@ -1,33 +1,22 @@
-"""What `podquant serve` is told, declared once: each field is a flag, its help and its check.
+"""What a server is told, declared once: each field is a flag of `podquant serve`, its help and its check.
 
-`ServeOptions` is a frozen dataclass; `add_options` turns its fields into flags, `read_options` turns parsed flags into
-it. The flags are those of SGLang's `launch_server`, with the meaning its users know.
+The flags are those of SGLang's `launch_server`, with the meaning its users know. Knows nothing of command lines or of
+what the options do: `podquant.cli.options` makes flags of them, `podquant.app.serve` what they mean.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
-import secrets
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from podquant.config.job import Kind
 from podquant.errors import ConfigError
 
-if TYPE_CHECKING:
-    from podquant.app.serving import HttpOptions
-    from podquant.engine.options import EngineOptions
-    from podquant.group.service import Members
-
-
 API_KEY_VARIABLE = "PODQUANT_API_KEY"
 SECRET_VARIABLE = "PODQUANT_GROUP_SECRET"
-_LEAST_SECRET = 16
 
 
 def _flag(help: str, default: Any = None, metavar: str | None = None) -> Any:
@@ -151,107 +140,7 @@ class ServeOptions:
 
     def _require(self, holds: bool, name: str, expected: str, advice: str) -> None:
         if not holds:
-            raise ConfigError(f"{_option(name)}: expected {expected}, got {getattr(self, name)!r}; {advice}")
-
-    def members(self, secret: str) -> Members:
-        """The hosts that serve together.
-
-        Args:
-            secret: what all of them know; may be empty where there is one host.
-
-        Raises:
-            ConfigError: several hosts without a secret, or replicas that do not come out even.
-        """
-        from podquant.group.launch import Deadlines
-        from podquant.group.service import Members
-
-        if self.nnodes > 1 and len(secret) < _LEAST_SECRET:
-            raise ConfigError(
-                f"{SECRET_VARIABLE}: several hosts need a secret of {_LEAST_SECRET} characters or more that all of "
-                "them have, so that no stranger joins them: make one with `openssl rand -hex 32`"
-            )
-        host, _, port = (self.dist_init_addr or "127.0.0.1:0").rpartition(":")
-        if self.nnodes > 1 and host in ("", "0.0.0.0", "::", "[::]"):
-            raise ConfigError(
-                f"--dist-init-addr {self.dist_init_addr}: expected host 0's own address, which the other hosts call"
-            )
-        deadlines = Deadlines(
-            self.liveness_seconds, self.step_seconds, self.arrival_seconds, self.start_seconds, self.drain_seconds
-        )
-        key = (secret or secrets.token_hex(32)).encode()
-        return Members(self.nnodes, self.dp_size, (host.strip("[]"), int(port)), key, deadlines)
-
-    @property
-    def http_options(self) -> HttpOptions:
-        """The server's part of it."""
-        from podquant.app.serving import HttpOptions
-
-        return HttpOptions(
-            host=self.host,
-            port=self.port,
-            api_key=self.api_key,
-            served_model_name=self.served_model_name,
-            with_metrics=self.enable_metrics,
-            access_log=self.log_level == "debug",
-            drain_seconds=self.drain_seconds,
-        )
-
-    @property
-    def engine_options(self) -> EngineOptions:
-        """The engine's part of it."""
-        from podquant.engine.options import EngineOptions
-
-        chunk = min(self.chunked_prefill_size, 1 << (self.max_prefill_tokens.bit_length() - 1))
-        return EngineOptions(
-            model_path=self.model_path,
-            quantization_config_path=self.quantization_config_path,
-            tp_size=self.tp_size,
-            ep_size=self.ep_size,
-            device=self.device or detect_device(Path("/dev")),
-            dtype=self.dtype,
-            max_running_requests=self.max_running_requests,
-            max_waiting_requests=self.max_queued_requests,
-            max_total_tokens=self.max_total_tokens,
-            context_length=self.context_length,
-            chunked_prefill_size=chunk,
-            page_size=self.page_size,
-            mem_fraction_static=self.mem_fraction_static,
-            random_seed=self.random_seed,
-            skip_tokenizer_init=self.skip_tokenizer_init,
-            skip_server_warmup=self.skip_server_warmup,
-            max_logprobs=self.max_logprobs,
-            revision=self.revision,
-            download_dir=self.download_dir,
-        )
-
-
-def detect_device(devices: Path) -> Literal["tpu", "cpu", "cuda"]:
-    """What this machine has, by the device files (in /dev) of TPU VMs and of NVIDIA's driver."""
-    if (devices / "accel0").exists() or (devices / "vfio" / "0").exists():
-        return "tpu"
-    return "cuda" if (devices / "nvidia0").exists() else "cpu"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of `ServeOptions`, and the model as a positional argument too."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="the same as --model-path")
-    kinds = typing.get_type_hints(ServeOptions)
-    for option in dataclasses.fields(ServeOptions):
-        parser.add_argument(_option(option.name), **_argument(option, _kind(kinds[option.name])))
-
-
-def read_options(arguments: argparse.Namespace) -> ServeOptions:
-    """The options of a parsed command line. Raises ConfigError."""
-    values = {option.name: getattr(arguments, option.name) for option in dataclasses.fields(ServeOptions)}
-    if arguments.model is not None:
-        if values["model_path"] not in ("", arguments.model):
-            raise ConfigError(
-                f"two models: {arguments.model!r} and --model-path {values['model_path']!r}; one server serves one: "
-                "leave one out"
-            )
-        values["model_path"] = arguments.model
-    values["api_key"] = values["api_key"] or os.environ.get(API_KEY_VARIABLE)
-    return ServeOptions(**values)
+            raise ConfigError(f"{option_name(name)}: expected {expected}, got {getattr(self, name)!r}; {advice}")
 
 
 OF_THE_HOSTS = ("model_path", "quantization_config_path", "revision", "nnodes", "node_rank", "dist_init_addr")
@@ -260,9 +149,18 @@ OF_THE_HOSTS = ("model_path", "quantization_config_path", "revision", "nnodes", 
 
 def flag_kinds() -> dict[str, Kind]:
     """The flags that a job file's section `serve` may hold, and what each takes."""
+    return {name: kind for name, kind in option_kinds().items() if name not in OF_THE_HOSTS}
+
+
+def option_kinds() -> dict[str, Kind]:
+    """What each field of `ServeOptions` takes, besides None."""
     kinds = typing.get_type_hints(ServeOptions)
-    names = [option.name for option in dataclasses.fields(ServeOptions) if option.name not in OF_THE_HOSTS]
-    return {name: _kind(kinds[name]) for name in names}
+    return {option.name: _kind(kinds[option.name]) for option in dataclasses.fields(ServeOptions)}
+
+
+def option_name(name: str) -> str:
+    """A field's flag."""
+    return "--" + name.replace("_", "-")
 
 
 def _kind(hint: Any) -> Kind:
@@ -273,19 +171,3 @@ def _kind(hint: Any) -> Kind:
         return tuple(typing.get_args(hint))
     kind: Kind = hint
     return kind
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _argument(option: dataclasses.Field[Any], kind: Kind) -> dict[str, Any]:
-    """argparse's view of a field."""
-    argument: dict[str, Any] = {"default": option.default, "help": option.metadata["help"]}
-    if option.default not in (None, "", False) and kind is not bool:
-        argument["help"] += " (%(default)s)"
-    if kind is bool:
-        return argument | {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
-    if isinstance(kind, tuple):
-        return argument | {"choices": kind}
-    return argument | {"type": kind, "metavar": option.metadata["metavar"]}

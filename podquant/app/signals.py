@@ -1,10 +1,26 @@
-"""What SIGTERM and Ctrl-C do to work in progress: it ends at its next step."""
+"""What SIGTERM and Ctrl-C do: a conversion ends at its next step, a server ends wherever it is."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+
+class StopSignal(BaseException):
+    """SIGTERM or SIGINT arrived; no `except Exception` on the way may swallow it."""
+
+
+@contextmanager
+def raising_stop() -> Iterator[None]:
+    """Within, SIGTERM and SIGINT raise StopSignal; afterwards they do what they did before."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise StopSignal
+
+    with _handled_by(stop):
+        yield
 
 
 @contextmanager
@@ -26,9 +42,15 @@ def stopping(advance: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
             raise KeyboardInterrupt if arrived[0] == signal.SIGINT else SystemExit(128 + arrived[0])
         advance(count)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handled_by(note):
         yield advance_or_stop
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

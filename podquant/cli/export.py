@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
-from podquant.app.progress import progress
 from podquant.errors import ConfigError
 
 _FORMS = ("pack-quantized", "fp8-block")
@@ -30,29 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write a checkpoint that podquant serves too, as one that is quantized already."""
-    from podquant.app.report import size_text
-    from podquant.artifact.export import export_artifact
-    from podquant.artifact.reader import read_manifest
-    from podquant.storage.store import open_store
+    from podquant.app.artifacts import export
 
     if arguments.format is None and not arguments.portable:
         raise ConfigError(
             f"{arguments.artifact}: an artifact is a checkpoint that other software loads as it is: say what is to "
             f"change, by --format ({', '.join(_FORMS)}) or --portable or both"
         )
-    with closing(open_store(arguments.artifact)) as store:
-        manifest = read_manifest(store)
-    with progress("exporting", sum(file.size for file in manifest.files.values())) as advance:
-        exported = export_artifact(
-            arguments.artifact, arguments.out, form=arguments.format, portable=arguments.portable, on_bytes=advance
-        )
-    says = exported.section or {}
-    print(
-        f"{arguments.out}: {size_text(exported.nbytes)} in {exported.num_files} files, "
-        f"{says.get('quant_method', 'not quantized any more')} {says.get('format', '')}".rstrip()
-    )
-    if arguments.format == "fp8-block" and any(
-        module.scheme and module.scheme.activation_dtype for module in manifest.modules.values()
-    ):
-        print("this form does not say how activations are quantized: podquant serves it with activations left alone")
+    print(*export(arguments.artifact, arguments.out, form=arguments.format, portable=arguments.portable), sep="\n")
     return 0

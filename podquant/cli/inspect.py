@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,9 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print manifest, schemes, sizes and the quality table."""
-    from podquant.app.report import manifest_lines, quality_lines
-    from podquant.artifact.reader import Artifact
+    from podquant.app.artifacts import inspect
 
-    with closing(Artifact.open(arguments.artifact)) as artifact:
-        print(*manifest_lines(artifact.manifest), "", *quality_lines(artifact.read_quality()), sep="\n")
+    print(*inspect(arguments.artifact), sep="\n")
     return 0

@@ -1,4 +1,4 @@
-"""`podquant COMMAND …`: finds the command, runs it, and turns podquant's own errors into one line on stderr.
+"""`podquant COMMAND …`: finds the command and runs it.
 
 A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; only the one asked for is
 imported, so that `--help` is fast. Knows nothing of what a command does.
@@ -7,13 +7,12 @@ imported, so that `--help` is fast. Knows nothing of what a command does.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from podquant.errors import PodquantError
+from podquant.app.status import exit_status
 
 COMMANDS = {
     "convert": "quantize a checkpoint into an artifact",
@@ -35,24 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(argv[0] if argv else "").parse_args(argv)
-    return guarded(lambda: arguments.run(arguments))
-
-
-def guarded(call: Callable[[], int]) -> int:
-    """The exit status of `call`; of podquant's own errors, 1, after a line on stderr."""
-    try:
-        status = call()
-        sys.stdout.flush()
-        return status
-    except PodquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough: `podquant inspect … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return exit_status(lambda: arguments.run(arguments))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
-
-from podquant.app.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,13 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the same artifact at tp_size 1, an ordinary Hugging Face checkpoint."""
-    from podquant.artifact.merge import merge_artifact
-    from podquant.artifact.reader import read_manifest
-    from podquant.storage.store import open_store
+    from podquant.app.artifacts import merge
 
-    with closing(open_store(arguments.artifact)) as store:
-        source = read_manifest(store)
-    with progress("merging", sum(file.size for file in source.files.values())) as advance:
-        manifest = merge_artifact(arguments.artifact, arguments.out, advance)
-    print(f"{arguments.out}: {source.tp_size} slices put together, {len(manifest.files)} files")
+    print(*merge(arguments.artifact, arguments.out), sep="\n")
     return 0

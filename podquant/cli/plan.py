@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
-from podquant.app.source import add_source_arguments, num_threads, open_source, positive
+from podquant.cli.source import add_source_arguments, num_threads, positive
 from podquant.errors import ConfigError
 
 
@@ -21,12 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
-    from podquant.app.report import plan_lines
-    from podquant.convert.forecast import forecast
+    from podquant.app.plan import hosts_of_slice, plan_report
+    from podquant.app.source import SourceOptions
 
-    num_hosts = _num_hosts(arguments)
-    threads = num_threads(arguments, is_here=num_hosts is None)
-    checkpoint, plan = open_source(
+    num_hosts = arguments.hosts
+    if arguments.topology is not None:
+        num_hosts = hosts_of_slice(arguments.topology)
+    elif num_hosts is None and arguments.workers_per_host is not None:
+        raise ConfigError("--workers-per-host is for many hosts: give --topology or --hosts as well")
+    options = SourceOptions(
         arguments.model,
         arguments.quantization_config_path,
         revision=arguments.revision,
@@ -34,27 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
         tp_size=arguments.tp_size,
         strict_rules=arguments.strict_rules,
     )
-    with closing(checkpoint):
-        window_bytes = checkpoint.store.window_bytes
-        spread = None
-        if num_hosts is not None:
-            spread = forecast(
-                plan,
-                num_hosts=num_hosts,
-                workers_per_host=arguments.workers_per_host or 1,
-                threads=threads,
-                window_bytes=window_bytes,
-            )
-        print(*plan_lines(plan, threads=threads, window_bytes=window_bytes, spread=spread), sep="\n")
+    report = plan_report(
+        options,
+        threads=num_threads(arguments, is_here=num_hosts is None),
+        num_hosts=num_hosts,
+        workers_per_host=arguments.workers_per_host or 1,
+    )
+    print(*report, sep="\n")
     return 0
-
-
-def _num_hosts(arguments: argparse.Namespace) -> int | None:
-    """The hosts to forecast for; None for a conversion in one process."""
-    if arguments.topology is not None:
-        from podquant.cluster.topology import parse_slice
-
-        return parse_slice(arguments.topology).num_hosts
-    if arguments.hosts is None and arguments.workers_per_host is not None:
-        raise ConfigError("--workers-per-host is for many hosts: give --topology or --hosts as well")
-    return arguments.hosts  # type: ignore[no-any-return]

@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print every problem; status 1 if there is one."""
-    from podquant.artifact.verify import verify_artifact
+    from podquant.app.artifacts import verify
 
-    problems = verify_artifact(arguments.artifact)
+    problems = verify(arguments.artifact)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Result:
+class Conversion:
     """An artifact made.
 
     Attributes:
@@ -68,7 +68,7 @@ def convert(
     window_bytes: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int], None] = lambda count: None,
-) -> Result:
+) -> Conversion:
     """Carry out a plan of this checkpoint. The artifact appears at `target` whole, or nothing does.
 
     Whatever ends it early, the units that are done stay beside `target` (`<target>.partial` or, in a bucket, its own
@@ -119,7 +119,7 @@ def convert(
     records.clear()
     quality = {name: figures for receipt in receipts.values() for name, figures in receipt.quality.items()}
     seconds = sum((receipt.seconds for unit, receipt in receipts.items() if unit not in resumed), Seconds())
-    return Result(manifest, quality, len(resumed), seconds)
+    return Conversion(manifest, quality, len(resumed), seconds)
 
 
 def check_source(checkpoint: Checkpoint) -> None:

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+Device = Literal["tpu", "cpu", "cuda"]
+_DEVICES = Path("/dev")
+
+
+def detect_device(devices: Path = _DEVICES) -> Device:
+    """What this machine has, by the device files of TPU VMs and of NVIDIA's driver."""
+    if (devices / "accel0").exists() or (devices / "vfio" / "0").exists():
+        return "tpu"
+    return "cuda" if (devices / "nvidia0").exists() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -15,7 +26,7 @@ class EngineOptions:
         quantization_config_path: quantize a checkpoint by these rules while loading it.
         tp_size: devices to cut the model over.
         ep_size: groups of these among which routed experts are shared out, each with whole ones; divides tp_size.
-        device: the JAX platform.
+        device: the JAX platform; by default what this machine has: a TPU, else CUDA, else the CPU.
         dtype: of activations and unquantized weights; `auto` takes the checkpoint's (float16 becomes bfloat16).
         max_running_requests: sequences that are computed at a time.
         max_waiting_requests: requests that may wait for their turn; one more is refused.
@@ -35,7 +46,7 @@ class EngineOptions:
     quantization_config_path: str | None = None
     tp_size: int = 1
     ep_size: int = 1
-    device: Literal["tpu", "cpu", "cuda"] = "tpu"
+    device: Device = field(default_factory=detect_device)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_running_requests: int = 8
     max_waiting_requests: int = 1024

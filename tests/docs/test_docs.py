@@ -19,8 +19,10 @@ import httpx
 import pytest
 from ray.dashboard.modules.job import cli as ray_jobs
 
-from podquant.app.options import API_KEY_VARIABLE, SECRET_VARIABLE, flag_kinds, read_options
+from podquant.app.options import API_KEY_VARIABLE, SECRET_VARIABLE, flag_kinds
+from podquant.app.serve import engine_options, members_of
 from podquant.cli.main import COMMANDS, main
+from podquant.cli.options import read_options
 from podquant.cluster.topology import parse_slice
 from podquant.config.job import load_convert_job, load_quantize_and_serve_job, load_serve_job
 from podquant.config.rules import load_quantization_config
@@ -123,8 +125,8 @@ def _podquant(arguments: list[str], places: Mapping[str, Path], scratch: Path) -
     parsed = parser_of(command).parse_args(words)
     if command == "serve":
         options = read_options(parsed)
-        options.members("a secret of the documentation" if options.nnodes > 1 else "")
-        assert options.engine_options.tp_size
+        members_of(options, "a secret of the documentation" if options.nnodes > 1 else "")
+        assert engine_options(options).tp_size
     elif getattr(parsed, "address", None):
         parse_slice(parsed.accelerator)
     elif command != "demo":

@@ -28,9 +28,9 @@ from ray._private import ray_constants
 from ray._private.accelerators.tpu import TPUAcceleratorManager, infer_tpu_pod_type_from_topology
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from podquant.app.environment import FORWARDED
 from podquant.app.options import API_KEY_VARIABLE, ServeOptions, flag_kinds
-from podquant.app.source import _FORWARDED
-from podquant.cli.serve import serve_options
+from podquant.app.serve import options_of
 from podquant.cluster.ray_hosts import OFF_CHIPS
 from podquant.cluster.ray_pool import _SLICE_LABEL
 from podquant.cluster.topology import TpuSlice, parse_slice
@@ -226,7 +226,7 @@ def test_environment_variables_are_read_by_somebody(name: str) -> None:
     for pod in pods_of(name).values():
         for entry in pod["containers"][0].get("env", []):
             variable = entry["name"]
-            assert variable.startswith((*_FORWARDED, API_KEY_VARIABLE)) or variable.lower() in jax.config.values, (
+            assert variable.startswith((*FORWARDED, API_KEY_VARIABLE)) or variable.lower() in jax.config.values, (
                 variable
             )
             assert "value" in entry or set(entry["valueFrom"]) == {"secretKeyRef"}, variable
@@ -285,7 +285,7 @@ def job_of(name: str, directory: Path) -> tuple[ConvertJob, ServeOptions]:
     path = directory / "job.yaml"
     path.write_text(config["data"]["job.yaml"])
     conversion, serving = load_quantize_and_serve_job(str(path), flag_kinds())
-    return conversion, serve_options(serving)
+    return conversion, options_of(serving)
 
 
 @pytest.mark.parametrize("name", [f"rayjob-{name}" for name in SLICES])

@@ -1,0 +1,154 @@
+"""Serving as its options say: this process, this host's part of several hosts, or host 0 of them, until a signal."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import threading
+from dataclasses import replace
+from typing import Any
+
+from podquant.app import serving
+from podquant.app.options import API_KEY_VARIABLE, SECRET_VARIABLE, ServeOptions
+from podquant.app.progress import LoadProgress
+from podquant.app.serving import HttpOptions
+from podquant.app.signals import StopSignal, raising_stop
+from podquant.config.job import ServeJob
+from podquant.engine.options import EngineOptions, detect_device
+from podquant.engine.start import load_tokenizer, open_model
+from podquant.errors import ConfigError
+from podquant.group.launch import Deadlines
+from podquant.group.service import Members
+
+_LEAST_SECRET = 16
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until a signal, on this host's part of the group if there are several. Call it in the main thread.
+
+    Raises:
+        PodquantError: the address, the model or the other hosts cannot be had.
+    """
+    is_stopped = threading.Event()
+    try:
+        with raising_stop():
+            members = None
+            if options.nnodes > 1 or options.dp_size > 1:
+                members = members_of(options, os.environ.get(SECRET_VARIABLE, ""))
+            serve_part(options, members, is_stopped)
+    except StopSignal:
+        print("stopped", file=sys.stderr, flush=True)
+
+
+def serve_part(options: ServeOptions, members: Members | None, is_stopped: threading.Event) -> None:
+    """Serve as the host that `options.node_rank` says, until it is to stop. Host 0 says when it serves.
+
+    Args:
+        members: None to serve from this process.
+    """
+    if members is not None and options.node_rank > 0:
+        serving.serve_other_host(engine_options(options), members, options.node_rank, is_stopped)
+        return
+    name = options.served_model_name or options.model_path
+    loading = LoadProgress("loading")
+
+    def announce(url: str) -> None:
+        loading.close()
+        print(f"podquant serves {name} at {url} (Ctrl-C ends it)", flush=True)
+
+    serving.serve(engine_options(options), http_options(options), members, is_stopped, announce, loading)
+
+
+def check_source(options: ServeOptions, source: str, revision: str | None) -> None:
+    """Find out whether what is converted from a checkpoint could be served as the options say, before it is converted.
+
+    Raises:
+        PodquantError: the checkpoint has no such model or tokenizer, or it cannot be cut into so many shards.
+    """
+    asked = replace(engine_options(options), model_path=source, revision=revision, download_dir=None)
+    with open_model(asked, by_ranges=True) as opened:
+        load_tokenizer(opened)
+
+
+def options_of(job: ServeJob) -> ServeOptions:
+    """The options behind a job. Raises ConfigError, naming the file, for what cannot be."""
+    flags: dict[str, Any] = {"api_key": os.environ.get(API_KEY_VARIABLE), **job.flags}
+    try:
+        return ServeOptions(
+            model_path=job.model,
+            quantization_config_path=job.quantization_config_path,
+            revision=job.revision,
+            **flags,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{job.name}: serve: {error}") from error
+
+
+def members_of(options: ServeOptions, secret: str) -> Members:
+    """The hosts that serve together.
+
+    Args:
+        secret: what all of them know; may be empty where there is one host.
+
+    Raises:
+        ConfigError: several hosts without a secret, or replicas that do not come out even.
+    """
+    if options.nnodes > 1 and len(secret) < _LEAST_SECRET:
+        raise ConfigError(
+            f"{SECRET_VARIABLE}: several hosts need a secret of {_LEAST_SECRET} characters or more that all of "
+            "them have, so that no stranger joins them: make one with `openssl rand -hex 32`"
+        )
+    host, _, port = (options.dist_init_addr or "127.0.0.1:0").rpartition(":")
+    if options.nnodes > 1 and host in ("", "0.0.0.0", "::", "[::]"):
+        raise ConfigError(
+            f"--dist-init-addr {options.dist_init_addr}: expected host 0's own address, which the other hosts call"
+        )
+    deadlines = Deadlines(
+        options.liveness_seconds,
+        options.step_seconds,
+        options.arrival_seconds,
+        options.start_seconds,
+        options.drain_seconds,
+    )
+    key = (secret or secrets.token_hex(32)).encode()
+    return Members(options.nnodes, options.dp_size, (host.strip("[]"), int(port)), key, deadlines)
+
+
+def http_options(options: ServeOptions) -> HttpOptions:
+    """The server's part of the options."""
+    return HttpOptions(
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key,
+        served_model_name=options.served_model_name,
+        with_metrics=options.enable_metrics,
+        access_log=options.log_level == "debug",
+        drain_seconds=options.drain_seconds,
+    )
+
+
+def engine_options(options: ServeOptions) -> EngineOptions:
+    """The engine's part of the options."""
+    chunk = min(options.chunked_prefill_size, 1 << (options.max_prefill_tokens.bit_length() - 1))
+    return EngineOptions(
+        model_path=options.model_path,
+        quantization_config_path=options.quantization_config_path,
+        tp_size=options.tp_size,
+        ep_size=options.ep_size,
+        device=options.device or detect_device(),
+        dtype=options.dtype,
+        max_running_requests=options.max_running_requests,
+        max_waiting_requests=options.max_queued_requests,
+        max_total_tokens=options.max_total_tokens,
+        context_length=options.context_length,
+        chunked_prefill_size=chunk,
+        page_size=options.page_size,
+        mem_fraction_static=options.mem_fraction_static,
+        random_seed=options.random_seed,
+        skip_tokenizer_init=options.skip_tokenizer_init,
+        skip_server_warmup=options.skip_server_warmup,
+        max_logprobs=options.max_logprobs,
+        revision=options.revision,
+        download_dir=options.download_dir,
+    )

@@ -1,0 +1,44 @@
+"""The flags that `plan` and `convert` share: MODEL and how to find it, the rules, slices and threads."""
+
+from __future__ import annotations
+
+import argparse
+
+from podquant.app.environment import HOST_THREADS, MOST_THREADS, own_threads
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and how to find it, the rules, and how many threads."""
+    parser.add_argument("model", metavar="MODEL", help="a local directory, gs://…, or a Hugging Face id (org/name)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--download-dir", metavar="DIR", help="download a Hugging Face id whole, to this cache, first")
+    parser.add_argument(
+        "--quantization-config-path",
+        metavar="YAML",
+        required=True,
+        help="the rules: a path, or the name of a file that podquant ships, such as int8.yaml",
+    )
+    parser.add_argument("--strict-rules", action="store_true", help="a rule that matches nothing is an error")
+    parser.add_argument(
+        "--tp-size", metavar="N", type=positive, default=1, help="cut every weight into N tensor-parallel slices"
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=positive,
+        help="threads of a process that read and quantize (default: one for each CPU it may use, at most "
+        f"{MOST_THREADS}; {HOST_THREADS} on the hosts of a cluster)",
+    )
+
+
+def num_threads(arguments: argparse.Namespace, *, is_here: bool) -> int:
+    """As asked for; else what suits this machine if it is the one that works, and hosts of a cluster otherwise."""
+    return arguments.threads or (own_threads() if is_here else HOST_THREADS)
+
+
+def positive(text: str) -> int:
+    """An integer from 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1, got {text}")
+    return value
