@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,9 +12,10 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from podquant.engine.request import Output, Request, TokenLogprobs
-from podquant.server.gather import gather, usage
+from podquant.server.gather import gather, usage, usage_of_event
 from podquant.server.generation import ClientGoneError
-from podquant.server.schemas import ChatBody, Message
+from podquant.server.messages import Message
+from podquant.server.schemas import ChatBody
 from podquant.server.service import off_loop, require_tokenizer, require_unicode, service_of
 from podquant.server.stream import EventStream, Template, event
 from podquant.server.token_text import TokenText
@@ -44,11 +45,21 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
 
 async def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """The prompt of a chat. Raises RequestError if the template refuses the messages."""
-    chat = [message.model_dump(exclude_unset=True) for message in messages]
-    for message in chat:
-        for text in message.values():
-            require_unicode(text, "messages")
-    return await off_loop(sum(len(message["content"]) for message in chat), lambda: tokenizer.encode_chat(chat))
+    chat = [message.as_template_sees_it() for message in messages]
+    length = 0
+    for text in _texts(chat):
+        require_unicode(text, "messages")
+        length += len(text)
+    return await off_loop(length, lambda: tokenizer.encode_chat(chat))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 class _Writer:
@@ -63,7 +74,6 @@ class _Writer:
         self._prompt_ids = prompt_ids
         self._num_generated = 0
         self._has_begun = [False] * body.n
-        self._null_usage = {"usage": None} if body.stream_options.include_usage else {}
         self._templates = [Template(self._chunk(index, {"content": Template.HOLE})) for index in range(body.n)]
 
     def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
@@ -79,7 +89,7 @@ class _Writer:
                 "stop_reason": output.stop_reason,
             }
             choices.append(choice | self._token_ids(output, is_first=True))
-        return self._head | {"choices": choices, "usage": usage(len(self._prompt_ids), self._num_generated)}
+        return self._head | {"choices": choices, "usage": self._usage()}
 
     def chunk(self, index: int, output: Output) -> bytes:
         """See `Chunks`: the role before the first text, the finish reason after the last."""
@@ -91,6 +101,8 @@ class _Writer:
         if output.logprobs or (output.token_ids and self._body.return_token_ids):
             more = self._token_ids(output, is_first=is_first)
             events += event(self._chunk(index, {"content": output.text}, self._logprobs(output), more=more))
+        elif output.text and self._body.stream_options.counts_always:
+            events += event(self._chunk(index, {"content": output.text}))
         elif output.text:
             events += self._templates[index].fill(output.text)
         if output.finish_reason is not None:
@@ -102,7 +114,7 @@ class _Writer:
         """See `Chunks`."""
         if not self._body.stream_options.include_usage:
             return b""
-        return event(self._head | {"choices": [], "usage": usage(len(self._prompt_ids), self._num_generated)})
+        return event(self._head | {"choices": [], "usage": self._usage()})
 
     def _chunk(
         self,
@@ -114,7 +126,10 @@ class _Writer:
         more: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason} | (more or {})
-        return self._head | {"choices": [choice]} | self._null_usage
+        return self._head | {"choices": [choice]} | usage_of_event(self._body.stream_options, self._usage())
+
+    def _usage(self) -> dict[str, int]:
+        return usage(len(self._prompt_ids), self._num_generated)
 
     def _token_ids(self, output: Output, *, is_first: bool) -> dict[str, Any]:
         if not self._body.return_token_ids:

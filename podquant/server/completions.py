@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 
 from podquant.engine.backend import Backend
 from podquant.engine.request import Output, Request, TokenLogprobs
-from podquant.server.gather import gather, usage
+from podquant.errors import RequestError
+from podquant.server.gather import gather, usage, usage_of_event
 from podquant.server.generation import ClientGoneError
 from podquant.server.schemas import CompletionBody
 from podquant.server.service import encode, require_tokenizer, service_of
@@ -35,10 +36,14 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     """Continue one or several prompts."""
     service = service_of(http)
     engine = service.require(body.model)
-    prompts = [await _read(engine, prompt) for prompt in body.prompt]
+    prompts = [await _read(engine, prompt, add_special_tokens=body.add_special_tokens) for prompt in body.prompt]
     writer = _Writer(str(service.model_name), service.tokens, engine, body, prompts)
     requests = [
-        Request(f"{writer.id}-{p * body.n + choice}", prompt.ids, body.params(choice))
+        Request(
+            f"{writer.id}-{p * body.n + choice}",
+            prompt.ids,
+            body.params(choice, engine.context_length - len(prompt.ids)),
+        )
         for p, prompt in enumerate(prompts)
         for choice in range(body.n)
     ]
@@ -52,11 +57,16 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     return JSONResponse(writer.whole(outputs))
 
 
-async def _read(engine: Backend, prompt: str | list[int]) -> _Prompt:
-    if isinstance(prompt, str):
-        tokenizer = require_tokenizer(engine, "prompt")
-        return _Prompt(tuple(await encode(tokenizer, prompt, add_special_tokens=True)), prompt)
-    return _Prompt(tuple(prompt), "")
+async def _read(engine: Backend, prompt: str | list[int], *, add_special_tokens: bool) -> _Prompt:
+    if not isinstance(prompt, str):
+        return _Prompt(tuple(prompt), "")
+    ids = await encode(require_tokenizer(engine, "prompt"), prompt, add_special_tokens=add_special_tokens)
+    if not ids:
+        raise RequestError(
+            "The prompt is empty, and this model's tokenizer begins no text with a token of its own; send a text.",
+            "prompt",
+        )
+    return _Prompt(tuple(ids), prompt)
 
 
 @dataclass
@@ -92,7 +102,6 @@ class _Writer:
         self._body = body
         self._prompts = prompts
         self._progress = [_Progress() for _ in range(len(prompts) * body.n)]
-        self._null_usage = {"usage": None} if body.stream_options.include_usage else {}
         self._templates = [
             Template(self._chunk(self._choice(index, Template.HOLE, None, None)))
             for index in range(len(self._progress))
@@ -106,7 +115,9 @@ class _Writer:
     def chunk(self, index: int, output: Output) -> bytes:
         """See `Chunks`."""
         body, progress = self._body, self._progress[index]
-        is_plain = (progress.has_begun or not body.echo) and not self._shows_ids
+        is_plain = (
+            (progress.has_begun or not body.echo) and not self._shows_ids and not body.stream_options.counts_always
+        )
         if is_plain and output.finish_reason is None and not output.logprobs:
             progress.num_tokens += len(output.token_ids)
             return self._templates[index].fill(output.text) if output.text else b""
@@ -119,7 +130,7 @@ class _Writer:
         return event(self._head | {"choices": [], "usage": self._usage()})
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return self._head | {"choices": [choice]} | self._null_usage
+        return self._head | {"choices": [choice]} | usage_of_event(self._body.stream_options, self._usage())
 
     def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

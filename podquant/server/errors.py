@@ -13,13 +13,11 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
+from podquant.server import fields
 
 _log = logging.getLogger(__name__)
 
 _RETRY = {"Retry-After": "1"}
-
-UNSUPPORTED = "unsupported_parameter"
-"""pydantic error type, and code in the body, of a parameter that is refused by name."""
 
 
 class ApiError(Exception):
@@ -116,8 +114,9 @@ def describe(errors: Sequence[ErrorDetails | dict[str, Any]]) -> tuple[str, str 
             return "The body is empty: expected a JSON object.", None, "invalid_json"
         case "missing":
             return f"Missing parameter: {param!r} is required.", param, "missing_parameter"
-        case "unsupported_parameter" | "invalid_parameter":
-            return str(error["msg"]), error["ctx"]["param"], str(error["type"])
+        case fields.UNSUPPORTED | fields.INVALID:
+            names = [part for part in (path, error["ctx"]["name"]) if part]
+            return str(error["msg"]), ".".join(names) or None, str(error["type"])
     if param is None:
         return f"The body must be a JSON object sent as application/json: {error['msg']}.", None, "invalid_value"
     got = repr(error["input"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from podquant.engine.request import Output
 from podquant.server.generation import Generation
+from podquant.server.schemas import StreamOptions
 
 
 async def gather(generation: Generation, num_sequences: int) -> list[Output]:
@@ -38,3 +41,10 @@ def usage(num_prompt: int, num_generated: int) -> dict[str, int]:
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
     }
+
+
+def usage_of_event(options: StreamOptions, so_far: dict[str, int]) -> dict[str, Any]:
+    """What an event before the last says of the usage: nothing unless asked for, and null unless asked for more."""
+    if not options.include_usage:
+        return {}
+    return {"usage": so_far if options.counts_always else None}
