@@ -15,6 +15,7 @@ from podquant.tokenizer.files import TokenizerFiles
 from podquant.tokenizer.vocabulary import Vocabulary
 from podquant.tokenizer.vocabulary_json import load_json
 from podquant.tokenizer.vocabulary_sentencepiece import load_sentencepiece
+from podquant.tokenizer.vocabulary_tekken import load_tekken
 from podquant.tokenizer.vocabulary_tiktoken import TiktokenVocabulary, load_tiktoken
 
 _log = logging.getLogger(__name__)
@@ -131,16 +132,15 @@ def _load_vocabulary(files: TokenizerFiles, model_type: str | None) -> tuple[Voc
     whole = files.directory / "tokenizer.json"
     if whole.is_file():
         return load_json(files, whole), files
-    ranks = [*sorted(files.directory.glob("*.tiktoken")), files.directory / "tiktoken.model"]
-    for path in ranks:
-        if path.is_file():
-            return load_tiktoken(files, path)
-    model = files.directory / "tokenizer.model"
-    if model.is_file():
-        return load_sentencepiece(files, model, model_type)
+    for path in sorted(files.directory.glob("*tekken*.json")):
+        return load_tekken(files, path)
+    for path in [*sorted(files.directory.glob("*.tiktoken")), *files.directory.glob("tiktoken.model")]:
+        return load_tiktoken(files, path)
+    for path in [*files.directory.glob("tokenizer.model"), *sorted(files.directory.glob("*.model"))]:
+        return load_sentencepiece(files, path, model_type)
     raise CheckpointError(
-        f"{files.where}/tokenizer.json is missing, and so are *.tiktoken, tiktoken.model and tokenizer.model, the "
-        "forms of vocabularies that podquant reads. Save one beside the weights "
+        f"{files.where}/tokenizer.json is missing, and so are tekken.json, *.tiktoken, tiktoken.model, tokenizer.model "
+        "and any other *.model, the forms of vocabularies that podquant reads. Save one beside the weights "
         "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or serve token ids only "
         "(--skip-tokenizer-init)."
     )
