@@ -14,9 +14,9 @@ from podquant.app.source import SourceOptions, open_source
 from podquant.checkpoint.index import Checkpoint
 from podquant.cluster.hosts import Hosts, Progress
 from podquant.config.job import ConvertJob
-from podquant.convert import run
-from podquant.convert.plan import Plan
-from podquant.convert.run import Conversion, check_source, check_target
+from podquant.conversion import run
+from podquant.conversion.plan import Plan
+from podquant.conversion.run import Conversion, check_source, check_target
 from podquant.errors import ArtifactExistsError
 
 
@@ -35,7 +35,7 @@ def convert(
         on_progress: told the source bytes done so far, and in all; what it raises ends the conversion.
 
     Raises:
-        PodquantError: as `open_source` and `podquant.convert.run.convert`.
+        PodquantError: as `open_source` and `podquant.conversion.run.convert`.
     """
     with _opened(job, download_dir) as (checkpoint, plan), hosts or nullcontext() as entered:
         done = 0

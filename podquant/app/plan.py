@@ -7,8 +7,8 @@ from contextlib import closing
 from podquant.app.report import plan_lines
 from podquant.app.source import SourceOptions, open_source
 from podquant.cluster.topology import parse_slice
-from podquant.convert.forecast import forecast
-from podquant.convert.plan import Plan
+from podquant.conversion.forecast import forecast
+from podquant.conversion.plan import Plan
 
 
 def plan(options: SourceOptions) -> Plan:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from podquant.artifact.manifest import Manifest, ModuleRule
-from podquant.convert.forecast import Forecast
-from podquant.convert.plan import Plan
-from podquant.convert.receipts import Seconds
+from podquant.conversion.forecast import Forecast
+from podquant.conversion.plan import Plan
+from podquant.conversion.receipts import Seconds
 
 _NUMBER = re.compile(r"\d+")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.job import is_hugging_face_id
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import Plan, plan_conversion
+from podquant.conversion.plan import Plan, plan_conversion
 from podquant.errors import ConfigError
 from podquant.storage.hub.ids import download_model, is_offline
 

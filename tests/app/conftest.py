@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.convert.conftest import make_source, source
+from tests.conversion.conftest import make_source, source
 
 __all__ = ["make_source", "source"]

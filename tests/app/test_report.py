@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from podquant.app.report import note_lines, plan_lines, quality_lines, size_text
-from podquant.convert.forecast import forecast
+from podquant.conversion.forecast import forecast
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from podquant.artifact.manifest import Manifest, ModuleRule, OutputFile, Piece, 
 from podquant.checkpoint.header import encode_header
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
-from tests.convert.conftest import source
+from tests.conversion.conftest import source
 
 __all__ = ["source"]
 

@@ -14,7 +14,7 @@ import pytest
 from podquant.artifact.export import export_artifact
 from podquant.artifact.reader import Artifact
 from podquant.cli.main import main
-from podquant.convert.run import convert
+from podquant.conversion.run import convert
 from podquant.errors import ArtifactError, StorageError, UnsupportedModelError
 from tests.storage.gcs.emulator import GcsEmulator
 from tests.weights.quantized_checkpoints import Tensors, read_file

@@ -75,7 +75,7 @@ def test_a_tensor_that_is_not_there(make_artifact: Make) -> None:
 
 
 def test_reading_needs_neither_jax_nor_convert() -> None:
-    unwanted = "('jax', 'podquant.convert', 'numba')"
+    unwanted = "('jax', 'podquant.conversion', 'numba')"
     code = f"import sys, podquant.artifact.reader; print([name for name in {unwanted} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -20,8 +20,8 @@ from podquant.artifact.merge import merge_artifact
 from podquant.artifact.verify import verify_artifact
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from tests.cluster.conftest import RayCluster
 from tests.storage.gcs.emulator import GcsEmulator
 

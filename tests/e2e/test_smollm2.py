@@ -14,8 +14,8 @@ import pytest
 from podquant.app.demo.model import write_smollm2_checkpoint
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.engine.engine import Engine
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import Output, Request, SamplingParams

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec
 
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.engine.programs import step_positions
 from podquant.families.registry import read_model_config
 from podquant.model.attention import KVCache

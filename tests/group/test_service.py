@@ -22,8 +22,8 @@ import pytest
 from podquant.artifact.manifest import parse_manifest
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import Request, SamplingParams
 from podquant.engine.start import start_engine

@@ -11,8 +11,8 @@ import pytest
 from podquant.artifact.export import export_artifact
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.weights.quantized_source import QuantizedSource
 from podquant.weights.source import open_source
 from tests.engine.test_goldens import GOLDENS, load

@@ -10,8 +10,8 @@ import pytest
 
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.families.experts import EXPERT_NAMES
 from podquant.families.registry import read_model_config
 from podquant.storage.publication import open_publication

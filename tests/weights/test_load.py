@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.config.scheme import Scheme
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.errors import CheckpointError, ConfigError, MeshError, NonFiniteWeightError, UnsupportedModelError
 from podquant.families.registry import read_model_config
 from podquant.model.layout import Model

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.errors import PodquantError
 from podquant.model.layout import Model
 from podquant.weights.load import load_weights

@@ -13,8 +13,8 @@ import pytest
 from podquant.artifact.verify import verify_artifact
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import check_target, convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import check_target, convert
 from podquant.errors import ArtifactExistsError, PodquantError, StorageError
 from podquant.storage.gcs import client as gcs_client
 from podquant.storage.retry import Patience

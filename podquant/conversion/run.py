@@ -18,14 +18,14 @@ from podquant.artifact.reader import read_manifest
 from podquant.checkpoint.index import Checkpoint
 from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
 from podquant.cluster.local import LocalHosts
-from podquant.convert.commit import commit
-from podquant.convert.integrity import corrupted_files
-from podquant.convert.memory import files_at_a_time
-from podquant.convert.plan import Plan
-from podquant.convert.receipts import Receipt, Seconds
-from podquant.convert.resume import check_staged, resume
-from podquant.convert.task import Setting, check_tied, do_unit, receipt_name
-from podquant.convert.units import Unit
+from podquant.conversion.commit import commit
+from podquant.conversion.integrity import corrupted_files
+from podquant.conversion.memory import files_at_a_time
+from podquant.conversion.plan import Plan
+from podquant.conversion.receipts import Receipt, Seconds
+from podquant.conversion.resume import check_staged, resume
+from podquant.conversion.task import Setting, check_tied, do_unit, receipt_name
+from podquant.conversion.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
 from podquant.families.registry import refuse_unsupported
 from podquant.quantize.quality import Quality

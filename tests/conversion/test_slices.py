@@ -14,7 +14,7 @@ import pytest
 from podquant.artifact.merge import merge_artifact
 from podquant.artifact.reader import Artifact
 from podquant.artifact.verify import verify_artifact
-from podquant.convert.run import convert
+from podquant.conversion.run import convert
 from podquant.errors import ArtifactError, StorageError
 
 MIXED = """

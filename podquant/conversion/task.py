@@ -11,9 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from podquant.checkpoint.header import TensorInfo
-from podquant.convert.receipts import Receipt
-from podquant.convert.units import Unit
-from podquant.convert.work import Progress, Workbench, check_equal, convert_unit
+from podquant.conversion.receipts import Receipt
+from podquant.conversion.units import Unit
+from podquant.conversion.work import Progress, Workbench, check_equal, convert_unit
 from podquant.errors import StorageError
 from podquant.storage.publication import Staging
 from podquant.storage.records import Records

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from podquant.convert.units import TensorPlan, Unit
+from podquant.conversion.units import TensorPlan, Unit
 from podquant.storage.gcs.chunks import uploads_nbytes
 
 CLIENT_BYTES = 48 << 20

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from podquant.artifact.manifest import OutputFile
-from podquant.convert.commit import commit
-from podquant.convert.receipts import Receipt
+from podquant.conversion.commit import commit
+from podquant.conversion.receipts import Receipt
 from podquant.errors import ArtifactError
 from podquant.storage.publication import open_publication
 

@@ -13,8 +13,8 @@ import pytest
 
 from podquant.checkpoint.header import TensorInfo
 from podquant.config.scheme import Scheme
-from podquant.convert.memory import CLIENT_BYTES, windows_in_flight
-from podquant.convert.units import TensorPlan
+from podquant.conversion.memory import CLIENT_BYTES, windows_in_flight
+from podquant.conversion.units import TensorPlan
 from podquant.dtypes import BY_NAME
 from podquant.errors import ConfigError, UnsupportedModelError
 from podquant.storage.gcs.chunks import uploads_nbytes

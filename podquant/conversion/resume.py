@@ -18,9 +18,9 @@ import numpy as np
 from podquant.artifact.documents import encode_json
 from podquant.artifact.manifest import OutputFile
 from podquant.checkpoint.index import Checkpoint
-from podquant.convert.plan import Plan
-from podquant.convert.receipts import Receipt, decode_receipt
-from podquant.convert.task import receipt_name
+from podquant.conversion.plan import Plan
+from podquant.conversion.receipts import Receipt, decode_receipt
+from podquant.conversion.task import receipt_name
 from podquant.errors import ArtifactError, ArtifactExistsError
 from podquant.storage.publication import Publication
 from podquant.storage.records import Records

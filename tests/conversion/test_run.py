@@ -19,7 +19,7 @@ import pytest
 
 from podquant.artifact.reader import Artifact
 from podquant.artifact.verify import verify_artifact
-from podquant.convert.run import convert
+from podquant.conversion.run import convert
 from podquant.errors import (
     ArtifactExistsError,
     CheckpointError,
@@ -273,8 +273,8 @@ import sys
 from pathlib import Path
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 source, out, then = sys.argv[1:4]
 checkpoint = Checkpoint.open(source)
 plan = plan_conversion(checkpoint, load_quantization_config("int8.yaml"), source_name="x")

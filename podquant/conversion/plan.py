@@ -17,9 +17,9 @@ from podquant.artifact.slices import cut_of, cut_of_scales
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import QuantizationConfig, UnmatchedRule
-from podquant.convert.memory import worker_nbytes
-from podquant.convert.source import Contents, read_contents
-from podquant.convert.units import Output, TensorPlan, Unit
+from podquant.conversion.memory import worker_nbytes
+from podquant.conversion.source import Contents, read_contents
+from podquant.conversion.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import ConfigError, UnsupportedModelError
 from podquant.families.registry import unsupported_architecture

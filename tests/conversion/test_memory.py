@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from podquant.convert.memory import CLIENT_BYTES
+from podquant.conversion.memory import CLIENT_BYTES
 from podquant.storage.gcs.chunks import uploads_nbytes
 
 WINDOW, THREADS = 1 << 20, 2
@@ -19,8 +19,8 @@ MEASURE = """
 import sys, tracemalloc
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 source, target, rules, tp_size, window, threads = sys.argv[1:]
 checkpoint = Checkpoint.open(source)
 plan = plan_conversion(checkpoint, load_quantization_config(rules), source_name="s", tp_size=int(tp_size))

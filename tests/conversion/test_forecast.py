@@ -11,9 +11,9 @@ import pytest
 
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.forecast import Forecast, forecast
-from podquant.convert.plan import MOST_UNIT_BYTES, Plan, plan_conversion
-from tests.convert.header_sets import (
+from podquant.conversion.forecast import Forecast, forecast
+from podquant.conversion.plan import MOST_UNIT_BYTES, Plan, plan_conversion
+from tests.conversion.header_sets import (
     DEEPSEEK_V3,
     LLAMA_405B,
     Shapes,

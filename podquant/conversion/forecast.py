@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from podquant.convert.plan import Plan
+from podquant.conversion.plan import Plan
 
 
 @dataclass(frozen=True)

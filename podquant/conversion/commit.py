@@ -12,8 +12,8 @@ from importlib.metadata import version
 from podquant.artifact.documents import encode_index, encode_json
 from podquant.artifact.manifest import Manifest, OutputFile, TensorEntry
 from podquant.artifact.naming import CONFIG, INDEX, MANIFEST, QUALITY
-from podquant.convert.plan import Plan
-from podquant.convert.receipts import Receipt
+from podquant.conversion.plan import Plan
+from podquant.conversion.receipts import Receipt
 from podquant.errors import ArtifactError
 from podquant.storage.publication import Publication
 

@@ -24,9 +24,9 @@ from podquant.artifact.manifest import OutputFile, Piece
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.reader import read_bytes
 from podquant.checkpoint.writer import SafetensorsWriter
-from podquant.convert.memory import codes_nbytes, source_nbytes, windows_in_flight
-from podquant.convert.receipts import Receipt, Seconds
-from podquant.convert.units import Output, TensorPlan, Unit
+from podquant.conversion.memory import codes_nbytes, source_nbytes, windows_in_flight
+from podquant.conversion.receipts import Receipt, Seconds
+from podquant.conversion.units import Output, TensorPlan, Unit
 from podquant.errors import CheckpointError, NonFiniteWeightError
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.quality import Quality, QualityRows

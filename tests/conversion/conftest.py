@@ -14,7 +14,7 @@ import pytest
 
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import Plan, plan_conversion
+from podquant.conversion.plan import Plan, plan_conversion
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DISK = {
