@@ -13,7 +13,7 @@ from podquant.app.environment import slice_of, worker_environment
 from podquant.app.options import ServeOptions
 from podquant.app.serve import members_of, options_of, serve_part
 from podquant.app.signals import StopSignal, raising_stop
-from podquant.cluster.ray_gang import RayGang
+from podquant.cluster.ray_actors import RayActors
 from podquant.config.job import ServeJob
 
 
@@ -25,12 +25,12 @@ def serve_on_ray(job: ServeJob, *, address: str) -> None:
     """
     options = options_of(job)
     environment = worker_environment(job.cluster)
-    with RayGang(address, accelerator=slice_of(job.cluster), environment=environment) as gang:
+    with RayActors(address, accelerator=slice_of(job.cluster), environment=environment) as actors:
         try:
             with raising_stop():
-                gang.run(partial(_serve_on_host, options, secrets.token_hex(32)))
+                actors.run(partial(_serve_on_host, options, secrets.token_hex(32)))
         except StopSignal:
-            gang.end(options.drain_seconds)
+            actors.end(options.drain_seconds)
             print("stopped", file=sys.stderr, flush=True)
 
 

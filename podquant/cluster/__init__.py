@@ -2,6 +2,6 @@
 
 import os
 
-# Before any module here imports ray: where podquant was started by `uv run`, Ray would start every worker by it as
-# well, in a copy of the working directory and an environment that each host has to make first. Hosts have podquant.
+# Must come before any module here imports ray: where podquant was started by `uv run`, Ray would start every worker
+# with it too, in a copy of the working directory and an environment that each host builds first. Hosts have podquant.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

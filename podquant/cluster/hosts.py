@@ -1,4 +1,4 @@
-"""Functions to run on hosts, and what can become of each, as types.
+"""Functions to run on hosts, and the ways in which each can end, as types.
 
 Knows nothing of what a function does, or of how a host is reached: `local` runs here, `ray_hosts` on a Ray cluster.
 """
@@ -12,23 +12,23 @@ from typing import Any, Protocol
 from podquant.errors import TransientStorageError
 
 Progress = Callable[[int], None]
-"""Told the bytes done since it was last called, maybe 0. What it raises ends the run."""
+"""Called with the bytes done since the last call, maybe 0. What it raises ends the run."""
 
 RETRIED = (TransientStorageError,)
-"""Errors of a function after which it is run again."""
+"""Errors of a function after which it is retried."""
 
 
 @dataclass(frozen=True)
 class Task[T]:
     """A function to run once, somewhere: `function(*args, on_progress)`, its last argument a `Progress`.
 
-    It may run twice at a time on two hosts (one that hangs is given up, not stopped), so it must be idempotent. The
-    function, its arguments and its result are pickled and go through the head: a plan and a receipt, never weights.
+    It may run on two hosts at a time (one that hangs is given up, not stopped), so it must be idempotent. The function,
+    its arguments and its result are pickled and pass through the head: a plan and a receipt, never weights.
 
     Attributes:
-        key: names it in messages; unlike that of any other task of the run.
-        bytes_in: what `on_progress` will have been told in all, for progress, time left and metrics.
-        bytes_out: what it writes, for metrics.
+        key: names it in messages; unique in the run.
+        bytes_in: the sum of what `on_progress` will be told, for progress, time left and metrics.
+        bytes_out: the bytes it writes, for metrics.
     """
 
     key: str
@@ -49,7 +49,7 @@ class Done[T]:
 
 @dataclass(frozen=True)
 class HostLost:
-    """A host died, or gave no answer in time, with a task; another does it again. Not the end of the task."""
+    """A host died, or did not answer in time, with a task; another host retries it. Not the end of the task."""
 
     key: str
     reason: str
@@ -57,7 +57,7 @@ class HostLost:
 
 @dataclass(frozen=True)
 class Failed:
-    """What ended the run: a task's own error, which no other host would spare it, or a ClusterError."""
+    """What ended the run: a task's own error, which it would meet on any host, or a ClusterError."""
 
     key: str
     error: Exception
@@ -70,10 +70,10 @@ class Hosts(Protocol):
     """Where functions run."""
 
     def run[T](self, tasks: Sequence[Task[T]], on_progress: Progress) -> Generator[Outcome[T], None, None]:
-        """Run them, begun in their order; yields one Done a task as they come, and a HostLost for each try lost.
+        """Run them, started in their order; yields one Done per task as they end, and a HostLost for each attempt lost.
 
-        A Failed is the last outcome: what was running has been cancelled. So it is when the iterator is closed, which
-        an error in the caller's loop must do: `with closing(hosts.run(tasks, on_progress)) as outcomes: …`.
+        A Failed is the last outcome: what was running has been cancelled. Closing the iterator cancels too, so a caller
+        whose loop may raise closes it: `with closing(hosts.run(tasks, on_progress)) as outcomes: …`.
 
         Args:
             on_progress: called in the caller's thread, at least once a second while a task makes progress or a cluster

@@ -13,10 +13,10 @@ _log = logging.getLogger(__name__)
 
 
 class LocalHosts:
-    """This process, as the one host. Errors that are no PodquantError pass through, with their traceback."""
+    """This process, as the only host. An error other than a PodquantError passes through, with its traceback."""
 
     def __init__(self, max_retries: int = 3) -> None:
-        """`max_retries` of a task, after errors that may pass."""
+        """`max_retries`: how often a task is retried after errors that may pass."""
         self._max_retries = max_retries
 
     def run[T](self, tasks: Sequence[Task[T]], on_progress: Progress) -> Generator[Outcome[T], None, None]:
@@ -43,6 +43,6 @@ class LocalHosts:
             except RETRIED as error:
                 if not left:
                     raise
-                _log.warning("%s: once more, after: %s", task.key, error)
+                _log.warning("%s: retried after: %s", task.key, error)
                 on_progress(-told)
         raise AssertionError("unreachable")

@@ -1,6 +1,6 @@
-"""Hosts of a Ray cluster. Ray places tasks on a pool of workers and runs them again when a worker or a host dies.
+"""Hosts of a Ray cluster. Ray places tasks on a pool of workers and retries them when a worker or a host dies.
 
-It does not help against a host that hangs (Ray 2.60 waits for it for ever), so every try has a deadline of its own,
+That does not help against a host that hangs (Ray 2.60 waits for it for ever), so every attempt has its own deadline,
 after which the task is also given to another worker. Knows nothing of what tasks do.
 """
 
@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 2.0  # `ray job stop` kills 3 s after it asked
 _NO_HOST_SECONDS = 60.0
 _MOST_TRIES = 4
-_RERUN = "Run the job again when there are hosts: it goes on where it stopped"
+_RERUN = "Run the job again when there are hosts: it continues where it stopped"
 
 
 class RayHosts:
@@ -55,10 +55,10 @@ class RayHosts:
             address: as `ray.init` takes it; `auto` is the cluster this process runs on.
             accelerator: reserve a whole TPU slice of this kind; None takes the hosts as they are.
             workers_per_host: tasks at a time on a host.
-            environment: variables of the workers, beside those of the job.
-            max_retries: how often Ray runs a task again that ended in `RETRIED`, or whose worker or host died.
+            environment: variables of the workers, in addition to those of the job.
+            max_retries: how often Ray retries a task that raised one of `RETRIED`, or whose worker or host died.
             deadline_seconds: after which a task is given to another worker as well.
-            reserve_seconds: how long to wait for hosts that others have, or that are being started.
+            reserve_seconds: how long to wait for hosts that other jobs hold, or that are being started.
         """
         self._address, self._accelerator = address, accelerator
         self._workers_per_host, self._cpus_per_worker = workers_per_host, cpus_per_worker
@@ -72,7 +72,7 @@ class RayHosts:
         self._pool: Pool | None = None
 
     def __enter__(self) -> Self:
-        """Raises ClusterError: no cluster there, or no hosts as asked for within the time given."""
+        """Raises ClusterError: there is no cluster, or the hosts asked for were not free in time."""
         connect(self._address)
         try:
             cpus, seconds = self._cpus_per_worker, self._reserve_seconds
@@ -131,7 +131,7 @@ def _call(task: Task[Any]) -> _Answer:
 
 @dataclass
 class _Try:
-    """A task that Ray has. `is_late`: another worker was asked, though this one may still answer."""
+    """A task that Ray runs. `is_late`: another worker was given it too, though this one may still answer."""
 
     task: Task[Any]
     begin: float = field(default_factory=time.monotonic)
@@ -153,16 +153,16 @@ class _Run:
 
     @property
     def is_over(self) -> bool:
-        """Every task has come to its end."""
+        """Every task has ended."""
         return not self._waiting and not self._tries
 
     def step(self) -> Generator[Outcome[Any], None, None]:
-        """Look after the hosts, give out tasks, and wait a moment for answers."""
+        """Count the hosts, hand out tasks, and wait a moment for answers."""
         self._num_workers = len(self._pool.hosts) * self._pool.workers_per_host
         if self._num_workers:
             self._seen = time.monotonic()
         elif time.monotonic() - self._seen > _NO_HOST_SECONDS:
-            yield Failed("", ClusterError(f"Ray cluster: no host is left since {_NO_HOST_SECONDS:g} s. {_RERUN}"))
+            yield Failed("", ClusterError(f"Ray cluster: no host left for {_NO_HOST_SECONDS:g} s. {_RERUN}"))
             return
         running = sum(not attempt.is_late for attempt in self._tries.values())
         for _ in range(min(self._num_workers - running, len(self._waiting))):
@@ -178,7 +178,7 @@ class _Run:
         yield from self._late()
 
     def cancel(self) -> None:
-        """Stop what runs, and wait for it to stop: nothing may be written after the caller lets go of the target."""
+        """Stop what runs, and wait until it has: nothing may be written once the caller has unlocked the target."""
         refs = list(self._tries)
         self._tries.clear()
         self._waiting.clear()
@@ -205,7 +205,7 @@ class _Run:
             yield Done(task, answer.value, answer.host)
 
     def _late(self) -> Generator[Outcome[Any], None, None]:
-        """Give what is not answered in time to another worker; both may still answer, if their host is only slow."""
+        """Give late tasks to another worker; the first may still answer, if its host is only slow."""
         for attempt in list(self._tries.values()):
             if not attempt.is_late and time.monotonic() - attempt.begin > self._deadline:
                 attempt.is_late = True
@@ -216,14 +216,14 @@ class _Run:
         if self._begun[task.key] >= _MOST_TRIES:
             tries = self._begun[task.key]
             error = ClusterError(
-                f"{task.key}: lost {tries} times, the last time: {reason}. If workers are killed for their memory, "
-                "give a host fewer of them"
+                f"{task.key}: lost {tries} times, last because: {reason}. If workers are killed for their memory, run "
+                "fewer of them on a host"
             )
             yield Failed(task.key, error)
         self._waiting.appendleft(task)
 
     def _forget(self, key: str) -> None:
-        """A task is done: stop every other try at it."""
+        """A task is done: stop every other attempt at it."""
         for ref, attempt in list(self._tries.items()):
             if attempt.task.key == key:
                 del self._tries[ref]

@@ -1,8 +1,7 @@
 """What people and dashboards see of a run on Ray: bars in bytes by `tqdm_ray`, counters by `ray.util.metrics`.
 
 Knows nothing of what the tasks do. Counters, by host: `podquant_bytes_read`, `podquant_bytes_written`,
-`podquant_units_begun`, `podquant_units_done` (more begun than done: tries again); from the driver
-`podquant_tries_lost`.
+`podquant_units_begun`, `podquant_units_done` (more begun than done: retries); from the driver `podquant_tries_lost`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _FLUSH_SECONDS = 2.0
 
 
 class Meter:
-    """In a worker, around one task: its bar, and what it counts."""
+    """In a worker, around one task: its bar and its counters."""
 
     def __init__(self, task: Task[Any]) -> None:
         self._task = task
@@ -53,13 +52,13 @@ class Overall:
         self._bar = _bar(self._text(), nbytes)
 
     def done(self, task: Task[Any]) -> None:
-        """One task more."""
+        """One more task is done."""
         self._done += 1
         self._bar.update(task.bytes_in)
         self._bar.set_description(self._text())
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar as it stands."""
         self._bar.close()
 
     def _text(self) -> str:
@@ -67,10 +66,10 @@ class Overall:
 
 
 def end_bars() -> None:
-    """Close the bars that workers have left open which were stopped, or whose last words did not arrive.
+    """Close the bars left open by workers that were stopped, or whose last messages did not arrive.
 
-    `tqdm` would close them when the interpreter ends, and there crash it now and then: CPython 3.13.0 may have let go
-    of `datetime` by then, which tqdm asks for the time left.
+    `tqdm` would close them at interpreter exit, and sometimes crash there: CPython 3.13.0 may have unloaded `datetime`
+    by then, which tqdm needs for the time left.
     """
     for group in tqdm_ray.instance().bar_groups.values():
         for bar in group.bars_by_uuid.values():
@@ -79,7 +78,7 @@ def end_bars() -> None:
 
 
 def count(name: str, amount: int) -> None:
-    """Add to a counter of the dashboard, for this host."""
+    """Add to one of the dashboard's counters, for this host."""
     if amount > 0:
         _counter(name).inc(amount, {"host": this_host()})
 

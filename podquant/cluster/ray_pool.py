@@ -1,7 +1,7 @@
-"""Reserves a pool of workers on a Ray cluster: so many on each host of a TPU slice, or on each node there is.
+"""Reserves workers on a Ray cluster: the same number on each host of a TPU slice, or on each node of the cluster.
 
-Always a placement group with a bundle a host, so a host never runs more than its share, and Ray itself moves work off
-a host that died. Knows nothing of what workers do. They ask for CPUs, and a reserved slice holds its chips idle.
+Always a placement group with one bundle per host, so a host never runs more than its share, and Ray itself moves work
+off a host that died. Knows nothing of what workers do. They ask for CPUs; a reserved slice keeps its chips idle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def connect(address: str) -> None:
     """Make this process a driver of the cluster at `address`, as `ray.init` takes it.
 
     Raises:
-        ClusterError: there is none; found at once where nothing listens, for which Ray itself takes two minutes.
+        ClusterError: there is none. Where nothing listens this is found at once; Ray itself takes two minutes.
     """
     wanted = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     host, _, port = wanted.rpartition(":")
@@ -46,7 +46,7 @@ def connect(address: str) -> None:
 
 @dataclass(frozen=True)
 class Pool:
-    """Reserved workers. `release()` it when done; it goes with the driver in any case."""
+    """Reserved workers. `release()` them when done; they end with the driver in any case."""
 
     group: PlacementGroup
     workers_per_host: int
@@ -65,7 +65,7 @@ class Pool:
         return {names[node] for node in bundles if node in names}
 
     def release(self) -> None:
-        """Let others have it."""
+        """Give the hosts back."""
         if self._handle is None:
             remove_placement_group(self.group)
         else:
@@ -81,7 +81,7 @@ def reserve_slice(tpu: TpuSlice, workers_per_host: int, cpus_per_worker: int, *,
     cpus = workers_per_host * cpus_per_worker
     failure = ClusterError(
         f"Ray cluster: expected a free TPU slice {tpu.accelerator_type} ({tpu.topology}, {tpu.num_hosts} hosts) with "
-        f"{workers_per_host} x {cpus_per_worker} free CPUs on each host, got none within {seconds:g} s. There is: "
+        f"{workers_per_host} x {cpus_per_worker} free CPUs on each host, got none within {seconds:g} s. It has: "
         f"{_described(_alive_nodes())}. Leave out the accelerator to run on the hosts as they are"
     )
     try:
@@ -102,14 +102,14 @@ def reserve_slice(tpu: TpuSlice, workers_per_host: int, cpus_per_worker: int, *,
 
 
 def reserve_nodes(workers_per_host: int, cpus_per_worker: int, *, seconds: float) -> Pool:
-    """The hosts of TPU slices where there are any, whoever has their chips; else every node with CPUs enough.
+    """The hosts of TPU slices if there are any, whoever holds their chips; else every node with enough CPUs.
 
     Raises:
         ClusterError: there is none, or they were not free within `seconds`.
     """
     cpus = workers_per_host * cpus_per_worker
     deadline = time.monotonic() + seconds
-    while True:  # a host that dies meanwhile would be waited for in vain: look again who is there
+    while True:  # do not wait for a host that has died meanwhile: look again which are there
         fit, slices = _fit_nodes(workers_per_host, cpus_per_worker)
         selector = {_SLICE_LABEL: f"in({','.join(slices)})"} if slices else {}
         group = placement_group(
@@ -121,12 +121,12 @@ def reserve_nodes(workers_per_host: int, cpus_per_worker: int, *, seconds: float
         if time.monotonic() >= deadline:
             raise ClusterError(
                 f"Ray cluster: expected {workers_per_host} x {cpus_per_worker} free CPUs on each of {len(fit)} hosts, "
-                f"which other jobs hold since {seconds:g} s: {_described(fit)}. Wait for them, or ask for less"
+                f"held by other jobs for {seconds:g} s: {_described(fit)}. Wait for them, or ask for less"
             )
 
 
 def _fit_nodes(workers_per_host: int, cpus_per_worker: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The hosts to run on, and the TPU slices that they make up; ClusterError if one of a slice has too few CPUs."""
+    """The hosts to run on, and the slices they belong to; ClusterError if a host of a slice has too few CPUs."""
     nodes = _alive_nodes()
     slices = sorted({node["Labels"][_SLICE_LABEL] for node in nodes if _SLICE_LABEL in node["Labels"]})
     if slices:
@@ -146,7 +146,7 @@ def _alive_nodes() -> list[dict[str, Any]]:
 
 
 def _described(nodes: list[dict[str, Any]]) -> str:
-    """The first nodes with what they have."""
+    """The first nodes, and their resources."""
     texts = []
     for node in nodes[:4]:
         resources = node["Resources"]

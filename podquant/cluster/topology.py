@@ -1,6 +1,6 @@
-"""The TPUs podquant knows: what a chip of each generation has, and how its slices are cut into hosts.
+"""The TPUs podquant knows: what a chip of each generation has, and how its slices are divided into hosts.
 
-Knows nothing of clusters: what is there right now is for `ray_placement` to find out.
+Knows nothing of clusters: `ray_pool` finds out what one has right now.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Generation:
     Attributes:
         name: in accelerator types, as Google Cloud and GKE write them: `v5litepod-16`, `v6e-16`, `tpu7x-16`.
         ray_name: what Ray calls it, in its resources and in `slice_placement_group`.
-        cores_per_chip: how many the number in an accelerator type counts for a chip.
+        cores_per_chip: what a chip adds to the number in an accelerator type.
         dimensions: of its slices' topologies, 2 (`4x4`) or 3 (`2x2x4`).
-        most_chips_of_one_host: a slice of up to so many chips is one host; one of more has 4 a host.
+        most_chips_of_one_host: a slice of up to that many chips is one host; a larger one has 4 chips per host.
         hbm_bytes: of a chip.
-        hbm_bandwidth: bytes per second, of a chip.
+        hbm_bandwidth: of a chip, in bytes per second.
         source: where the figures are from.
     """
 
@@ -44,7 +44,7 @@ GENERATIONS = (
     Generation("v6e", "v6e", 1, 2, 8, 32 << 30, 1638e9, f"{_DOCS}/v6e"),
     Generation("tpu7x", "v7x", 2, 3, 4, 192 << 30, 7380e9, f"{_DOCS}/tpu7x"),
 )
-"""A row a generation. Google writes GB for HBM; 2³⁰ bytes each is what its devices report."""
+"""One row per generation. Google writes GB for HBM; its devices report 2³⁰ bytes for each."""
 
 _ALSO_CALLED = {"v5e": "v5litepod", "v5lite": "v5litepod", "v7x": "tpu7x", "trillium": "v6e", "ironwood": "tpu7x"}
 _CHIPS_PER_HOST = 4
@@ -52,7 +52,7 @@ _CHIPS_PER_HOST = 4
 
 @dataclass(frozen=True)
 class TpuSlice:
-    """One TPU slice: its generation, its chips as they are wired, and its hosts."""
+    """One TPU slice: its generation, how its chips are wired, and its hosts."""
 
     generation: Generation
     topology: str
@@ -73,7 +73,7 @@ class TpuSlice:
 def parse_slice(text: str) -> TpuSlice:
     """The TPU slice that `v6e-16`, `v5e-16`, `v6e:4x4` or `v5p:2x2x4` names.
 
-    A number counts what Google counts: cores on generations with two a chip, else chips; a topology counts chips.
+    A number counts what Google counts: cores on generations with two per chip, else chips. A topology counts chips.
 
     Raises:
         ConfigError: no such generation, or no slice of that size.
@@ -93,7 +93,7 @@ def parse_slice(text: str) -> TpuSlice:
         number = 4**generation.dimensions * generation.cores_per_chip
         raise ConfigError(
             f"accelerator {text!r}: {name} has no slice of that size: expected one such as {name}-{number} or "
-            f"{name}:{shape}, each side of the topology a power of two or a multiple of four"
+            f"{name}:{shape}, where each side of the topology is 1, 2 or a multiple of four"
         )
     chips = math.prod(sides)
     hosts = 1 if chips <= generation.most_chips_of_one_host else chips // _CHIPS_PER_HOST
@@ -109,7 +109,7 @@ def _sides(generation: Generation, topology: str) -> tuple[int, ...] | None:
 
 
 def _sides_of(generation: Generation, size: str) -> tuple[int, ...] | None:
-    """The usual topology of so many cores: the smallest side doubled until the chips are reached."""
+    """The usual topology of that many cores: the smallest side is doubled until there are enough chips."""
     if not (size.isascii() and size.isdecimal()):
         return None
     sides = [1, 1] if generation.dimensions == 2 else [1, 2, 2]

@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.tpu import slice_placement_group
 
 ray.init()
-gang = slice_placement_group(topology="4x4", accelerator_version="v5litepod")
-ray.get(gang.slice_placement_group.ready(), timeout=60)
+reserved = slice_placement_group(topology="4x4", accelerator_version="v5litepod")
+ray.get(reserved.slice_placement_group.ready(), timeout=60)
 
 @ray.remote(num_cpus=0, resources={"TPU": 4})
 def where():
@@ -30,11 +30,11 @@ def where():
     return ray.util.get_node_ip_address(), context.get_node_labels(), os.environ["TPU_WORKER_ID"]
 
 def strategy(bundle):
-    return PlacementGroupSchedulingStrategy(gang.slice_placement_group, placement_group_bundle_index=bundle)
+    return PlacementGroupSchedulingStrategy(reserved.slice_placement_group, placement_group_bundle_index=bundle)
 
-found = ray.get([where.options(scheduling_strategy=strategy(bundle)).remote() for bundle in range(gang.num_hosts)])
+found = ray.get([where.options(scheduling_strategy=strategy(bundle)).remote() for bundle in range(reserved.num_hosts)])
 print("FOUND " + json.dumps(found))
-gang.shutdown()
+reserved.shutdown()
 """
 
 A_TASK_THAT_SLEEPS_AT_FIRST = """

@@ -1,7 +1,7 @@
-"""One long-running function on every host of a TPU slice, or of a Ray cluster, each with its rank.
+"""One long-running function on every host of a TPU slice, or of a Ray cluster, each in an actor with its rank.
 
-The rank is the one that the host's label `ray.io/tpu-worker-id` says, on which libtpu insists; the order of a placement
-group's bundles has nothing to do with it. Hosts without labels are numbered by address. Knows nothing of what runs.
+The rank is the host's label `ray.io/tpu-worker-id`, which libtpu requires; the order of a placement group's bundles
+says nothing about it. Hosts without that label are ranked by address. Knows nothing of what runs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _ANSWER_SECONDS = 120.0
 _log = logging.getLogger(__name__)
 
 HostFunction = Callable[[int, Sequence[str], int, threading.Event], None]
-"""Called on each host with its rank, the addresses of all by rank, a port that was free on rank 0, and an event that is
-set when it is to end."""
+"""Called on each host with its rank, the addresses of all hosts by rank, a port that was free on rank 0, and an event
+that is set when it has to end."""
 
 
 @dataclass(frozen=True)
-class _Where:
-    """Which host a seat is on, and a port that is free there."""
+class _Location:
+    """The host that an actor runs on, and a port that is free there."""
 
     worker: int | None
     address: str
@@ -44,19 +44,19 @@ class _Where:
 
 
 @ray.remote
-class _Seat:
+class _HostActor:
     """A process on one host."""
 
     def __init__(self) -> None:
         self._is_stopped = threading.Event()
 
-    def where(self) -> _Where:
+    def locate(self) -> _Location:
         labels: Mapping[str, Any] = ray.get_runtime_context().get_node_labels()
         worker = labels.get(_WORKER_LABEL)
         address = str(ray.util.get_node_ip_address())
         with socket.create_server((address, 0)) as free:
             port = free.getsockname()[1]
-        return _Where(None if worker is None else int(worker), address, port)
+        return _Location(None if worker is None else int(worker), address, port)
 
     def run(self, function: HostFunction, rank: int, addresses: Sequence[str], port: int) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -66,8 +66,8 @@ class _Seat:
         self._is_stopped.set()
 
 
-class RayGang:
-    """The hosts; a context manager, connected and reserved within. Leaving it ends whatever still runs there."""
+class RayActors:
+    """An actor on every host; a context manager, connected and reserved within. Leaving it ends what still runs."""
 
     def __init__(
         self,
@@ -82,18 +82,18 @@ class RayGang:
         Args:
             address: as `ray.init` takes it.
             accelerator: reserve a whole TPU slice of this kind, with its chips; None takes the hosts as they are.
-            environment: variables of the processes, beside those of the job.
-            reserve_seconds: how long to wait for hosts that others have, or that are being started.
+            environment: variables of the processes, in addition to those of the job.
+            reserve_seconds: how long to wait for hosts that other jobs hold, or that are being started.
         """
         self._address, self._accelerator = address, accelerator
         self._environment, self._reserve_seconds = dict(environment or {}), reserve_seconds
         self._pool: Pool | None = None
-        self._seats: list[Any] = []
+        self._actors: list[Any] = []
         self._bundles: list[int] = []
         self._runs: dict[Any, int] = {}
 
     def __enter__(self) -> Self:
-        """Raises ClusterError: no cluster there, or no hosts as asked for within the time given."""
+        """Raises ClusterError: there is no cluster, or the hosts asked for were not free in time."""
         connect(self._address)
         try:
             if self._accelerator is None:
@@ -108,7 +108,7 @@ class RayGang:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._kill_seats()
+        self._kill_actors()
         if self._pool is not None:
             self._pool.release()
         ray.shutdown()
@@ -126,8 +126,8 @@ class RayGang:
             PodquantError: what the function raised.
             ClusterError: the labels of the hosts are not those of one slice.
         """
-        wheres = self._take_seats()
-        self._begin(function, wheres, range(len(wheres)))
+        locations = self._start_actors()
+        self._begin(function, locations, range(len(locations)))
         while True:
             done, _ = ray.wait(list(self._runs), num_returns=1, timeout=_POLL_SECONDS)
             for ref in done:
@@ -135,34 +135,34 @@ class RayGang:
                 is_lost = self._is_lost(ref, rank)
                 if rank == 0 and not is_lost:
                     return
-                if rank == 0:  # its address is what the others know: they begin again as well
-                    self._kill_seats()
-                    wheres = self._take_seats()
-                    self._begin(function, wheres, range(len(wheres)))
+                if rank == 0:  # the others were given its address: they begin again as well
+                    self._kill_actors()
+                    locations = self._start_actors()
+                    self._begin(function, locations, range(len(locations)))
                     break
                 if is_lost:
-                    self._seats[rank] = self._new_seat(self._bundles[rank])
-                    self._begin(function, wheres, [rank])
+                    self._actors[rank] = self._new_actor(self._bundles[rank])
+                    self._begin(function, locations, [rank])
 
     def end(self, seconds: float) -> None:
-        """After an exception in `run`: tell the function on rank 0 to end, and wait for that so long."""
+        """After an exception in `run`: tell the function on rank 0 to end, and wait for that for `seconds`."""
         first = [ref for ref, rank in self._runs.items() if rank == 0]
         with suppress(RayError):
-            for seat in self._seats[:1]:
-                seat.stop.remote()
+            for actor in self._actors[:1]:
+                actor.stop.remote()
             if first:
                 ray.wait(first, timeout=seconds)
 
-    def _begin(self, function: HostFunction, wheres: Sequence[_Where], ranks: Sequence[int]) -> None:
-        addresses = [where.address for where in wheres]
+    def _begin(self, function: HostFunction, locations: Sequence[_Location], ranks: Sequence[int]) -> None:
+        addresses = [location.address for location in locations]
         for rank in ranks:
-            self._runs[self._seats[rank].run.remote(function, rank, addresses, wheres[0].port)] = rank
+            self._runs[self._actors[rank].run.remote(function, rank, addresses, locations[0].port)] = rank
 
-    def _kill_seats(self) -> None:
+    def _kill_actors(self) -> None:
         self._runs.clear()
-        for seat in self._seats:
+        for actor in self._actors:
             with suppress(RayError):
-                ray.kill(seat)
+                ray.kill(actor)
 
     def _is_lost(self, ref: Any, rank: int) -> bool:
         """Whether a run ended because its process died."""
@@ -176,14 +176,14 @@ class RayGang:
             return True
         return False
 
-    def _take_seats(self) -> list[_Where]:
-        """A process on every host; where each is, by rank."""
+    def _start_actors(self) -> list[_Location]:
+        """Start a process on every host; their locations, by rank."""
         bundles = list(range(self.num_hosts))
-        seats = [self._new_seat(bundle) for bundle in bundles]
+        actors = [self._new_actor(bundle) for bundle in bundles]
         try:
-            found: list[_Where] = ray.get([seat.where.remote() for seat in seats], timeout=_ANSWER_SECONDS)
+            found: list[_Location] = ray.get([actor.locate.remote() for actor in actors], timeout=_ANSWER_SECONDS)
         except (GetTimeoutError, RayActorError) as error:
-            raise ClusterError(f"Ray cluster: not every host has started its process: {error}") from error
+            raise ClusterError(f"Ray cluster: not every host started its process: {error}") from error
         order = sorted(bundles, key=lambda bundle: (found[bundle].worker or 0, _numbers(found[bundle].address)))
         workers = [found[bundle].worker for bundle in order]
         if any(worker is not None for worker in workers) and workers != bundles:
@@ -191,14 +191,14 @@ class RayGang:
                 f"Ray cluster: expected hosts with {_WORKER_LABEL} 0 to {len(bundles) - 1}, one each, got {workers}. "
                 "Give the accelerator, so that the hosts of one slice are reserved"
             )
-        self._seats, self._bundles = [seats[bundle] for bundle in order], order
+        self._actors, self._bundles = [actors[bundle] for bundle in order], order
         return [found[bundle] for bundle in order]
 
-    def _new_seat(self, bundle: int) -> Any:
+    def _new_actor(self, bundle: int) -> Any:
         assert self._pool is not None, "within the context"
         chips = 0 if self._accelerator is None else self._accelerator.chips_per_host
         strategy = PlacementGroupSchedulingStrategy(self._pool.group, placement_group_bundle_index=bundle)
-        return _Seat.options(  # type: ignore[attr-defined]
+        return _HostActor.options(  # type: ignore[attr-defined]
             num_cpus=0,
             max_concurrency=2,  # `stop` while `run` runs
             resources={"TPU": chips} if chips else {},
