@@ -38,29 +38,29 @@ class ServeOptions:
     revision: str | None = _flag("branch, tag or commit of a Hugging Face id")
     download_dir: str | None = _flag("where to keep what is downloaded (Hugging Face's cache)", metavar="DIR")
     trust_remote_code: bool = _flag(
-        "accepted for the sake of existing command lines; podquant never runs code from a checkpoint", False
+        "accepted for existing command lines, and ignored: podquant never runs code from a checkpoint", False
     )
     dtype: Literal["auto", "bfloat16", "float32"] = _flag(
-        "of activations and of weights that are not quantized; auto: as the checkpoint, and bfloat16 for float16",
+        "type of activations and of weights that are not quantized; auto: the checkpoint's, and bfloat16 for float16",
         "auto",
     )
     skip_tokenizer_init: bool = _flag("serve token ids only, for checkpoints without a tokenizer", False)
 
-    host: str = _flag("address to listen on; 0.0.0.0 for all, which wants an --api-key", "127.0.0.1")
+    host: str = _flag("address to listen on; 0.0.0.0 for all addresses, which calls for an --api-key", "127.0.0.1")
     port: int = _flag("port to listen on; 0 takes a free one", 30000)
     api_key: str | None = _flag(
-        "what callers must send as `Authorization: Bearer KEY` (default: what PODQUANT_API_KEY holds, which other "
+        "what callers must send as `Authorization: Bearer KEY` (default: the value of PODQUANT_API_KEY, which other "
         "users of the machine cannot see)"
     )
-    served_model_name: str | None = _flag("what callers call the model (default: as --model-path)", metavar="NAME")
+    served_model_name: str | None = _flag("what callers call the model (default: --model-path)", metavar="NAME")
     enable_metrics: bool = _flag("serve GET /metrics for Prometheus", True)
     log_level: Literal["debug", "info", "warning", "error"] = _flag(
         "what to log to stderr; debug logs every request", "info"
     )
-    drain_seconds: float = _flag("how long requests on the way may go on after SIGTERM or Ctrl-C", 30.0, "SECONDS")
+    drain_seconds: float = _flag("how long requests in flight may continue after SIGTERM or Ctrl-C", 30.0, "SECONDS")
 
     device: Literal["tpu", "cpu", "cuda"] | None = _flag(
-        "what to run on (default: a TPU if there is one, then CUDA, then CPU)"
+        "what to run on (default: a TPU if there is one, else CUDA, else the CPU)"
     )
     tp_size: int = _flag("devices to cut the model over", 1, "N")
     ep_size: int = _flag("share routed experts out among N groups of the --tp-size devices, whole ones to each", 1, "N")
@@ -71,36 +71,42 @@ class ServeOptions:
         1,
         "N",
     )
-    node_rank: int = _flag("which of the hosts this is, from 0, which answers HTTP", 0, "RANK")
+    node_rank: int = _flag("which of the hosts this is, counted from 0; host 0 answers HTTP", 0, "RANK")
     dist_init_addr: str | None = _flag(
         "HOST:PORT of host 0, where the hosts meet; not used with one host", metavar="HOST:PORT"
     )
     liveness_seconds: float = _flag(
-        "a host or a process of several that gives no sign of life for so long is lost, and all start anew",
+        "with several hosts or processes: one that sends no heartbeat for this long is lost, and all of them restart",
         10.0,
         "SECONDS",
     )
-    arrival_seconds: float = _flag("how long to wait for all of several hosts", 600.0, "SECONDS")
-    step_seconds: float = _flag("a step that takes longer, on any of several hosts, has failed", 120.0, "SECONDS")
-    start_seconds: float = _flag("how long several hosts may take to load and compile", 1800.0, "SECONDS")
+    arrival_seconds: float = _flag("with several hosts: how long to wait until all have connected", 600.0, "SECONDS")
+    step_seconds: float = _flag(
+        "with several hosts: a step that takes longer, on any of them, has failed", 120.0, "SECONDS"
+    )
+    start_seconds: float = _flag("with several hosts: how long they may take to load and compile", 1800.0, "SECONDS")
     mem_fraction_static: float = _flag("share of a device's memory for weights and KV cache", 0.85, "SHARE")
 
     context_length: int | None = _flag(
         "tokens of a prompt and its output (default: what the model was trained for)", metavar="N"
     )
     max_running_requests: int = _flag("sequences computed at a time", 8, "N")
-    max_queued_requests: int = _flag("sequences that may wait for that; one more is refused with 429", 1024, "N")
+    max_queued_requests: int = _flag("sequences that may wait for that; a further one is refused with 429", 1024, "N")
     max_total_tokens: int | None = _flag(
-        "tokens the KV cache holds (default: what the memory has room for)", metavar="N"
+        "tokens that the KV cache holds (default: as many as the memory has room for)", metavar="N"
     )
     max_prefill_tokens: int = _flag("bounds --chunked-prefill-size", 16384, "N")
     chunked_prefill_size: int = _flag(
-        "prompt tokens of one step, a power of two: larger is faster, smaller disturbs others less", 256, "N"
+        "prompt tokens of one step, a power of two: more is faster, less delays other requests less",
+        256,
+        "N",
     )
-    page_size: int = _flag("tokens of a page of the KV cache, a power of two", 64, "N")
-    max_logprobs: int = _flag("log-probabilities of most likely tokens a request may ask for at a position", 20, "N")
-    disable_radix_cache: bool = _flag("keep no prefixes for later requests; this version never does", False)
-    random_seed: int = _flag("from which requests without a seed draw theirs", 0, "SEED")
+    page_size: int = _flag("tokens in a page of the KV cache, a power of two", 64, "N")
+    max_logprobs: int = _flag(
+        "how many most likely tokens, with their log-probabilities, a request may ask for at each position", 20, "N"
+    )
+    disable_radix_cache: bool = _flag("keep no prefixes for later requests; this version never keeps any", False)
+    random_seed: int = _flag("seed from which requests that give none draw theirs", 0, "SEED")
     skip_server_warmup: bool = _flag("compile each shape at its first use instead of before the first request", False)
 
     def __post_init__(self) -> None:

@@ -92,7 +92,7 @@ def members_of(options: ServeOptions, secret: str) -> Members:
         secret: what all of them know; may be empty where there is one host.
 
     Raises:
-        ConfigError: several hosts without a secret, or replicas that do not come out even.
+        ConfigError: several hosts without a secret, or --dp-size and --nnodes do not divide one another.
     """
     if options.nnodes > 1 and len(secret) < _LEAST_SECRET:
         raise ConfigError(

@@ -33,7 +33,7 @@ class HttpOptions:
         served_model_name: what callers call the model; None for its path.
         with_metrics: whether there is /metrics.
         access_log: log a line for each request.
-        drain_seconds: how long requests on the way may go on at the end.
+        drain_seconds: how long requests in flight may continue at the end.
     """
 
     host: str = "127.0.0.1"

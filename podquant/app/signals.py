@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 class StopSignal(BaseException):
-    """SIGTERM or SIGINT arrived; no `except Exception` on the way may swallow it."""
+    """SIGTERM or SIGINT arrived; a BaseException, so that no `except Exception` swallows it."""
 
 
 @contextmanager

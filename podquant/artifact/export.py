@@ -103,7 +103,7 @@ def export_artifact(
             for file, parts in files.items():
                 _write_file(artifact, file, parts, publication, on_bytes)
             _copy_others(artifact, publication, on_bytes)
-            _refuse_spoilt(artifact)
+            _refuse_corrupt(artifact)
             weight_map = {part.name: file for file, parts in files.items() for part in parts}
             index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             publication.write_small(INDEX, encode_json(index))
@@ -263,8 +263,8 @@ def _copy_others(artifact: Artifact, publication: Publication, on_bytes: Progres
         writer.close()
 
 
-def _refuse_spoilt(artifact: Artifact) -> None:
-    """Refuse files that were read and are not what the manifest says of them."""
+def _refuse_corrupt(artifact: Artifact) -> None:
+    """Refuse files whose bytes, as read, do not have the manifest's checksums."""
     assert isinstance(artifact.store, RecordingStore)
     runs = artifact.store.runs
     for file, whole in artifact.wholes.items():

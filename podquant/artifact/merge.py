@@ -1,6 +1,6 @@
 """Turns an artifact cut for any number of ranks into the one at tp_size 1, byte for byte as converting makes it.
 
-Reads each file once, front to back, in windows of rows, and checks it on the way. Knows nothing of sources or rules.
+Reads each file once, front to back, in windows of rows, and checks it while reading. Knows nothing of sources or rules.
 """
 
 from __future__ import annotations

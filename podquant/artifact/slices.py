@@ -38,7 +38,7 @@ def cut_of(tensor: str, shape: Sequence[int], tp_size: int) -> Cut | None:
 
     Cut are the weights of linears, embedding and lm_head: matrices `[out, in]` that are not a router's. Row-parallel
     ones along `in`, all others along `out` (of embedding and lm_head: the vocabulary), into slices of
-    `⌈size / tp_size⌉`; the last ones are smaller, or empty, where that does not come out even.
+    `⌈size / tp_size⌉`; the last ones are smaller, or empty, where `tp_size` does not divide the size.
     """
     module = module_of(tensor)
     if tp_size == 1 or module is None or len(shape) != 2 or 0 in shape or kind_of(module) == "router":

@@ -45,7 +45,7 @@ def resume(
     if differences and documents and not overwrite:
         raise ArtifactExistsError(
             f"{publication.uri}: an unfinished conversion is there, {len(documents)} units done, and this is another: "
-            f"{'; '.join(differences)}. Finish that one, pass --overwrite to start anew, or choose another place"
+            f"{'; '.join(differences)}. Finish that one, pass --overwrite to start over, or choose another place"
         )
     staged = publication.staged()
     done = {} if differences or staged is None else dict(_done(plan, documents, staged, records.uri))
@@ -75,15 +75,15 @@ def _describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 
 
 def _differences(begun: bytes | None, now: Mapping[str, Any]) -> list[str]:
-    """How the conversion that was begun differs from the one to do; empty if it does not."""
+    """How the unfinished conversion differs from this one; empty if it does not."""
     if begun is None:
-        return ["nothing tells what was begun"]
+        return [f"{BEGUN} is missing"]
     try:
         before = json.loads(begun)
     except ValueError:
         before = None
     if not isinstance(before, dict) or before.keys() != now.keys():
-        return ["what was begun is described in a way this version does not know"]
+        return [f"{BEGUN} is not one that this version of podquant writes"]
     same = json.loads(encode_json(now))
     return [_difference(key, before[key], same[key]) for key in same if before[key] != same[key]]
 

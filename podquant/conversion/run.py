@@ -217,8 +217,8 @@ def _refuse_corrupted(
     for unit in units:
         del receipts[unit]
     raise StorageError(
-        f"{checkpoint.store.uri}/{wrong[0]}: the bytes read do not have the CRC32C that the store keeps of it: they "
-        f"were spoilt on the way. {len(units)} units that read {', '.join(wrong)} are not kept: run again"
+        f"{checkpoint.store.uri}/{wrong[0]}: the bytes read do not have the CRC32C that the store keeps: they were "
+        f"corrupted in transit. {len(units)} units that read {', '.join(wrong)} are not kept: run again"
     )
 
 

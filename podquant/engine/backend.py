@@ -72,4 +72,4 @@ class Backend(Protocol):
         """Load and totals."""
 
     def stop(self, drain_seconds: float = 0.0) -> None:
-        """Take no more requests, let those on the way end for `drain_seconds`, abort the rest, and end."""
+        """Take no more requests, let those in flight end for `drain_seconds`, abort the rest, and end."""

@@ -257,7 +257,7 @@ class Engine:
         if client is None:
             return
         if step.start == 0:
-            client.prompt_logprobs = [None]  # anew, if the sequence was preempted half-way
+            client.prompt_logprobs = [None]  # from the start again, if the sequence was preempted half-way
         client.prompt_logprobs += result.prompt_logprobs
         if not step.is_last:
             return

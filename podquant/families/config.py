@@ -302,7 +302,7 @@ def read_windows(
         num_layers: how many layers there are.
         window: the sliding window, None if the model does not use one.
         first_windowed: without `layer_types`, the first layer that slides.
-        full_every: without them, every so-manieth layer does not slide; 0: all do.
+        full_every: without `layer_types`, every n-th layer uses full attention; 0: all from `first_windowed` on slide.
     """
 
     def slides(layer: int) -> bool:

@@ -16,7 +16,7 @@ class Sliding(NamedTuple):
     Attributes:
         window: positions; None: no layer has one.
         first: the first layer that has.
-        full_every: every so-manieth layer has none, counted from 1; 0: all others have.
+        full_every: every n-th layer uses full attention, counted from 1; 0: only those before `first`.
     """
 
     window: int | None = None

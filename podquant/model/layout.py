@@ -112,7 +112,7 @@ class Model:
         return tuple(NamedSharding(self.mesh, spec_of(leaf.axes)) for leaf in self.leaves)
 
     def _check_divides(self) -> None:
-        """Refuse scale blocks that would straddle shards, or be padded on the way to the last one."""
+        """Refuse scale blocks that would straddle shards, or be padded before the last one."""
         unpadded = {"heads": self.config.num_heads * self.config.head_dim, "ffn": self.config.ffn_size}
         if self.config.latent is not None:
             unpadded |= self.config.latent.axis_sizes(self.config.num_heads)

@@ -6,7 +6,7 @@ and W_UV to what attention gives of the latents themselves: to attention this is
 front of its key. The cache holds `[c, k_rope]` of each token, whole on every shard; heads are shared out.
 
 Prefill goes the same way. At DeepSeek's sizes a query and a key then take 2 (576 + 512) operations a head instead of
-2 (192 + 128), 3.4 times as many, but no key or value of the context has to be made anew for each chunk of a prompt.
+2 (192 + 128), 3.4 times as many, but no key or value of the context has to be recomputed for each chunk of a prompt.
 
 Both products read kv_b_proj's codes as they are. A row of W_UK is an input here, so its scale multiplies the query in
 front of the product; a row of W_UV is an output, so its scale multiplies behind it. With quantized activations it is c

@@ -39,7 +39,7 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more connections; requests on the way go on. Returns at once."""
+        """Take no more connections; requests in flight continue. Returns at once."""
         self._server.should_exit = True
 
     def join(self, timeout: float) -> None:

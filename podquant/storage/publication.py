@@ -80,7 +80,7 @@ def open_publication(
 
     Args:
         keep: what was staged stays when the run ends unpublished, and what earlier runs left counts as staged. Which
-            of it fits is the caller's to know; to start anew, open without.
+            of it fits the caller must know; to start over, open without.
         replaces: names of the files that are at `uri` now and that publishing puts aside and removes; one that is there
             and is not among them is an error. None: `uri` must be free. Killed while it replaces, the old directory or
             the new one is whole at `uri`, or what opens `uri` says where it is.

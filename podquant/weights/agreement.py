@@ -43,7 +43,7 @@ def check_files(source: WeightSource, exchange: Exchange) -> None:
     """Compare what all processes have read with the checksums of the files; what none has read is read now.
 
     Raises:
-        ArtifactError, StorageError: `source.spoilt` of the first file that is not what it was, in every process.
+        ArtifactError, StorageError: `source.corrupted` of the first file whose checksum differs, in every process.
     """
     wholes = source.wholes
     names = list(wholes)
@@ -65,7 +65,7 @@ def check_files(source: WeightSource, exchange: Exchange) -> None:
         by_file[run.file].append(run)
     for file in names:
         if not adds_up(file, wholes[file], by_file[file]):
-            raise source.spoilt(file)
+            raise source.corrupted(file)
 
 
 def _gather(source: WeightSource, names: list[str], exchange: Exchange) -> list[Run]:

@@ -224,7 +224,7 @@ def _windows(model: Model, stream: ExpertStream, limits: Limits) -> Iterator[Exp
 
 
 def read_part(source: WeightSource, stream: ExpertStream, part: Part) -> tuple[Array, ...]:
-    """Rows of an expert, and of its scales if it is quantized on the way: as the leaves have them."""
+    """Rows of an expert, and of its scales if it is quantized while read: as the leaves have them."""
     if stream.quantizes:
         rows = source.read_quantized(part.module, part.first, part.last)
         return rows.codes, _repeated(rows.scales, stream.step, part.last - part.first)

@@ -71,7 +71,7 @@ def load_weights(
     exchange: Exchange | None = None,
     limits: Limits = LIMITS,
 ) -> tuple[jax.Array, ...]:
-    """Load every weight of a model. All processes of its mesh call this together, each with the source opened anew.
+    """Load every weight of a model. All processes of its mesh call this together, each with a source just opened.
 
     What was read is checked against the checksums that an artifact, or the storage of a checkpoint, has of its files;
     bytes that no weight needs are read for that alone. `source.store.bytes_read` is what this process read in all.
@@ -88,7 +88,7 @@ def load_weights(
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape; found before anything is read.
-        NonFiniteWeightError: quantizing on the way met NaN or Inf.
+        NonFiniteWeightError: a weight to quantize holds NaN or Inf.
         ArtifactError: bytes of an artifact are not those its manifest has a checksum of; names the file.
         StorageError: bytes could not be read, or are not those the storage has a checksum of.
     """
@@ -257,7 +257,7 @@ class _Reader:
 
 
 def _read_rows(source: WeightSource, window: Window, device: int) -> Blocks:
-    """A device's rows of the weight, and of the scales if it is quantized on the way."""
+    """A device's rows of the weight, and of the scales if it is quantized while read."""
     stream, columns = window.stream, window.columns_of(device)
     strips = [_read_strip(source, stream, *rows, columns) for rows in stream.strips.ranges(*window.rows_of(device))]
     return strips[0] if len(strips) == 1 else tuple(map(np.concatenate, zip(*strips, strict=True)))
@@ -292,7 +292,7 @@ def _read_blocks(
 
 
 def _num_rows(source: WeightSource, stream: Stream) -> int:
-    """Of the tensor, of that which its scales belong to."""
+    """Rows of the weight; for scales, of the weight they scale."""
     shape = source.shape_of(weight_of(stream.module) if stream.repeat > 1 else stream.tensor)
     assert shape is not None  # it has been looked for before
     return shape[0]

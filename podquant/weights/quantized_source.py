@@ -1,4 +1,4 @@
-"""A checkpoint that other software quantized, as a source of weights: served as it is, nothing is quantized anew."""
+"""A checkpoint that other software quantized, as a source of weights: served as it is, nothing is quantized again."""
 
 from __future__ import annotations
 
@@ -129,10 +129,10 @@ class QuantizedSource:
         """Those of which the storage keeps a checksum."""
         return self._checkpoint.wholes
 
-    def spoilt(self, file: str) -> PodquantError:
+    def corrupted(self, file: str) -> PodquantError:
         return StorageError(
-            f"{self.store.uri}/{file}: the bytes read do not have the CRC32C that the store keeps of it: they were "
-            "spoilt on the way. Start again"
+            f"{self.store.uri}/{file}: the bytes read do not have the CRC32C that the store keeps: they were "
+            "corrupted in transit. Start again"
         )
 
     def scheme_of(self, module: str) -> Scheme | None:

@@ -66,8 +66,8 @@ class WeightSource(Protocol):
     def wholes(self) -> Mapping[str, Whole]:
         """The files whose checksums are known, by name."""
 
-    def spoilt(self, file: str) -> PodquantError:
-        """What to raise when the bytes of one of these are not those its checksum was made of."""
+    def corrupted(self, file: str) -> PodquantError:
+        """The error to raise when the bytes read of one of these files do not have its checksum."""
 
     @property
     def fingerprint(self) -> str:
@@ -147,10 +147,10 @@ class CheckpointSource:
         """Those of which the storage keeps a checksum."""
         return self._checkpoint.wholes
 
-    def spoilt(self, file: str) -> PodquantError:
+    def corrupted(self, file: str) -> PodquantError:
         return StorageError(
-            f"{self.store.uri}/{file}: the bytes read do not have the CRC32C that the store keeps of it: they were "
-            "spoilt on the way. Start again"
+            f"{self.store.uri}/{file}: the bytes read do not have the CRC32C that the store keeps: they were "
+            "corrupted in transit. Start again"
         )
 
     def scheme_of(self, module: str) -> Scheme | None:
@@ -215,7 +215,7 @@ class ArtifactSource:
         """All files of the manifest."""
         return self._artifact.wholes
 
-    def spoilt(self, file: str) -> PodquantError:
+    def corrupted(self, file: str) -> PodquantError:
         return ArtifactError(
             f"{self.store.uri}: {file}: the bytes read do not have the CRC32C "
             f"{self._artifact.manifest.files[file].crc32c:08x} of the manifest. Copy the artifact again"

@@ -37,7 +37,7 @@ def file_of(tensors: Mapping[str, Array]) -> bytes:
 
 
 def write_artifact(place: Path, tp_size: int, axis: int, change: Change) -> None:
-    """Write it with `a.weight` cut along `axis`; `change` spoils the files before sizes and checksums are taken."""
+    """Write it with `a.weight` cut along `axis`; `change` damages the files before sizes and checksums are taken."""
     shared = "model-00001-of-00001.safetensors" if tp_size == 1 else "shared/model.safetensors"
     parts = {shared: dict(WHOLE)}
     pieces = (Piece(shared, None, (0, 0), (6, 4)),)

@@ -112,7 +112,7 @@ def reheader(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "message"),
+    ("damage", "error", "message"),
     [
         (remove("podquant.json"), ArtifactError, "no podquant.json, so no artifact"),
         (remove(FILE), ArtifactError, f"{FILE} is missing"),
@@ -130,10 +130,10 @@ def reheader(place: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_found_on_opening(
-    make_artifact: Make, spoil: Callable[[Path], None], error: type[Exception], message: str
+    make_artifact: Make, damage: Callable[[Path], None], error: type[Exception], message: str
 ) -> None:
     place = make_artifact()
-    spoil(place)
+    damage(place)
     with pytest.raises(error, match=message) as caught:
         Artifact.open(str(place))
     assert str(place) in str(caught.value)

@@ -115,7 +115,7 @@ def test_an_error_is_one_line_and_status_1(
 def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     """Change the header of model.safetensors, and nothing after it."""
 
-    def spoil(model: Path) -> None:
+    def damage(model: Path) -> None:
         data = (model / "model.safetensors").read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
@@ -123,7 +123,7 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
         text = json.dumps(header).encode()
         (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
-    return spoil
+    return damage
 
 
 def cut(model: Path) -> None:
@@ -138,7 +138,7 @@ def index(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (cut, "It is truncated: copy it again"),
         (
@@ -152,9 +152,9 @@ def index(model: Path) -> None:
     ],
 )
 def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], message: str
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
 ) -> None:
-    spoil(model)
+    damage(model)
     assert main(["convert", str(model), str(tmp_path / "out"), RULES, "int8.yaml"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ")

@@ -97,7 +97,7 @@ def read_artifact(directory: Path) -> dict[str, Array]:
 
 
 class Source:
-    """A checkpoint directory to be spoilt and converted."""
+    """A checkpoint directory to damage and to convert."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

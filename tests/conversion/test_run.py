@@ -380,7 +380,7 @@ def test_an_interrupt_leaves_nothing(source: Any, tmp_path: Path) -> None:
 
 
 def test_codes_that_are_nan_are_found_by_verify(source: Any, tmp_path: Path) -> None:
-    """Spoilt with its checksum put right: only the value tells."""
+    """Corrupted, with its checksum put right: only the value tells."""
     checkpoint, plan = source.plan("fp8.yaml")
     convert(checkpoint, plan, str(tmp_path / "out"), threads=1)
     file = tmp_path / "out" / plan.units[0].file

@@ -157,7 +157,7 @@ def compute(name: str, mode: str, tp: int, ep: int, directory: Path) -> Array:
 
 
 def spread(names: Sequence[str], step: int, layouts: Sequence[Sequence[tuple[int, int]]]) -> list[Cell]:
-    """Each checkpoint in every so-manieth mode, the next one in the modes beside, each on the next of its layouts."""
+    """Each checkpoint in every n-th mode, the next one in the modes beside, each on the next of its layouts."""
     cells = []
     for i, name in enumerate(names):
         turn = layouts[i % len(layouts)]

@@ -1,6 +1,6 @@
 """One linear layer, on one device and on four, against its definition in float64.
 
-Activations are made from codes: whatever rounding the device does on the way, the codes it must find are known.
+Activations are made from codes: whatever rounding the device does in between, the codes it must find are known.
 """
 
 from __future__ import annotations

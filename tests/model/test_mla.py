@@ -197,7 +197,7 @@ def test_decoding_after_prefill_gives_the_same_at_any_number_of_shards(tp: int) 
 @pytest.mark.parametrize("block", [None, (16, 16), (128, 128)])
 @pytest.mark.parametrize("dtype", ["int8", FP8])
 def test_codes_are_scaled_on_the_side_they_lie_on(dtype: str, block: tuple[int, int] | None) -> None:
-    """Blocks of 16 do not come out even along rank (24) or a head's rows (28)."""
+    """Blocks of 16 divide neither the rank (24) nor a head's rows (28)."""
     check(LATENT, Scheme(dtype, None, block), 1, [9, 1, 1], 2e-4)
 
 

@@ -60,9 +60,9 @@ def test_what_several_read_apart_counts_once_and_has_to_be_the_same(store: Recor
     assert runs == [run(0, 300), replace(run(300, 400), apart=True), run(400, 1000)]
     assert adds_up("a", WHOLE, runs)
     assert store.bytes_read == 1100
-    spoilt = replace(runs[1], crc32c=runs[1].crc32c ^ 1)
-    assert not adds_up("a", WHOLE, [*runs, spoilt])
-    assert not adds_up("a", WHOLE, [spoilt, *runs])
+    corrupted = replace(runs[1], crc32c=runs[1].crc32c ^ 1)
+    assert not adds_up("a", WHOLE, [*runs, corrupted])
+    assert not adds_up("a", WHOLE, [corrupted, *runs])
 
 
 def test_gaps_are_what_no_run_has() -> None:

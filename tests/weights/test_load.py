@@ -1,4 +1,4 @@
-"""Loading: the same bits from an artifact and from quantizing on the way, on any mesh; and all that can be wrong."""
+"""Loading: the same bits from an artifact and from quantizing while loading, on any mesh; and all that can be wrong."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def test_several_processes_load_what_one_does_and_read_each_byte_once(
         assert min(each["read"] for each in found) > 0.5 * found[0]["tensors"] / count, case
 
 
-def test_what_is_spoilt_is_refused_by_every_process(
+def test_corrupt_files_are_refused_by_every_process(
     processes: dict[int, Processes], wrong: list[tuple[Case, str]]
 ) -> None:
     for case, message in wrong:
@@ -307,7 +307,7 @@ def test_a_bucket_sends_each_byte_of_a_tensor_once(
     ],
     ids=["artifact", "checkpoint"],
 )
-def test_what_a_network_spoils_is_refused(bucket: GcsEmulator, case: Case, message: str) -> None:
+def test_what_a_network_corrupts_is_refused(bucket: GcsEmulator, case: Case, message: str) -> None:
     source, model = open_case(case, jax.devices()[:4])
     bucket.fail("corrupt", r"safetensors.*alt=media")
     with pytest.raises(PodquantError) as raised:
@@ -343,7 +343,7 @@ def test_a_host_holds_its_share_and_a_few_windows(tmp_path: Path) -> None:
         assert each["max_rss"] <= size / 2 + 600e6
 
 
-def test_what_is_spoilt_is_refused_by_one_process(wrong: list[tuple[Case, str]]) -> None:
+def test_corrupt_files_are_refused_by_one_process(wrong: list[tuple[Case, str]]) -> None:
     for case, message in wrong:
         with pytest.raises(PodquantError) as raised:
             load_case(case, jax.devices()[: case.tp])

@@ -199,7 +199,7 @@ def replaced(suffix: str, by: Callable[[Any], Any]) -> Callable[[Tensors], None]
 
 
 INT, PACKED = FORMS["int8"], FORMS["packed"]
-SPOILT: list[tuple[tuple[Any, Write], Callable[[Tensors], object], str]] = [
+DAMAGE: list[tuple[tuple[Any, Write], Callable[[Tensors], object], str]] = [
     (INT, without("weight_scale"), "up_proj.weight_scale is missing: the codes .*up_proj.weight mean nothing"),
     (PACKED, without("weight_shape"), "up_proj.weight_shape is missing"),
     (INT, without("weight"), "up_proj.weight_scale is there, but no codes for it"),
@@ -221,7 +221,7 @@ SPOILT: list[tuple[tuple[Any, Write], Callable[[Tensors], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("form", "change", "message"), SPOILT)
+@pytest.mark.parametrize(("form", "change", "message"), DAMAGE)
 def test_tensors_that_contradict_config_are_refused(
     tmp_path: Path, form: tuple[Any, Write], change: Callable[[Tensors], object], message: str
 ) -> None:

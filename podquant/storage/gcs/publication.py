@@ -124,7 +124,7 @@ class GcsPublication:
         if unfinished:
             raise StorageError(f"{self.uri}: still being written: {', '.join(unfinished)}. Close before publishing.")
         if not self._small:
-            raise StorageError(f"{self.uri}: nothing tells that it is whole. Write a small file before publishing.")
+            raise StorageError(f"{self.uri}: no file marks it as complete. Write a small file before publishing.")
         *others, last = self._small.values()
         if self.keep:  # an earlier run may have ended while it published
             mine = [info for info in self._listed() if self._is_mine(info)]

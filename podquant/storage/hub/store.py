@@ -28,7 +28,7 @@ class HubStore:
 
     The hub keeps a SHA-256 of each large file and a SHA-1 of each small one. `read`, of a whole file, checks it. Ranges
     cannot be checked against either: of what `read_into` gives, only place and length and the size of the file are
-    checked, besides what TLS does on the way.
+    checked, beyond what TLS checks in transit.
     """
 
     def __init__(self, uri: str, client: HubClient | None = None) -> None:

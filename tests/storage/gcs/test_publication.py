@@ -232,7 +232,7 @@ def test_an_open_file_or_no_small_file_cannot_be_published(client: GcsClient) ->
         publication.writer("a").write(b"1")
         with pytest.raises(StorageError, match=r"gs://b/out: still being written: a\. Close before publishing"):
             publication.publish()
-    with new(client) as publication, pytest.raises(StorageError, match="nothing tells that it is whole"):
+    with new(client) as publication, pytest.raises(StorageError, match="no file marks it as complete"):
         publication.publish()
 
 
