@@ -13,7 +13,7 @@ PodquantError
 ├── CapacityError             the device memory asked for does not suffice
 ├── ClusterError              hosts that cannot be reached, do not answer, or die one after another
 └── RequestError              a request the engine refuses (HTTP 400)
-    ├── RequestTooLongError   longer than the context (HTTP 413)
+    ├── RequestTooLongError   longer than the context or the KV cache (HTTP 400)
     ├── QueueFullError        too many waiting (HTTP 429)
     └── EngineStoppedError    the engine cannot serve now (HTTP 503)
 """
@@ -81,7 +81,7 @@ class RequestError(PodquantError):
 
 
 class RequestTooLongError(RequestError):
-    """A prompt, or a prompt with its `max_tokens`, that exceeds the context length."""
+    """A prompt, or a prompt with its `max_tokens`, that exceeds the context length or the KV cache."""
 
 
 class QueueFullError(RequestError):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from podquant.engine.limits import Limits
 from podquant.engine.request import Output, Request
 from podquant.tokenizer.tokenizer import Tokenizer
 
@@ -26,7 +27,7 @@ class EngineStats:
 
 
 class Backend(Protocol):
-    """Runs requests for one model. Every method may be called from any thread."""
+    """Runs requests for one model. Every method may be called from any thread; only `stop` waits for anything."""
 
     @property
     def model_name(self) -> str:
@@ -37,16 +38,8 @@ class Backend(Protocol):
         """None to serve token ids only."""
 
     @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of a prompt and its output at the most."""
-
-    @property
-    def max_logprobs(self) -> int:
-        """The most log-probabilities of top tokens that a request may ask for at a position."""
+    def limits(self) -> Limits:
+        """What requests it takes."""
 
     @property
     def failure(self) -> str | None:
@@ -57,7 +50,9 @@ class Backend(Protocol):
         """Whether requests are taken."""
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
-        """Run a request; news of it comes to `on_output`, from a thread of the backend's, until a finish reason.
+        """Run a request; returns at once. News of it comes to `on_output`, from a thread of the backend's.
+
+        Whatever happens to the backend, the last news has a finish reason.
 
         Raises:
             RequestError: a token id or a parameter the model does not have.

@@ -2,7 +2,8 @@
 
     loop: take what callers sent → schedule → dispatch → read the step before → deliver
 
-Callers talk to it through a queue and hear back through callbacks from the engine's thread.
+Callers talk to it through a queue and hear back through callbacks from the engine's thread. Nobody waits for it:
+whether a request is taken is arithmetic, done in the caller's thread.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from podquant.engine.backend import EngineStats, OnOutput
 from podquant.engine.executor import Dispatched, Executor, StepResult
+from podquant.engine.limits import Limits
 from podquant.engine.output import OutputProcessor
 from podquant.engine.pages import PagePool
 from podquant.engine.request import FinishReason, Output, Request, TokenLogprobs
@@ -50,7 +53,8 @@ class Engine:
         scheduler: over the same cache.
         pool: its pages, for statistics.
         tokenizer: None to serve token ids only.
-        vocab_size, context_length, max_logprobs, eos_token_ids: limits and end tokens of the model.
+        limits: what requests it takes.
+        eos_token_ids: the model's end tokens.
         random_seed: requests without a seed draw theirs from it.
     """
 
@@ -62,17 +66,13 @@ class Engine:
         scheduler: Scheduler,
         pool: PagePool,
         tokenizer: Tokenizer | None,
-        vocab_size: int,
-        context_length: int,
-        max_logprobs: int,
+        limits: Limits,
         eos_token_ids: frozenset[int],
         random_seed: int,
     ) -> None:
         self.model_name = model_name
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
-        self.context_length = context_length
-        self.max_logprobs = max_logprobs
+        self.limits = limits
         self._failure: str | None = None
         self._executor = executor
         self._scheduler = scheduler
@@ -80,7 +80,9 @@ class Engine:
         self._eos = eos_token_ids
         self._seeds = random.Random(random_seed)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._clients: dict[str, _Client] = {}
+        self._lock = threading.Lock()
+        self._open: dict[str, Request] = {}  # what was taken and has not ended; under the lock
+        self._clients: dict[str, _Client] = {}  # the engine's thread's
         self._in_flight: deque[Dispatched] = deque()
         self._accepting = False
         self._deadline = float("inf")
@@ -129,86 +131,65 @@ class Engine:
         )
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
-        """Run a request; news of it comes to `on_output`, from the engine's thread, until a finish reason.
+        """Run a request; returns at once. News of it comes to `on_output`, from the engine's thread.
+
+        Whatever happens to the engine, the last news has a finish reason.
 
         Raises:
             RequestError: a token id or a parameter the model does not have.
             RequestTooLongError, QueueFullError: it can never, or not now, be taken.
             EngineStoppedError: the engine does not serve.
         """
-        self._check(request)
+        self._require_ready()
+        self.limits.check(request)
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(31)))
-        answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-        def add() -> None:
-            try:
-                self._add(request, on_output)
-            except RequestError as error:
-                answer.put(error)
-            else:
-                answer.put(None)
-
-        self._commands.put(add)
-        while True:
-            try:
-                error = answer.get(timeout=1.0)
-                break
-            except queue.Empty:
-                if not self._thread.is_alive():
-                    raise self._stopped() from None
-        if error is not None:
-            raise error
+        with self._lock:  # `_close` takes it too: a request is refused, or is among those that end there
+            self._require_ready()
+            if request.id in self._open:
+                raise RequestError(f"A request with id {request.id!r} is running already.", "id")
+            self.limits.check_load(len(self._open))
+            self._open[request.id] = request
+            self._commands.put(partial(self._add, request, on_output))
 
     def abort(self, request_id: str) -> None:
         """End a request; its pages are free at once and nothing more is heard of it. Unknown ids are ignored."""
-        self._commands.put(lambda: self._abort(request_id))
+        with self._lock:
+            if self._open.pop(request_id, None) is not None:
+                self._commands.put(partial(self._abort, request_id))
 
-    def _check(self, request: Request) -> None:
+    def _require_ready(self) -> None:
         if not self.is_ready:
-            raise self._stopped()
-        wrong = next((token for token in request.prompt_ids if not 0 <= token < self.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(
-                f"The prompt holds token id {wrong}; this model's ids are 0 to {self.vocab_size - 1}.", "prompt"
-            )
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(request.params, name)
-            if asked is not None and not 0 <= asked <= self.max_logprobs:
-                raise RequestError(
-                    f"{asked} log-probabilities a position were asked for; this server gives up to {self.max_logprobs} "
-                    "(--max-logprobs).",
-                    "logprobs",
-                )
-
-    def _stopped(self) -> EngineStoppedError:
-        return EngineStoppedError(f"The engine does not serve: {self._failure or 'it is shutting down'}.")
+            raise EngineStoppedError(f"The engine does not serve: {self._failure or 'it is shutting down'}.")
 
     def _add(self, request: Request, on_output: OnOutput) -> None:
-        if not self.is_ready:
-            raise self._stopped()
-        if request.id in self._clients:
-            raise RequestError(f"A request with id {request.id!r} is running already.", "id")
         processor = OutputProcessor(request, self.tokenizer, self._eos)
         self._clients[request.id] = _Client(self._scheduler.add(request), processor, on_output)
         self._num_prompt_tokens += len(request.prompt_ids)
 
     def _abort(self, request_id: str) -> None:
-        client = self._clients.pop(request_id, None)
+        client = self._clients.get(request_id)
         if client is not None:
-            self._scheduler.finish(client.sequence)
+            self._forget(client)
+
+    def _forget(self, client: _Client) -> None:
+        """Give up what a request holds."""
+        request = client.sequence.request
+        self._scheduler.finish(client.sequence)
+        del self._clients[request.id]
+        with self._lock:
+            if self._open.get(request.id) is request:  # not another of this name, after an abort
+                del self._open[request.id]
 
     def _run(self) -> None:
         try:
             while self._step():
                 pass
-            self._end_all(FinishReason.ABORT, "the server is shutting down")
+            self._close(FinishReason.ABORT, "the server is shutting down")
         except Exception as error:
             _log.exception("the engine failed")
             self._failure = f"{type(error).__name__}: {error}"
-            self._end_all(FinishReason.ERROR, self._failure)
-        finally:
-            self._take_commands()
+            self._close(FinishReason.ERROR, self._failure)
 
     def _step(self) -> bool:
         """One round; False when the engine is to end."""
@@ -246,8 +227,7 @@ class Engine:
             if output is None:
                 continue
             if output.finish_reason is not None:
-                self._scheduler.finish(sequence)
-                del self._clients[sequence.request.id]
+                self._forget(client)
             self._emit(client, output)
 
     def _deliver_prompt(self, step: Prefill, result: StepResult) -> None:
@@ -267,8 +247,7 @@ class Engine:
             self._end(client, FinishReason.LENGTH)
 
     def _end(self, client: _Client, reason: FinishReason, error: str | None = None) -> None:
-        del self._clients[client.sequence.request.id]
-        self._scheduler.finish(client.sequence)
+        self._forget(client)
         output = client.processor.finish(reason, error)
         if output is not None:
             self._emit(client, output)
@@ -281,8 +260,11 @@ class Engine:
             _log.exception("request %s: its callback failed; aborting it", output.request_id)
             self._abort(output.request_id)
 
-    def _end_all(self, reason: FinishReason, why: str) -> None:
-        self._accepting = False
+    def _close(self, reason: FinishReason, why: str) -> None:
+        """Take no more requests, and end those that were taken."""
+        with self._lock:
+            self._accepting = False
+        self._take_commands()
         for client in list(self._clients.values()):
             self._end(client, reason, why)
 

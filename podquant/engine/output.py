@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Set
 
 from podquant.engine.request import FinishReason, Output, Request, TokenLogprobs
-from podquant.errors import RequestError
 from podquant.tokenizer.tokenizer import Tokenizer
 
 
@@ -16,18 +15,10 @@ class OutputProcessor:
         request: whose tokens these are.
         tokenizer: None gives tokens without text.
         eos_ids: the model's end tokens.
-
-    Raises RequestError for stop strings that can never be found: empty, or without a tokenizer.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, eos_ids: Set[int]) -> None:
         params = request.params
-        if params.stop and tokenizer is None:
-            raise RequestError(
-                "This server has no tokenizer, so `stop` strings cannot be found. Use `stop_token_ids`.", "stop"
-            )
-        if "" in params.stop:
-            raise RequestError("A `stop` string is empty: expected at least one character. Leave it out.", "stop")
         self._request = request
         self._detokenizer = tokenizer.detokenizer(request.prompt_ids) if tokenizer else None
         self._end_ids = frozenset() if params.ignore_eos else frozenset(eos_ids)

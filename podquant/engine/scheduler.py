@@ -6,7 +6,7 @@ the device's own `last token` array, and pages or slots freed on the host can be
 still writes to them was dispatched earlier.
 
 Sequences run in the order of arrival. The ones that run always arrived before the ones that wait, so the oldest is
-never preempted, always has room (`add` refuses what does not fit the whole pool), and ends: nobody starves.
+never preempted, always has room (requests fit the whole pool, see `Limits`), and ends: nobody starves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from podquant.engine.pages import PagePool
 from podquant.engine.request import Request
-from podquant.errors import QueueFullError, RequestError, RequestTooLongError
 
 
 @dataclass(eq=False, slots=True)
@@ -83,18 +82,12 @@ class Scheduler:
     Args:
         pool: the pages; no one else allocates from it.
         max_running: sequences that hold pages at a time, and the number of slots.
-        max_waiting: sequences that may wait for that.
         chunk_size: prompt tokens that one prefill step takes at the most.
-        context_length: tokens of a prompt and its output together at the most.
     """
 
-    def __init__(
-        self, pool: PagePool, *, max_running: int, max_waiting: int, chunk_size: int, context_length: int
-    ) -> None:
+    def __init__(self, pool: PagePool, *, max_running: int, chunk_size: int) -> None:
         self._pool = pool
-        self._max_waiting = max_waiting
         self._chunk_size = chunk_size
-        self._context_length = context_length
         self._waiting: deque[Sequence] = deque()
         self._prefilling: Sequence | None = None
         self._decoding: list[Sequence] = []
@@ -119,12 +112,7 @@ class Scheduler:
         return self._num_unfinished > 0
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request. Raises RequestTooLongError if it can never run, QueueFullError if too many wait."""
-        self._check_length(request)
-        if len(self._waiting) >= self._max_waiting:
-            raise QueueFullError(
-                f"{len(self._waiting)} requests are waiting, the most this server allows. Try again later."
-            )
+        """Queue a request that fits the whole pool."""
         sequence = Sequence(request, list(request.prompt_ids))
         self._waiting.append(sequence)
         self._num_unfinished += 1
@@ -174,26 +162,6 @@ class Scheduler:
             self._release(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-
-    def _check_length(self, request: Request) -> None:
-        num_prompt, max_tokens = len(request.prompt_ids), request.params.max_tokens
-        if num_prompt == 0:
-            raise RequestError("The prompt is empty: expected at least one token.", "prompt")
-        if num_prompt + max_tokens > self._context_length:
-            raise RequestTooLongError(
-                f"A prompt of {num_prompt} tokens and max_tokens {max_tokens} make {num_prompt + max_tokens} tokens; "
-                f"the context length is {self._context_length}. Shorten the prompt or ask for fewer tokens.",
-                "max_tokens" if num_prompt < self._context_length else "prompt",
-            )
-        # the last generated token never gets a KV entry
-        num_pages = self._pool.num_pages_for(num_prompt + max(max_tokens - 1, 0))
-        if num_pages > self._pool.num_usable:
-            raise RequestTooLongError(
-                f"A prompt of {num_prompt} tokens and max_tokens {max_tokens} need {num_pages} KV cache pages of "
-                f"{self._pool.page_size} tokens; this server has {self._pool.num_usable}. "
-                "Ask for fewer tokens, or give the server's cache more memory.",
-                "max_tokens",
-            )
 
     def _schedule_prefill(self) -> Prefill | None:
         sequence = self._prefilling or self._admit()

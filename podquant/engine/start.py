@@ -16,6 +16,7 @@ import jax
 from podquant.config.rules import load_quantization_config
 from podquant.engine.engine import Engine
 from podquant.engine.executor import Announce, Executor
+from podquant.engine.limits import Limits
 from podquant.engine.options import EngineOptions
 from podquant.engine.pages import PagePool
 from podquant.engine.scheduler import Scheduler
@@ -153,9 +154,16 @@ def build_engine(
     scheduler = Scheduler(
         pool,
         max_running=options.max_running_requests,
-        max_waiting=options.max_waiting_requests,
         chunk_size=options.chunked_prefill_size,
+    )
+    limits = Limits(
+        vocab_size=config.vocab_size,
         context_length=opened.context_length,
+        cache_tokens=pool.num_usable * pool.page_size,
+        max_running=options.max_running_requests,
+        max_waiting=options.max_waiting_requests,
+        max_logprobs=min(options.max_logprobs, config.vocab_size),
+        has_tokenizer=tokenizer is not None,
     )
     return Engine(
         model_name=options.model_path,
@@ -163,9 +171,7 @@ def build_engine(
         scheduler=scheduler,
         pool=pool,
         tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
-        context_length=opened.context_length,
-        max_logprobs=min(options.max_logprobs, config.vocab_size),
+        limits=limits,
         eos_token_ids=frozenset(tokenizer.eos_ids if tokenizer else config.eos_token_ids),
         random_seed=options.random_seed,
     )

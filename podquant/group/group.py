@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from podquant import errors
@@ -31,7 +32,7 @@ _FIRST_TRIES = 3
 _LONGEST_PAUSE = 30.0
 _END_SECONDS = 15.0
 _LAST_WORDS_SECONDS = 0.5
-_FOR_ENGINE = frozenset({"news", "beat", "accepted", "refused"})
+_FOR_ENGINE = frozenset({"news", "beat"})
 
 
 class _LostError(Exception):
@@ -104,6 +105,8 @@ class Group:
                 self._end_all()
             if self.error is not None:
                 break
+        else:
+            self.engine.detach("the server is shutting down")  # what did not end within the drain time
         self.settled.set()
 
     def _lose(self, lost: _LostError, losses: int) -> None:
@@ -138,8 +141,8 @@ class Group:
                 self._launch(
                     replace(launch, place=place, step_address=listening["step"], coordinator=listening["coordinator"])
                 )
-        limits = self._expect("ready", set(range(len(self._places))), deadline)[0]
-        self.engine.attach(self._command, limits)
+        ready = self._expect("ready", set(range(len(self._places))), deadline)[0]
+        self.engine.attach(partial(self._command, self._generation), ready["limits"], ready["stats"])
         self._has_served = True
         _log.info("group %d serves, generation %d", self._places[0].group, self._generation)
         self.settled.set()
@@ -166,8 +169,8 @@ class Group:
         self._living.add(launch.place.rank)
         self._hosts[launch.place.rank].launch(launch)
 
-    def _command(self, body: Mapping[str, Any]) -> None:
-        self._hosts[0].command(self._places[0].group, self._generation, body)
+    def _command(self, generation: int, body: Mapping[str, Any]) -> None:
+        self._hosts[0].command(self._places[0].group, generation, body)
 
     def _expect(self, what: str, ranks: set[int], deadline: float) -> dict[int, Mapping[str, Any]]:
         """What each of these ranks said of this kind."""

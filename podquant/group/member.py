@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import jax
 
 from podquant.engine.engine import Engine
-from podquant.engine.request import Output
+from podquant.engine.request import FinishReason, Output, Request
 from podquant.engine.start import build_engine, load_tokenizer, open_model, start_executor
 from podquant.errors import PodquantError, RequestError
 from podquant.group.fingerprint import fingerprints
@@ -143,16 +143,14 @@ def _run_engine(engine: Engine, link: Link) -> None:
     link.stats = lambda: asdict(engine.stats())
     link.say(
         "ready",
-        vocab_size=engine.vocab_size,
-        context_length=engine.context_length,
-        max_logprobs=engine.max_logprobs,
+        limits=asdict(engine.limits),
         stats=link.stats(),
     )
     watcher = threading.Thread(target=_watch, args=(engine, link), name="watch", daemon=True)
     watcher.start()
     while (command := link.hear())["do"] != "stop":
         if command["do"] == "submit":
-            _submit(engine, command, link, outbox.put)
+            _submit(engine, decode_request(command["request"]), outbox.put)
         elif command["do"] == "abort":
             engine.abort(command["id"])
     engine.stop(command["drain"])
@@ -160,19 +158,11 @@ def _run_engine(engine: Engine, link: Link) -> None:
     sender.join()
 
 
-def _submit(engine: Engine, command: Mapping[str, Any], link: Link, put: Callable[[Output], None]) -> None:
-    request = decode_request(command["request"])
-
-    def submit() -> None:
-        try:
-            engine.submit(request, put)
-        except RequestError as error:
-            link.say("refused", id=request.id, kind=type(error).__name__, text=str(error), param=error.param)
-        else:
-            link.say("accepted", id=request.id)
-
-    # the engine takes it between two steps: the next command need not wait for that
-    threading.Thread(target=submit, name="submit", daemon=True).start()
+def _submit(engine: Engine, request: Request, put: Callable[[Output], None]) -> None:
+    try:
+        engine.submit(request, put)
+    except RequestError as error:  # the parent has checked it: the engine is ending
+        put(Output(request.id, finish_reason=FinishReason.ABORT, error=str(error)))
 
 
 def _send_news(outbox: queue.SimpleQueue[Output | None], link: Link) -> None:

@@ -1,7 +1,8 @@
 """An engine that runs in another process, as a `Backend`: requests go there, outputs come back, and when the process is
-lost every request on the way ends with an error that says so.
+lost every request in flight ends with an error that says so.
 
-Knows nothing of how the process is started again; until it is, nothing is taken.
+Whether a request is taken is decided here, by the limits that the process told. Knows nothing of how the process is
+started again; until it is, nothing is taken.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from podquant import errors
 from podquant.engine.backend import EngineStats, OnOutput
+from podquant.engine.limits import Limits
 from podquant.engine.request import FinishReason, Output, Request
 from podquant.errors import EngineStoppedError, RequestError
 from podquant.group.messages import decode_output, encode_request
@@ -24,25 +24,36 @@ Command = Callable[[Mapping[str, Any]], None]
 _NO_LOAD = EngineStats(0, 0, 0, 0, 0, 0, 0)
 
 
-@dataclass
-class _Open:
-    """A request on the way: who hears of it, and who waits for it to be taken."""
+class _Outbox:
+    """Sends commands to a process in their order, from a thread: encoding and sending hold up nobody else."""
 
-    on_output: OnOutput
-    answer: queue.SimpleQueue[Exception | None]
+    def __init__(self, command: Command) -> None:
+        self._command = command
+        self._waiting: queue.SimpleQueue[Callable[[], Mapping[str, Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="commands", daemon=True).start()
+
+    def put(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Send what `make` gives, in its turn."""
+        self._waiting.put(make)
+
+    def close(self) -> None:
+        """End once what is there has been sent."""
+        self._waiting.put(None)
+
+    def _run(self) -> None:
+        while (make := self._waiting.get()) is not None:
+            self._command(make())
 
 
 class RemoteEngine:
     """A `Backend`, served by whichever process is attached."""
 
-    def __init__(self, model_name: str, tokenizer: Tokenizer | None, answer_seconds: float) -> None:
-        """`answer_seconds`: how long a request may take to be accepted or refused."""
+    def __init__(self, model_name: str, tokenizer: Tokenizer | None) -> None:
         self.model_name, self.tokenizer = model_name, tokenizer
-        self.vocab_size = self.context_length = self.max_logprobs = 0
-        self._answer_seconds = answer_seconds
+        self.limits = Limits()
         self._lock = threading.Lock()
-        self._open: dict[str, _Open] = {}
-        self._command: Command | None = None
+        self._open: dict[str, OnOutput] = {}
+        self._outbox: _Outbox | None = None
         self._state, self._loss = "the model is loading", ""
         self._is_stopping = False
         self._stats, self._before = _NO_LOAD, _NO_LOAD
@@ -58,37 +69,28 @@ class RemoteEngine:
 
     @property
     def is_ready(self) -> bool:
-        return self._command is not None and not self._is_stopping
+        return self._outbox is not None and not self._is_stopping
 
     @property
     def num_open(self) -> int:
-        """Requests on the way."""
+        """Requests in flight."""
         return len(self._open)
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
-        answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._ready_outbox()
+        self.limits.check(request)
         with self._lock:
+            outbox = self._ready_outbox()
             if request.id in self._open:
                 raise RequestError(f"A request with id {request.id!r} is running already.", "id")
-            command = self._command
-            if command is None or self._is_stopping:
-                raise self._stopped()
-            self._open[request.id] = _Open(on_output, answer)
-        command({"do": "submit", "request": encode_request(request)})
-        try:
-            refused = answer.get(timeout=self._answer_seconds)
-        except queue.Empty:
-            self.abort(request.id)
-            refused = EngineStoppedError(f"The engine did not answer within {self._answer_seconds:g} s.")
-        if refused is not None:
-            raise refused
+            self.limits.check_load(len(self._open))
+            self._open[request.id] = on_output
+            outbox.put(lambda: {"do": "submit", "request": encode_request(request)})
 
     def abort(self, request_id: str) -> None:
         with self._lock:
-            known = self._open.pop(request_id, None)
-            command = self._command
-        if known is not None and command is not None:
-            command({"do": "abort", "id": request_id})
+            if self._open.pop(request_id, None) is not None and self._outbox is not None:
+                self._outbox.put(lambda: {"do": "abort", "id": request_id})
 
     def stats(self) -> EngineStats:
         now, before = self._stats, self._before
@@ -106,30 +108,30 @@ class RemoteEngine:
         """Tell the process to; its owner waits for its end."""
         with self._lock:
             self._is_stopping, self._loss, self._state = True, "", "the server is shutting down"
-            command = self._command
-        if command is not None:
-            command({"do": "stop", "drain": drain_seconds})
+            if self._outbox is not None:
+                self._outbox.put(lambda: {"do": "stop", "drain": drain_seconds})
 
-    def attach(self, command: Command, limits: Mapping[str, Any]) -> None:
-        """Serve with a process that is ready from now on; its stats begin anew, the totals go on."""
+    def attach(self, command: Command, limits: Mapping[str, Any], stats: Mapping[str, Any]) -> None:
+        """Serve with a process that is ready from now on; its stats begin at 0, the totals go on."""
         with self._lock:
-            self.vocab_size, self.context_length = limits["vocab_size"], limits["context_length"]
-            self.max_logprobs = limits["max_logprobs"]
-            self._before, self._stats = self.stats(), EngineStats(**limits["stats"])
-            self._command, self._loss, self._state = command, "", ""
+            self.limits = Limits(**limits)
+            self._before, self._stats = self.stats(), EngineStats(**stats)
+            self._outbox, self._loss, self._state = _Outbox(command), "", ""
 
     def detach(self, reason: str) -> None:
-        """The process is lost: end what is on the way, take nothing."""
+        """The process is lost: end what is in flight, take nothing."""
         with self._lock:
-            self._command, self._loss, self._state = None, reason, ""
+            outbox, self._outbox = self._outbox, None
+            self._loss, self._state = reason, ""
             lost, self._open = self._open, {}
-        for request_id, entry in lost.items():
-            entry.answer.put(self._stopped())
-            entry.on_output(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
+        if outbox is not None:
+            outbox.close()
+        for request_id, on_output in lost.items():
+            on_output(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
 
     def tell(self, state: str) -> None:
         """How the start that is under way stands; for people."""
-        if self._command is None:
+        if self._outbox is None:
             self._state = state
 
     def hear(self, body: Mapping[str, Any]) -> None:
@@ -140,28 +142,19 @@ class RemoteEngine:
                     self._deliver(decode_output(value))
             case "beat" if body["stats"] is not None:
                 self._stats = EngineStats(**body["stats"])
-            case "accepted":
-                self._answer(body["id"], None)
-            case "refused":
-                kind = getattr(errors, body["kind"], RequestError)
-                self._answer(body["id"], kind(body["text"], body["param"]))
 
     def _deliver(self, output: Output) -> None:
         if output.finish_reason is FinishReason.ERROR:
             return  # the engine failed, perhaps for what another process did: `detach` will know, and end all requests
         with self._lock:
-            entry = self._open.get(output.request_id)
-            if entry is not None and output.finish_reason is not None:
+            on_output = self._open.get(output.request_id)
+            if on_output is not None and output.finish_reason is not None:
                 del self._open[output.request_id]
-        if entry is not None:
-            entry.answer.put(None)  # news may overtake the word that the request was taken
-            entry.on_output(output)
+        if on_output is not None:
+            on_output(output)
 
-    def _answer(self, request_id: str, refused: Exception | None) -> None:
-        with self._lock:
-            entry = self._open.get(request_id) if refused is None else self._open.pop(request_id, None)
-        if entry is not None:
-            entry.answer.put(refused)
-
-    def _stopped(self) -> EngineStoppedError:
-        return EngineStoppedError(f"The engine does not serve: {self.state}.")
+    def _ready_outbox(self) -> _Outbox:
+        outbox = self._outbox
+        if outbox is None or self._is_stopping:
+            raise EngineStoppedError(f"The engine does not serve: {self.state}.")
+        return outbox

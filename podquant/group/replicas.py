@@ -1,4 +1,4 @@
-"""Several engines behind one: a request goes to the one with the least on the way. A `Backend`."""
+"""Several engines behind one: a request goes to the one with the fewest in flight. A `Backend`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 from podquant.engine.backend import EngineStats, OnOutput
+from podquant.engine.limits import Limits
 from podquant.engine.request import Output, Request
-from podquant.errors import EngineStoppedError
+from podquant.errors import EngineStoppedError, RequestError
 from podquant.group.remote_engine import RemoteEngine
 
 
@@ -23,16 +24,10 @@ class Replicas:
         self.model_name, self.tokenizer = engines[0].model_name, engines[0].tokenizer
 
     @property
-    def vocab_size(self) -> int:
-        return max(engine.vocab_size for engine in self._engines)
-
-    @property
-    def context_length(self) -> int:
-        return max(engine.context_length for engine in self._engines)
-
-    @property
-    def max_logprobs(self) -> int:
-        return max(engine.max_logprobs for engine in self._engines)
+    def limits(self) -> Limits:
+        """Of the replica with the smallest cache: any may be the one that serves a request."""
+        told = [engine.limits for engine in self._engines if engine.limits.vocab_size]
+        return min(told, key=lambda limits: limits.cache_tokens, default=Limits())
 
     @property
     def failure(self) -> str | None:
@@ -46,25 +41,34 @@ class Replicas:
         return any(engine.is_ready for engine in self._engines)
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
-        with self._lock:
-            ready = [engine for engine in self._engines if engine.is_ready]
-            if not ready:
-                raise EngineStoppedError(f"The engine does not serve: {self.failure or self._engines[0].state}.")
-            self._next += 1  # of several with as little, each in its turn
-            order = [ready[(self._next + each) % len(ready)] for each in range(len(ready))]
-            engine = min(order, key=lambda each: each.num_open)
-            self._owners[request.id] = engine
-
         def hear(output: Output) -> None:
             if output.finish_reason is not None:
                 self._forget(request.id)
             on_output(output)
 
-        try:
-            engine.submit(request, hear)
-        except BaseException:
-            self._forget(request.id)
-            raise
+        for engine in self._by_load():
+            with self._lock:
+                if request.id in self._owners:
+                    raise RequestError(f"A request with id {request.id!r} is running already.", "id")
+                self._owners[request.id] = engine
+            try:
+                engine.submit(request, hear)
+            except EngineStoppedError:  # lost since it was chosen
+                self._forget(request.id)
+            except BaseException:
+                self._forget(request.id)
+                raise
+            else:
+                return
+        raise EngineStoppedError(f"The engine does not serve: {self.failure or self._engines[0].state}.")
+
+    def _by_load(self) -> list[RemoteEngine]:
+        """Those that serve, the one with the fewest requests in flight first; of equals, each in its turn."""
+        with self._lock:
+            self._next += 1
+            first = self._next % len(self._engines)
+        order = [*self._engines[first:], *self._engines[:first]]
+        return sorted((engine for engine in order if engine.is_ready), key=lambda engine: engine.num_open)
 
     def abort(self, request_id: str) -> None:
         engine = self._forget(request_id)

@@ -77,7 +77,7 @@ class GroupService:
             tokenizer = load_tokenizer(opened)
         hosts: Mapping[int, Host] = {0: LocalHost(members.address[0] or "127.0.0.1", self._children), **self._remote}
         for placed in self._places.values():
-            engine = RemoteEngine(self._options.model_path, tokenizer, members.deadlines.step)
+            engine = RemoteEngine(self._options.model_path, tokenizer)
             on_load = (lambda done, total: None) if self._groups else self._on_load
             where = [hosts[host] for host, _ in placed]
             places = [place for _, place in placed]

@@ -38,7 +38,6 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.open()
         yield
-        service.close()
 
     app = FastAPI(title="podquant", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service

@@ -31,7 +31,7 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
     engine = service.require(body.model)
     prompt_ids = tuple(await encode_chat(require_tokenizer(engine, "messages"), body.messages))
     writer = _Writer(str(service.model_name), service.tokens, body, prompt_ids)
-    room = engine.context_length - len(prompt_ids)
+    room = engine.limits.room(len(prompt_ids))
     requests = [Request(f"{writer.id}-{choice}", prompt_ids, body.params(choice, room)) for choice in range(body.n)]
     generation = service.generation(engine, http, requests)
     if body.stream:

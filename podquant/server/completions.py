@@ -42,7 +42,7 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
         Request(
             f"{writer.id}-{p * body.n + choice}",
             prompt.ids,
-            body.params(choice, engine.context_length - len(prompt.ids)),
+            body.params(choice, engine.limits.room(len(prompt.ids))),
         )
         for p, prompt in enumerate(prompts)
         for choice in range(body.n)

@@ -57,7 +57,7 @@ def response_for(error: RequestError | ApiError) -> JSONResponse:
             headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
             return error_response(status, str(error), param=param, code=code, headers=headers)
         case RequestTooLongError():
-            return error_response(413, str(error), param=error.param, code="context_length_exceeded")
+            return error_response(400, str(error), param=error.param, code="context_length_exceeded")
         case QueueFullError():
             return error_response(429, str(error), code="queue_full", headers=_RETRY)
         case EngineStoppedError():

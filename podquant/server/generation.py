@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -56,7 +55,6 @@ class Generation:
     Args:
         engine: runs them.
         mailbox: brings its outputs.
-        submitters: threads to wait in for the engine to take a request, which it does between two steps.
         metrics: told of every sequence.
         requests: the sequences.
         receive: ASGI's; tells when the client goes away.
@@ -68,14 +66,12 @@ class Generation:
         self,
         engine: Backend,
         mailbox: Mailbox,
-        submitters: ThreadPoolExecutor,
         metrics: Metrics,
         requests: Sequence[Request],
         receive: Receive,
     ) -> None:
         self._engine = engine
         self._mailbox = mailbox
-        self._submitters = submitters
         self._metrics = metrics
         self._requests = requests
         self._receive = receive
@@ -88,9 +84,10 @@ class Generation:
 
     async def __aenter__(self) -> Self:
         try:
-            await self._submit()
-        except BaseException as error:
-            self._abort("refused" if isinstance(error, RequestError) else "cancelled")
+            for index, request in enumerate(self._requests):
+                self._engine.submit(request, partial(self._mailbox.post, self, index))
+        except RequestError:
+            self._abort("refused")
             raise
         self._watcher = asyncio.create_task(self._watch())
         return self
@@ -125,18 +122,6 @@ class Generation:
             for index, output in batch:
                 self._measure(index, output, now)
             yield batch
-
-    async def _submit(self) -> None:
-        loop = asyncio.get_running_loop()
-        submissions = [
-            loop.run_in_executor(
-                self._submitters, self._engine.submit, request, partial(self._mailbox.post, self, index)
-            )
-            for index, request in enumerate(self._requests)
-        ]
-        refused = [error for error in await asyncio.gather(*submissions, return_exceptions=True) if error is not None]
-        if refused:
-            raise refused[0]
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -63,7 +63,7 @@ async def models(http: HttpRequest) -> JSONResponse:
         "created": _STARTED,
         "owned_by": "podquant",
         "root": engine.model_name,
-        "max_model_len": engine.context_length,
+        "max_model_len": engine.limits.context_length,
     }
     return JSONResponse({"object": "list", "data": [model]})
 
@@ -78,9 +78,9 @@ async def model_info(http: HttpRequest) -> JSONResponse:
             "model_path": engine.model_name,
             "served_model_name": service.model_name,
             "is_generation": True,
-            "context_length": engine.context_length,
-            "vocab_size": engine.vocab_size,
-            "max_logprobs": engine.max_logprobs,
+            "context_length": engine.limits.context_length,
+            "vocab_size": engine.limits.vocab_size,
+            "max_logprobs": engine.limits.max_logprobs,
             "has_tokenizer": engine.tokenizer is not None,
             "has_chat_template": engine.tokenizer is not None and engine.tokenizer.has_chat_template,
         }
@@ -96,7 +96,7 @@ async def tokenize(body: TokenizeBody, http: HttpRequest) -> JSONResponse:
     else:
         tokenizer = require_tokenizer(engine, "prompt")
         ids = await encode(tokenizer, body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.context_length})
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.limits.context_length})
 
 
 @router.post("/detokenize")
@@ -104,9 +104,10 @@ async def detokenize(body: DetokenizeBody, http: HttpRequest) -> JSONResponse:
     """The text of token ids."""
     engine = service_of(http).require(body.model)
     tokenizer = require_tokenizer(engine, "tokens")
-    wrong = next((token for token in body.tokens if token >= engine.vocab_size), None)
+    vocab_size = engine.limits.vocab_size
+    wrong = next((token for token in body.tokens if token >= vocab_size), None)
     if wrong is not None:
-        raise RequestError(f"tokens holds {wrong}; this model's ids are 0 to {engine.vocab_size - 1}.", "tokens")
+        raise RequestError(f"tokens holds {wrong}; this model's ids are 0 to {vocab_size - 1}.", "tokens")
     return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import Request as HttpRequest
 
@@ -17,7 +16,6 @@ from podquant.server.metrics import Metrics
 from podquant.server.token_text import TokenText
 from podquant.tokenizer.tokenizer import Tokenizer
 
-_NUM_SUBMITTERS = 32
 _LONG_TEXT = 4096
 """Characters from which tokenizing leaves the event loop."""
 
@@ -40,7 +38,6 @@ class Service:
             self.attach(engine)
         self.metrics = Metrics(self._stats)
         self._served_model_name = served_model_name
-        self._submitters = ThreadPoolExecutor(_NUM_SUBMITTERS, thread_name_prefix="submit")
         self._mailbox: Mailbox | None = None
 
     def attach(self, engine: Backend) -> None:
@@ -51,10 +48,6 @@ class Service:
     def open(self) -> None:
         """Called on the event loop before the first request."""
         self._mailbox = Mailbox(asyncio.get_running_loop())
-
-    def close(self) -> None:
-        """End the service's threads; the engine is its owner's to stop."""
-        self._submitters.shutdown(wait=False, cancel_futures=True)
 
     @property
     def model_name(self) -> str | None:
@@ -82,7 +75,7 @@ class Service:
     def generation(self, engine: Backend, http: HttpRequest, requests: Sequence[Request]) -> Generation:
         """The sequences of one HTTP request, still to be entered."""
         assert self._mailbox is not None
-        return Generation(engine, self._mailbox, self._submitters, self.metrics, requests, http.receive)
+        return Generation(engine, self._mailbox, self.metrics, requests, http.receive)
 
     def _stats(self) -> EngineStats | None:
         return self.engine.stats() if self.engine else None

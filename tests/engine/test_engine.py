@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,10 @@ import numpy as np
 import pytest
 
 from podquant.engine.engine import Engine
+from podquant.engine.executor import Dispatched, StepResult
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams
+from podquant.engine.scheduler import Decode, Prefill
 from podquant.engine.start import start_engine
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 
@@ -92,7 +98,7 @@ def idle(engine: Engine) -> bool:
 )
 def test_one_or_many_whole_or_in_pieces_give_the_same_tokens(name: str, rules: str | None) -> None:
     with running(name, rules) as engine:
-        prompts = [[token % engine.vocab_size for token in prompt] for prompt in PROMPTS]
+        prompts = [[token % engine.limits.vocab_size for token in prompt] for prompt in PROMPTS]
         many = tokens(engine, prompts)
         alone = [tokens(engine, [prompt])[0] for prompt in prompts]
     with running(name, rules, chunked_prefill_size=4) as engine:
@@ -198,6 +204,94 @@ def test_one_request_too_many_is_refused() -> None:
             engine.submit(Request("2", (5, 6), params()), news.put)
         with pytest.raises(RequestError, match="running already"):
             engine.submit(Request("0", (5, 6), params()), news.put)
+
+
+def test_open_requests_cost_no_threads() -> None:
+    with running(max_waiting_requests=64) as engine:
+        before = threading.enumerate()
+        news: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        for number in range(64):
+            engine.submit(Request(str(number), (5, 6), params(max_tokens=40)), news.put)
+        assert threading.enumerate() == before
+        left = 64
+        while left:
+            left -= news.get(timeout=60).finish_reason is not None
+        assert threading.enumerate() == before
+
+
+def test_submitting_does_not_wait_for_the_engine() -> None:
+    with running() as engine:
+        may_read = threading.Event()
+        heard: queue.SimpleQueue[Output] = queue.SimpleQueue()
+
+        def hear(output: Output) -> None:
+            heard.put(output)
+            may_read.wait(60)  # holds up the engine's thread
+
+        engine.submit(Request("a", (5, 6), params(max_tokens=2)), hear)
+        heard.get(timeout=60)
+        engine.submit(Request("b", (5, 6), params(max_tokens=2)), hear)
+        engine.abort("b")
+        engine.submit(Request("b", (5, 6), params(max_tokens=1)), hear)
+        may_read.set()
+        assert [(heard.get(timeout=60).request_id) for _ in range(2)] == ["a", "b"]
+
+
+@dataclass(frozen=True)
+class Watched(Dispatched):
+    """A step that says when it is read."""
+
+    number: int
+    events: list[tuple[str, int]]
+
+    def read(self) -> StepResult:
+        self.events.append(("read", self.number))
+        return super().read()
+
+
+def test_the_device_never_waits_for_the_host() -> None:
+    """Each step is dispatched before the one before it is read, so the device has the next when it ends one."""
+    events: list[tuple[str, int]] = []
+    with running() as engine:
+        dispatch = engine._executor.dispatch
+
+        def watched(step: Prefill | Decode) -> Dispatched:
+            number = sum(kind == "dispatch" for kind, _ in events)
+            events.append(("dispatch", number))
+            return Watched(**vars(dispatch(step)), number=number, events=events)
+
+        engine._executor.dispatch = watched  # type: ignore[method-assign]
+        assert len(tokens(engine, PROMPTS[:1], max_tokens=6)[0]) == 6
+    ahead = [event for number in range(5) for event in (("dispatch", number + 1), ("read", number))]
+    assert events == [("dispatch", 0), *ahead, ("read", 5)]
+
+
+def test_a_request_taken_while_the_engine_stops_is_told_its_end() -> None:
+    with running() as engine:
+        ends: list[Output] = []
+        taken = 0
+
+        def ask() -> None:
+            nonlocal taken
+            with contextlib.suppress(EngineStoppedError):
+                while True:
+                    with contextlib.suppress(QueueFullError):
+                        engine.submit(Request(f"r{taken}", (5, 6), params(max_tokens=2)), hear)
+                        taken += 1
+
+        def hear(output: Output) -> None:
+            if output.finish_reason is not None:
+                ends.append(output)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while len(ends) < 5:
+            time.sleep(0.01)
+        engine.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert taken == len(ends)
+        assert engine._open == {}
 
 
 def test_a_failed_step_ends_every_request_with_the_reason() -> None:

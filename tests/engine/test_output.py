@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from podquant.engine.output import OutputProcessor
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from podquant.errors import RequestError
 from podquant.tokenizer.tokenizer import Tokenizer
 
 EOS = 2
@@ -166,14 +165,3 @@ def test_without_a_tokenizer_there_are_tokens_only() -> None:
     follow = processor(None, max_tokens=2)
     assert follow.append(50) == Output("r", (50,))
     assert follow.append(51) == Output("r", (51,), finish_reason=FinishReason.LENGTH)
-
-
-def test_stop_strings_without_a_tokenizer_are_refused() -> None:
-    with pytest.raises(RequestError, match="no tokenizer, so `stop` strings cannot be found") as raised:
-        processor(None, stop=("END",))
-    assert raised.value.param == "stop"
-
-
-def test_an_empty_stop_string_is_refused(byte_level_tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError, match="A `stop` string is empty"):
-        processor(byte_level_tokenizer, stop=("a", ""))

@@ -10,14 +10,12 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from podquant.engine.pages import PagePool
 from podquant.engine.request import Request, SamplingParams
 from podquant.engine.scheduler import Decode, Prefill, Scheduler, Sequence
-from podquant.errors import QueueFullError, RequestError, RequestTooLongError
 
 VOCABULARY = 97
 
@@ -47,13 +45,10 @@ def make_scheduler(
     num_pages: int = 64,
     page_size: int = 4,
     max_running: int = 8,
-    max_waiting: int = 100,
     chunk_size: int = 8,
-    context_length: int = 1000,
 ) -> tuple[PagePool, Scheduler]:
     pool = PagePool(num_pages, page_size)
-    limits = {"max_running": max_running, "max_waiting": max_waiting, "context_length": context_length}
-    return pool, Scheduler(pool, chunk_size=chunk_size, **limits)
+    return pool, Scheduler(pool, max_running=max_running, chunk_size=chunk_size)
 
 
 class Machine:
@@ -317,35 +312,8 @@ def test_a_newcomer_leaves_a_page_for_each_that_runs() -> None:
     assert scheduler.schedule() == Prefill(second, 0, 8, is_last=True)
 
 
-def test_too_many_waiting_is_refused() -> None:
-    _, scheduler = make_scheduler(max_waiting=1)
-    scheduler.add(make_request("a", 3, 5))
-    with pytest.raises(QueueFullError, match="1 requests are waiting, the most this server allows"):
-        scheduler.add(make_request("b", 3, 5))
-    assert scheduler.num_waiting == 1
-
-
-@pytest.mark.parametrize(
-    ("num_prompt", "max_tokens", "error", "match", "param"),
-    [
-        (0, 5, RequestError, "The prompt is empty", "prompt"),
-        (10, 23, RequestTooLongError, "make 33 tokens; the context length is 32", "max_tokens"),
-        (32, 1, RequestTooLongError, "make 33 tokens; the context length is 32", "prompt"),
-        (9, 9, RequestTooLongError, "need 5 KV cache pages of 4 tokens; this server has 4", "max_tokens"),
-    ],
-)
-def test_what_can_never_run_is_refused(
-    num_prompt: int, max_tokens: int, error: type[RequestError], match: str, param: str
-) -> None:
-    _, scheduler = make_scheduler(num_pages=5, context_length=32)
-    with pytest.raises(error, match=match) as raised:
-        scheduler.add(make_request("a", num_prompt, max_tokens))
-    assert raised.value.param == param
-    assert not scheduler.has_work
-
-
 def test_what_just_fits_runs() -> None:
-    pool, scheduler = make_scheduler(num_pages=5, page_size=4, context_length=17)
+    pool, scheduler = make_scheduler(num_pages=5, page_size=4)
     run = Run(pool, scheduler, max_running=8, chunk_size=8, run_ahead=1, stop_token=-1)
     request = make_request("a", 8, 9)
     run.add(request)
@@ -355,7 +323,7 @@ def test_what_just_fits_runs() -> None:
 
 
 def test_a_decode_step_of_256_is_scheduled_in_under_a_millisecond() -> None:
-    _, scheduler = make_scheduler(num_pages=20_000, page_size=16, max_running=256, max_waiting=256, chunk_size=64)
+    _, scheduler = make_scheduler(num_pages=20_000, page_size=16, max_running=256, chunk_size=64)
     for index in range(256):
         scheduler.add(make_request(f"r{index}", 32, 500))
     while scheduler.num_waiting:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import queue
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
+from podquant.engine.backend import OnOutput
+from podquant.engine.limits import Limits
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from podquant.errors import ConfigError, EngineStoppedError, RequestError, RequestTooLongError
+from podquant.errors import ConfigError, EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 from podquant.group.launch import Deadlines, Launch, Place, decode_launch, new_nonce, place_of, step_key
 from podquant.group.messages import decode_output, decode_request, encode_output, encode_request
 from podquant.group.remote_engine import RemoteEngine
 from podquant.group.replicas import Replicas
 
-LIMITS = {"vocab_size": 512, "context_length": 64, "max_logprobs": 5}
+LIMITS = Limits(512, 64, 1024, max_running=2, max_waiting=2, max_logprobs=5)
 STATS = {
     "num_running": 1,
     "num_waiting": 0,
@@ -78,27 +82,20 @@ class Process:
 
     def __init__(self, engine: RemoteEngine) -> None:
         self.engine = engine
-        self.told: list[Mapping[str, Any]] = []
-        engine.attach(self.command, {**LIMITS, "stats": STATS})
+        self.told: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
+        engine.attach(lambda body: self.told.put(over_json(body)), asdict(LIMITS), STATS)
 
-    def command(self, body: Mapping[str, Any]) -> None:
-        self.told.append(over_json(body))
-        if body["do"] == "submit":
-            threading.Thread(target=self.answer, args=(body["request"]["id"],)).start()
-
-    def answer(self, request_id: str) -> None:
-        if request_id.startswith("long"):
-            refused = {"is": "refused", "id": request_id, "kind": "RequestTooLongError", "text": "long", "param": "p"}
-            self.engine.hear(refused)
-        elif not request_id.startswith("silent"):
-            self.engine.hear({"is": "accepted", "id": request_id})
+    def next(self) -> tuple[str, str | None]:
+        """What it was told next, and about which request."""
+        body = self.told.get(timeout=10)
+        return body["do"], body["request"]["id"] if body["do"] == "submit" else body.get("id")
 
     def say(self, output: Output) -> None:
         self.engine.hear({"is": "news", "outputs": [over_json(encode_output(output))]})
 
 
-def new_engine(answer_seconds: float = 5.0) -> RemoteEngine:
-    return RemoteEngine("model", None, answer_seconds)
+def new_engine() -> RemoteEngine:
+    return RemoteEngine("model", None)
 
 
 def ask(request_id: str) -> Request:
@@ -113,30 +110,47 @@ def test_news_reach_those_who_asked_until_the_end() -> None:
     process = Process(engine)
     heard: list[Output] = []
     engine.submit(ask("a"), heard.append)
+    assert process.next() == ("submit", "a")
     with pytest.raises(RequestError, match="running already"):
         engine.submit(ask("a"), print)
-    with pytest.raises(RequestTooLongError, match="long") as caught:
-        engine.submit(ask("long"), print)
-    assert caught.value.param == "p"
+    with pytest.raises(RequestTooLongError, match="maximum context length is 64") as caught:
+        engine.submit(Request("long", (1,) * 64, SamplingParams()), print)
+    assert caught.value.param == "prompt"
     process.say(Output("a", (5,), "x"))
     process.say(Output("b", (6,)))
     process.say(Output("a", (7,), "y", finish_reason=FinishReason.LENGTH))
     process.say(Output("a", (8,)))
     assert [(output.token_ids, output.text) for output in heard] == [((5,), "x"), ((7,), "y")]
     assert engine.num_open == 0
-    assert (engine.vocab_size, engine.context_length, engine.max_logprobs) == (512, 64, 5)
+    assert engine.limits == LIMITS
 
 
-def test_a_process_that_does_not_answer_is_not_waited_for() -> None:
-    engine = new_engine(0.1)
+def test_no_more_are_passed_on_than_the_process_takes() -> None:
+    engine = new_engine()
     process = Process(engine)
-    with pytest.raises(EngineStoppedError, match=r"did not answer within 0\.1 s"):
-        engine.submit(ask("silent"), print)
-    assert process.told[-1] == {"do": "abort", "id": "silent"}
-    assert engine.num_open == 0
+    for number in range(4):
+        engine.submit(ask(str(number)), print)
+    with pytest.raises(QueueFullError, match="4 requests are running or waiting"):
+        engine.submit(ask("4"), print)
+    engine.abort("0")
+    engine.submit(ask("4"), print)
+    told = [process.next() for _ in range(6)]
+    assert told == [*(("submit", str(number)) for number in range(4)), ("abort", "0"), ("submit", "4")]
 
 
-def test_a_loss_ends_what_is_on_the_way_with_its_reason_and_totals_go_on() -> None:
+def test_a_process_that_is_stuck_holds_up_nobody() -> None:
+    engine = new_engine()
+    may_go_on = threading.Event()
+    engine.attach(lambda body: may_go_on.wait(60) or None, asdict(LIMITS), STATS)
+    heard: list[Output] = []
+    for number in range(4):
+        engine.submit(ask(str(number)), heard.append)
+    engine.detach("gave no heartbeat")
+    assert [output.error for output in heard] == ["gave no heartbeat"] * 4
+    may_go_on.set()
+
+
+def test_a_loss_ends_what_is_in_flight_with_its_reason_and_totals_go_on() -> None:
     engine = new_engine()
     process = Process(engine)
     heard: list[Output] = []
@@ -159,18 +173,20 @@ def test_a_loss_ends_what_is_on_the_way_with_its_reason_and_totals_go_on() -> No
         engine.submit(ask("c"), print)
 
 
-def test_a_request_goes_to_the_replica_with_the_least_on_the_way() -> None:
+def test_a_request_goes_to_the_replica_with_the_fewest_in_flight() -> None:
     engines = [new_engine(), new_engine()]
     replicas = Replicas(engines)
     with pytest.raises(EngineStoppedError, match="the model is loading"):
         replicas.submit(ask("0"), print)
     processes = [Process(engine) for engine in engines]
+    assert replicas.limits == LIMITS
     for number in range(4):
         replicas.submit(ask(f"r{number}"), print)
+    with pytest.raises(RequestError, match="running already"):
+        replicas.submit(ask("r3"), print)
     assert [engine.num_open for engine in engines] == [2, 2]
-    mine = [told["request"]["id"] for told in processes[0].told]
-    for request_id in mine:
-        replicas.abort(request_id)
+    for request_id in [processes[0].next()[1] for _ in range(2)]:
+        replicas.abort(str(request_id))
     replicas.submit(ask("r4"), print)
     replicas.submit(ask("r5"), print)
     assert [engine.num_open for engine in engines] == [2, 2]
@@ -181,3 +197,22 @@ def test_a_request_goes_to_the_replica_with_the_least_on_the_way() -> None:
     assert engines[1].num_open == 3
     engines[1].detach("lost too")
     assert (replicas.is_ready, replicas.failure) == (False, "lost; lost too")
+
+
+def test_a_replica_that_is_lost_while_it_is_chosen_is_passed_over() -> None:
+    engines = [new_engine(), new_engine()]
+    replicas = Replicas(engines)
+    for engine in engines:
+        Process(engine)
+    refuse = engines[1].submit
+
+    def lose(request: Request, on_output: OnOutput) -> None:
+        engines[1].detach("lost")
+        refuse(request, on_output)
+
+    engines[1].submit = lose  # type: ignore[method-assign]
+    replicas.submit(ask("a"), print)  # the second has its turn first
+    assert (engines[1].is_ready, engines[0].num_open) == (False, 1)
+    engines[0].detach("lost too")
+    with pytest.raises(EngineStoppedError, match="lost too; lost"):
+        replicas.submit(ask("b"), print)

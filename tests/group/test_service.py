@@ -131,7 +131,7 @@ def test_what_a_model_refuses_is_refused_as_by_one_process(service: Service) -> 
     answer = service.http.post("/v1/completions", json={"prompt": [1, 100_000], "max_tokens": 1})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
     answer = service.http.post("/v1/completions", json={"prompt": [1] * 500, "max_tokens": 100})
-    assert answer.status_code == 413
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
     with service.http.stream(
         "POST", "/v1/completions", json={"prompt": [3], "max_tokens": 400, "stream": True, "ignore_eos": True}
     ) as stream:
