@@ -14,8 +14,9 @@ from podquant.engine.backend import EngineStats
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 from podquant.server.app import MAX_BODY_BYTES, create_app
 from podquant.server.errors import response_for
+from podquant.server.fields import Body, Part, fields_of
 from podquant.server.metrics import Metrics
-from tests.docs.markdown import attributes, first_sentence, page, prose, summary, table
+from tests.docs.markdown import first_sentence, page, prose, summary, table
 
 _KEY = "a key"
 _JSON = {"Content-Type": "application/json"}
@@ -48,7 +49,7 @@ def http_page() -> str:
         "HTTP",
         prose("""
             What `podquant serve` answers; [serve a model](../howto/serve.md) has examples. `GET /openapi.json` gives
-            the same as a schema. A field that is not listed is refused by name; null means that a field was not given.
+            the same as a schema. Null means that a field was not given. A field that is not listed is refused by name.
         """),
         "## Routes\n",
         table(["route", "answers"], _routes(schema)),
@@ -102,15 +103,37 @@ def _references(node: Any) -> list[str]:
 
 
 def _fields(schema: dict[str, Any], name: str) -> str:
+    """The fields of one object: what the server honours, and what becomes of every other field that it knows."""
     described = schema["components"]["schemas"][name]
-    meanings = attributes(described.get("description", ""))
-    rows = []
+    known = fields_of(_part_of(name))
+    honoured = []
     for field, node in described["properties"].items():
         default = "**required**" if field in described.get("required", ()) else ""
         if "default" in node:
             default = f"`{json.dumps(node['default'])}`"
-        rows.append([f"`{field}`", _type(node), default, _bounds(node), meanings.get(field, "")])
-    return table(["field", "type", "default", "bounds", "meaning"], rows)
+        honoured.append([f"`{field}`", _type(node), default, _bounds(node), known[field].meaning])
+    others = [
+        [
+            f"`{row.name}`",
+            row.treatment.value,
+            " or ".join(f"`{json.dumps(value)}`" for value in row.neutral),
+            row.meaning,
+        ]
+        for row in known.values()
+        if row.name not in described["properties"]
+    ]
+    text = table(["field", "type", "default", "bounds", "meaning"], honoured)
+    if others:
+        text += "\n" + table(["other field", "is", "asks for nothing", "meaning"], others)
+    return text
+
+
+def _part_of(name: str) -> Part:
+    """The part of a request that a schema describes."""
+    kinds = [Body]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next(kind.PART for kind in kinds if kind.__name__ == name)
 
 
 def _type(node: dict[str, Any]) -> str:
