@@ -15,6 +15,9 @@ from podquant.errors import CheckpointError
 from podquant.tokenizer.added_tokens import AddedToken
 from podquant.tokenizer.chat_template import ChatTemplate
 
+_FLAGS = ("special", "lstrip", "rstrip", "single_word")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
 
 @dataclass(frozen=True)
 class TokenizerFiles:
@@ -27,7 +30,8 @@ class TokenizerFiles:
         generation: generation_config.json.
         roles: role → token, such as `eos_token` → `</s>`, of special_tokens_map.json and tokenizer_config.json.
         added: `added_tokens_decoder` of tokenizer_config.json and added_tokens.json, by id.
-        special: contents of tokens without text: the roles', `additional_special_tokens`, and of `added`.
+        listed: further special tokens by name: `additional_special_tokens`, `extra_special_tokens`.
+        special: contents of tokens without text: those of the roles, of `listed` and of `added`.
     """
 
     directory: Path
@@ -36,6 +40,7 @@ class TokenizerFiles:
     generation: dict[str, Any]
     roles: dict[str, str]
     added: tuple[AddedToken, ...]
+    listed: tuple[str, ...]
     special: frozenset[str]
 
     @classmethod
@@ -52,8 +57,10 @@ class TokenizerFiles:
                 raise _not_an_id(f"{where}/added_tokens.json", content, token_id)
             added.setdefault(token_id, AddedToken(content, token_id))
         special = {token.content for token in added.values() if token.special}
+        listed = []
         for source in (names, settings):
-            special |= set(_contents(source).values()) | set(_listed(source.get("additional_special_tokens")))
+            special |= set(_contents(source).values())
+            listed += [content for name in _LISTS for content in _listed(source.get(name))]
         return cls(
             directory,
             where,
@@ -61,7 +68,8 @@ class TokenizerFiles:
             read("generation_config.json"),
             _contents(names) | _contents(settings),
             tuple(added[token_id] for token_id in sorted(added)),
-            frozenset(special),
+            tuple(dict.fromkeys(listed)),
+            frozenset(special.union(listed)),
         )
 
     def with_roles(self, roles: Mapping[str, str]) -> TokenizerFiles:
@@ -124,8 +132,9 @@ def _added_tokens(settings: Mapping[str, Any], where: str) -> dict[int, AddedTok
                 f"{where}: expected `added_tokens_decoder` to map ids to objects with `content`, got {key!r}: {value!r}"
                 ". Download it again."
             )
-        flags = {name: value.get(name) is True for name in ("special", "lstrip", "rstrip")}
-        tokens[int(key)] = AddedToken(value["content"], int(key), **flags)
+        flags = {name: value.get(name) is True for name in _FLAGS}
+        normalized = value.get("normalized", not flags["special"]) is True
+        tokens[int(key)] = AddedToken(value["content"], int(key), normalized=normalized, **flags)
     return tokens
 
 
@@ -136,7 +145,9 @@ def _contents(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _listed(value: Any) -> list[str]:
-    contents = [_content(each) for each in value] if isinstance(value, list) else []
+    """Names of tokens, in a list or by role."""
+    several = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    contents = [_content(each) for each in several]
     return [content for content in contents if content is not None]
 
 

@@ -14,13 +14,14 @@ from podquant.tokenizer.detokenize import Detokenizer
 from podquant.tokenizer.files import TokenizerFiles
 from podquant.tokenizer.vocabulary import Vocabulary
 from podquant.tokenizer.vocabulary_json import load_json
+from podquant.tokenizer.vocabulary_merges import load_merges
 from podquant.tokenizer.vocabulary_sentencepiece import load_sentencepiece
 from podquant.tokenizer.vocabulary_tekken import load_tekken
 from podquant.tokenizer.vocabulary_tiktoken import TiktokenVocabulary, load_tiktoken
 
 _log = logging.getLogger(__name__)
 
-FILES = ("*.json", "*.jinja", "*.tiktoken", "*.model", "additional_chat_templates/*.jinja")
+FILES = ("*.json", "*.jinja", "*.tiktoken", "*.model", "merges.txt", "additional_chat_templates/*.jinja")
 """The files beside the weights that `Tokenizer.load` may read."""
 
 
@@ -138,10 +139,12 @@ def _load_vocabulary(files: TokenizerFiles, model_type: str | None) -> tuple[Voc
         return load_tiktoken(files, path)
     for path in [*files.directory.glob("tokenizer.model"), *sorted(files.directory.glob("*.model"))]:
         return load_sentencepiece(files, path, model_type)
+    for path in files.directory.glob("vocab.json"):
+        return load_merges(files, path, model_type)
     raise CheckpointError(
         f"{files.where}/tokenizer.json is missing, and so are tekken.json, *.tiktoken, tiktoken.model, tokenizer.model "
-        "and any other *.model, the forms of vocabularies that podquant reads. Save one beside the weights "
-        "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or serve token ids only "
+        "(or any other *.model) and vocab.json: the forms of vocabularies that podquant reads. Save one beside the "
+        "weights (transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or serve token ids only "
         "(--skip-tokenizer-init)."
     )
 

@@ -110,15 +110,36 @@ def load_json(files: TokenizerFiles, path: Path) -> JsonVocabulary:
         raise CheckpointError(
             f"{where} is not a tokenizer the `tokenizers` library can read: {error}. Download it again."
         ) from error
+    return with_added_tokens(tokenizer, files, where)
+
+
+def with_added_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles, where: str) -> JsonVocabulary:
+    """The vocabulary with what the small files say. Raises CheckpointError where they contradict it."""
+    present = tokenizer.get_added_tokens_decoder()
     for token in files.added:
-        if tokenizer.token_to_id(token.content) is None:
-            _add(tokenizer, token, where)
+        _add(tokenizer, token, present.get(token.token_id), where)
+    for content in files.listed:
+        if tokenizer.token_to_id(content) is None:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(content, normalized=False, special=True)])
     ends = [_role_ids(tokenizer, files, role) for role in ("bos", "eos")]
     return JsonVocabulary(tokenizer, files.special, *ends)
 
 
-def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken, where: str) -> None:
-    added = tokenizers.AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken, present: tokenizers.AddedToken | None, where: str) -> None:
+    """Have `token` found in a text as its flags say; added_tokens.json has none, so changes no token that is known."""
+    known = tokenizer.token_to_id(token.content)
+    if known is not None and (token.normalized is None or known != token.token_id):
+        return
+    added = tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized is True,
+        special=token.special,
+    )
+    if repr(added) == repr(present):  # == compares the contents alone
+        return
     tokenizer.add_tokens([added])
     got = tokenizer.token_to_id(token.content)
     if got != token.token_id:

@@ -19,26 +19,9 @@ from typing import Literal
 import tiktoken
 
 from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.tokenizer import patterns
 from podquant.tokenizer.detokenize import ByteDetokenizer, Detokenizer
 from podquant.tokenizer.files import TokenizerFiles
-
-_QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_KIMI_PATTERN = "|".join(
-    (
-        r"[\p{Han}]+",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 _SPACE = re.compile(r"\s+")
 _MOST_SPACE = 400_000
@@ -67,14 +50,14 @@ class TiktokenClass:
 _CLASSES = {
     # Qwen-7B's tokenization_qwen.py
     "QWenTokenizer": TiktokenClass(
-        _QWEN_PATTERN,
+        patterns.QWEN,
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))),
         form="NFC",
         roles={"eos_token": "<|endoftext|>"},
         chat_format="chatml",
     ),
     # Kimi-K2's tokenization_kimi.py; its names of reserved tokens hold their ids, see `_special_tokens`
-    "TikTokenTokenizer": TiktokenClass(_KIMI_PATTERN, ("<|reserved_token_{id}|>",) * 256),
+    "TikTokenTokenizer": TiktokenClass(patterns.KIMI, ("<|reserved_token_{id}|>",) * 256),
 }
 _CLASS_OF_FILE = {"qwen.tiktoken": "QWenTokenizer"}
 

@@ -145,6 +145,28 @@ def test_an_added_token_whose_id_is_not_the_next_is_refused(checkpoint: Path) ->
         Tokenizer.load(checkpoint, {})
 
 
+def test_the_settings_say_how_an_added_token_is_found(checkpoint: Path) -> None:
+    added = {"2": {"content": "</s>", "rstrip": True}, "377": {"content": "<a>", "single_word": True}}
+    vocab = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]
+    added |= {str(vocab["he"]): {"content": "he", "lstrip": True}, "9": {"content": "the", "rstrip": True}}
+    write(checkpoint, "tokenizer_config.json", {"added_tokens_decoder": added})
+    tokenizer = Tokenizer.load(checkpoint, {})
+    plain = tokenizer.encode("a")
+    assert tokenizer.encode("</s>  a") == [2, *plain]
+    assert tokenizer.encode("a<a>a") != [*plain, 377, *plain]
+    assert tokenizer.encode("<a>") == [377]
+    assert tokenizer.encode("a  he") == [*plain, vocab["he"]]
+    assert tokenizer.encode("the a")[-1] == vocab["Ġa"]  # another id is not of this vocabulary: nothing changes
+
+
+def test_further_special_tokens_follow_the_vocabulary(checkpoint: Path) -> None:
+    write(checkpoint, "special_tokens_map.json", {"additional_special_tokens": ["<x>", {"content": "<y>"}, "</s>"]})
+    write(checkpoint, "tokenizer_config.json", {"extra_special_tokens": {"image_token": "<z>"}})
+    tokenizer = Tokenizer.load(checkpoint, {})
+    assert tokenizer.encode("<x><y></s><z>") == [377, 378, 2, 379]
+    assert tokenizer.special_ids >= {377, 378, 2, 379}
+
+
 def test_flags_of_a_special_token_stay(checkpoint: Path) -> None:
     content = json.loads((checkpoint / "tokenizer.json").read_text())
     content["added_tokens"][2]["rstrip"] = True
