@@ -40,6 +40,7 @@ def plan_lines(plan: Plan, *, threads: int, window_bytes: int, spread: Forecast 
 def note_lines(plan: Plan) -> list[str]:
     """What a user should know of a plan before it is carried out."""
     lines = [f"warning: {rule}" for rule in plan.unmatched]
+    lines += [f"note: {note}" for note in plan.notes]
     if plan.unsupported is not None:
         lines.append(f"warning: podquant does not run {plan.unsupported} yet: convert refuses it")
     if plan.redundant is not None:

@@ -15,19 +15,24 @@ import numpy as np
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.quantization import Quantization, Stored
 from podquant.checkpoint.reader import read_rows, read_whole
+from podquant.checkpoint.scales import refuse_wrong_scales
+from podquant.checkpoint.undeclared import CODES
 from podquant.dtypes import BY_DISK_NAME, BY_NAME
-from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.errors import CheckpointError
 from podquant.storage.store import Store
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_CODES = ("I8", "F8_E4M3", "F8_E5M2", "U8", "I32")
-"""Types on disk that only the codes of a quantized matrix have."""
-
-_LEAVES = frozenset(
-    {"weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "qweight", "qzeros"}
+_LEAVES = (
+    "qweight",
+    "qzeros",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_shape",
+    "weight_zero_point",
 )
-"""Last parts of names that only quantized checkpoints have."""
+"""Last parts of the names of what a quantized matrix is stored in, beside `weight`."""
 
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 _SIGN = np.uint8(0x80)
@@ -68,7 +73,7 @@ def find_quantized(
     found: dict[str, QuantizedWeight] = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed" or (leaf == "weight" and len(info.shape) >= 2 and info.dtype.disk in _CODES):
+        if leaf == "weight_packed" or (leaf == "weight" and len(info.shape) >= 2 and info.dtype.disk in CODES):
             stored = quantization.stored(module)
             if stored is None:
                 raise CheckpointError(
@@ -86,24 +91,9 @@ def find_quantized(
     return found
 
 
-def refuse_undeclared(tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Refuse what is quantized by what it holds though config.json says nothing of it; served plain it would be noise.
-
-    Raises:
-        UnsupportedModelError: names the tensor.
-    """
-    for name, info in tensors.items():
-        leaf = name.rpartition(".")[2]
-        if leaf in _LEAVES or (leaf == "weight" and len(info.shape) >= 2 and info.dtype.disk in _CODES):
-            raise UnsupportedModelError(
-                f"{where}: holds {name}, as a quantized checkpoint does ({info.dtype.disk}), but config.json "
-                "has no quantization_config. Copy config.json again, or take the original checkpoint"
-            )
-
-
 def parts_of(module: str) -> tuple[str, ...]:
     """Names of all tensors that a quantized matrix may be stored in."""
-    return tuple(f"{module}.{leaf}" for leaf in ("weight", *sorted(_LEAVES)))
+    return tuple(f"{module}.{leaf}" for leaf in ("weight", *_LEAVES))
 
 
 def read_codes(store: Store, weight: QuantizedWeight, start: int, stop: int, out: Array) -> Array:
@@ -119,23 +109,31 @@ def read_codes(store: Store, weight: QuantizedWeight, start: int, stop: int, out
 
 
 def read_scales(store: Store, weight: QuantizedWeight, start: int, stop: int) -> Array:
-    """Rows `[start, stop)` of the scales, [stop - start, `scales_shape[1]`] in their type on disk.
-
-    Raises:
-        CheckpointError: one is not a number, or infinite.
-    """
+    """Rows `[start, stop)` of the scales, [stop - start, `scales_shape[1]`] in their type on disk."""
     info = weight.scales
     if weight.has_one_scale:
-        values = np.broadcast_to(read_whole(store, info).reshape(1, 1), (stop - start, 1))
-    else:
-        values = read_rows(store, info, start, stop).reshape(stop - start, weight.scales_shape[1])
-    wrong = np.flatnonzero(~np.isfinite(values.astype(np.float32)).all(axis=1))
-    if wrong.size:
-        raise CheckpointError(
-            f"{store.uri}/{info.file}: {info.name}: row {start + int(wrong[0])} holds a scale that is not finite. "
-            "Copy the checkpoint again"
-        )
-    return values
+        return np.broadcast_to(read_whole(store, info).reshape(1, 1), (stop - start, 1))
+    return read_rows(store, info, start, stop).reshape(stop - start, weight.scales_shape[1])
+
+
+def check_scales(store: Store, weight: QuantizedWeight, start: int, scales: Array) -> None:
+    """Refuse wrong scales, of rows from `start` on as `read_scales` gives them; reads codes where one is 0.
+
+    Raises:
+        CheckpointError: as `refuse_wrong_scales` says.
+    """
+    rows, columns = weight.shape
+    dtype, block = BY_NAME[weight.stored.scheme.weight_dtype].numpy, weight.stored.scheme.weight_block_size
+    if weight.has_one_scale:
+        block, scales = weight.shape, scales[:1]
+        start = 0
+
+    def codes(first: int, last: int) -> Array:
+        out = np.empty((min(last, rows) - first, columns), dtype)
+        return read_codes(store, weight, first, min(last, rows), out)
+
+    where = f"{store.uri}/{weight.scales.file}: {weight.scales.name}"
+    refuse_wrong_scales(scales, start, where, codes, block, CheckpointError)
 
 
 def _weight(

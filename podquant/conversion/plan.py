@@ -43,6 +43,7 @@ class Plan:
         redundant: a tied lm_head stored beside its embedding: left out, after checking that the two are equal.
         further: layers that predict further tokens, which are left out, by name.
         copied: files copied unchanged → size.
+        notes: what a user should know before it is carried out, a sentence each.
         tp_size: slices that a tensor is cut into.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     redundant: tuple[TensorInfo, TensorInfo] | None
     copied: Mapping[str, int]
     further: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     tp_size: int = 1
 
     @property
@@ -128,7 +130,7 @@ def plan_conversion(
     modules = {name: decisions[name] for name in contents.modules}
     tensors = _plan_tensors(checkpoint, contents, modules, tp_size)
     runs = list(_runs(tensors, unit_bytes or _unit_bytes(tensors)))
-    config = dict(checkpoint.config)
+    config, notes = _without_lost_code(checkpoint)
     section = quantization_config(modules, tied=contents.tied)
     if section is not None:
         config["quantization_config"] = section
@@ -144,8 +146,26 @@ def plan_conversion(
         redundant=contents.redundant,
         copied={name: checkpoint.store.size(name) for name in checkpoint.other_files},
         further=contents.further,
+        notes=(*checkpoint.notes, *notes),
         tp_size=tp_size,
     )
+
+
+def _without_lost_code(checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """config.json for the artifact, without an `auto_map` whose code is not there to be copied; and what to say of it.
+
+    Code of another repository (`org/name--module.Class`) needs no file here.
+    """
+    config = dict(checkpoint.config)
+    classes = config.get("auto_map")
+    if not isinstance(classes, dict):
+        return config, ()
+    local = [name.partition(".")[0] + ".py" for name in classes.values() if isinstance(name, str) and "--" not in name]
+    lost = sorted({file for file in local if file not in checkpoint.other_files})
+    if not lost:
+        return config, ()
+    del config["auto_map"]
+    return config, (f"auto_map of config.json is left out: its code, {', '.join(lost)}, is not in the checkpoint",)
 
 
 def _plan_tensors(

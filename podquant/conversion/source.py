@@ -14,7 +14,6 @@ from podquant.artifact.naming import module_of
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import quant_method
-from podquant.checkpoint.quantized import refuse_undeclared
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.modules import kind_of
 from podquant.families.registry import is_tied
@@ -113,7 +112,6 @@ def _refuse_quantized(where: str, checkpoint: Checkpoint) -> None:
             f"{where}: already quantized: config.json has {method}. Nothing is gained by quantizing it again: serve it "
             "as it is (podquant serve), or convert the original in bfloat16, float16 or float32"
         )
-    refuse_undeclared(checkpoint.tensors, where)
 
 
 def _check_layers(where: str, config: Mapping[str, Any], matrices: Mapping[str, TensorInfo]) -> None:

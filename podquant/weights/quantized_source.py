@@ -16,7 +16,14 @@ from podquant.artifact.naming import scales_of, weight_of
 from podquant.checkpoint.check import Held
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import Quantization
-from podquant.checkpoint.quantized import QuantizedWeight, find_quantized, parts_of, read_codes, read_scales
+from podquant.checkpoint.quantized import (
+    QuantizedWeight,
+    check_scales,
+    find_quantized,
+    parts_of,
+    read_codes,
+    read_scales,
+)
 from podquant.checkpoint.reader import read_rows
 from podquant.config.rules import QuantizationConfig
 from podquant.config.scheme import Scheme
@@ -169,7 +176,9 @@ class QuantizedSource:
         if weight := self._scales.get(tensor):
             if weight.has_one_scale:
                 return np.broadcast_to(self._one_scale(tensor, weight), (stop - start, 1))
-            return read_scales(self.store, weight, start, stop)
+            scales = read_scales(self.store, weight, start, stop)
+            check_scales(self._checkpoint.store, weight, start, scales)
+            return scales
         info = self._checkpoint.tensors[tensor]
         return read_rows(self.store, info, start, stop, empty((stop - start, *info.shape[1:]), info.dtype.numpy))
 
@@ -178,6 +187,7 @@ class QuantizedSource:
         with self._lock:
             if tensor not in self._single:
                 self._single[tensor] = read_scales(self._checkpoint.store, weight, 0, 1)
+                check_scales(self._checkpoint.store, weight, 0, self._single[tensor])
             return self._single[tensor]
 
     def read_quantized(self, module: str, start: int, stop: int) -> QArray:

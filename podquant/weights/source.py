@@ -19,8 +19,8 @@ from podquant.artifact.reader import Artifact
 from podquant.checkpoint.check import Held, check_headers
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import read_quantization
-from podquant.checkpoint.quantized import refuse_undeclared
 from podquant.checkpoint.reader import read_rows
+from podquant.checkpoint.scales import refuse_wrong_scales
 from podquant.config.rules import QuantizationConfig, Resolution
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
@@ -110,7 +110,6 @@ class CheckpointSource:
     """
 
     def __init__(self, checkpoint: Checkpoint, rules: QuantizationConfig | None) -> None:
-        refuse_undeclared(checkpoint.tensors, checkpoint.store.uri)
         self._checkpoint = checkpoint
         self.store = RecordingStore(checkpoint.store, lambda file: checkpoint.store.known_crc32c(file) is not None)
         self.resolution: Resolution | None = None
@@ -197,6 +196,8 @@ class ArtifactSource:
     def __init__(self, artifact: Artifact) -> None:
         self.store = RecordingStore(artifact.store, lambda file: True)
         self._artifact = replace(artifact, store=self.store)
+        self._unrecorded = artifact
+        self._codes = {entry.scales: name for name, entry in artifact.tensors.items() if entry.scales is not None}
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -246,7 +247,19 @@ class ArtifactSource:
         entry = self._artifact.tensors[tensor]
         inner = entry.shape[1:] if columns is None else (columns[1] - columns[0],)
         out = empty((stop - start, *inner), entry.dtype.numpy)
-        return self._artifact.read_rows(tensor, start, stop, out, columns)
+        rows = self._artifact.read_rows(tensor, start, stop, out, columns)
+        if (codes := self._codes.get(tensor)) is not None:
+            self._check_scales(tensor, codes, start, rows)
+        return rows
+
+    def _check_scales(self, tensor: str, codes: str, start: int, scales: Array) -> None:
+        entry = self._artifact.tensors[codes]
+        block = entry.scheme.weight_block_size if entry.scheme else None
+
+        def read_codes(first: int, last: int) -> Array:
+            return self._unrecorded.read_rows(codes, first, min(last, entry.shape[0]))
+
+        refuse_wrong_scales(scales, start, f"{self._artifact.uri}: {tensor}", read_codes, block, ArtifactError)
 
     def read_quantized(self, module: str, start: int, stop: int) -> QArray:
         raise AssertionError(f"{module} is quantized already")

@@ -16,17 +16,22 @@ from podquant.errors import CheckpointError, UnsupportedModelError
 MATRIX = np.ones((96, 32), np.float32)
 BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
     (
-        {},
+        {"lm_head.qweight": np.ones((96, 1), np.float32)},
         {"quantization_config": {"quant_method": "awq"}},
         UnsupportedModelError,
         "quantization_config with .* awq.* serve it",
     ),
-    ({}, {"compression_config": {"bits": 4}}, UnsupportedModelError, "compression_config with .* an unnamed method"),
+    (
+        {"lm_head.qweight": np.ones((96, 1), np.float32)},
+        {"compression_config": {"bits": 4}},
+        UnsupportedModelError,
+        "compression_config with .* an unnamed method",
+    ),
     (
         {"lm_head.weight_scale": np.ones((96, 1), np.float32)},
         {},
         UnsupportedModelError,
-        "holds lm_head.weight_scale, as a quantized checkpoint does",
+        "holds lm_head.weight_scale F32 .*, as a checkpoint quantized by compressed-tensors does",
     ),
     ({}, {"num_hidden_layers": 3}, CheckpointError, r"layer model.layers.2 is missing: .* num_hidden_layers: 3"),
     (

@@ -240,7 +240,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     scales[7] = np.nan
     write_file(place / "model.safetensors", {**tensors, "model.layers.0.mlp.up_proj.weight_scale": scales})
     source = open_source(str(place))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*up_proj\.weight_scale: row 7 .* not finite"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*up_proj\.weight_scale: .* got nan in row 7"):
         load(source, 1)
     source.close()
 
@@ -248,7 +248,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["int8", "packed", "inverse"])
 def test_quantized_without_a_word_of_it_is_refused(tmp_path: Path, form: str) -> None:
     place, _ = write_pair(GOLDENS / "llama", tmp_path, {}, FORMS[form][1])
-    with pytest.raises(UnsupportedModelError, match=r"as a quantized checkpoint does \(\w+\), but config\.json has no"):
+    with pytest.raises(UnsupportedModelError, match=r"as a checkpoint quantized by .* does, but config\.json has no"):
         open_source(str(place))
 
 

@@ -30,10 +30,21 @@ FILES = (
     "*.model",
     "*.tiktoken",
     "*.txt",
+    "*.py",
+    "*.md",
+    "*.png",
+    "*.jpg",
+    "*.jpeg",
+    "*.svg",
+    "*.webp",
+    "*.gif",
     "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
     "NOTICE*",
+    "USE_POLICY*",
 )
-"""Weights, configuration and tokenizer. A `*` matches a `/` too."""
+"""Weights, configuration, tokenizer, and what goes along with a model. A `*` matches a `/` too."""
 
 NOT_CACHED = "NotCached"
 UNREACHABLE = "Unreachable"
