@@ -17,6 +17,7 @@ import numpy as np
 
 from podquant.artifact.documents import encode_json
 from podquant.artifact.manifest import OutputFile
+from podquant.checkpoint.fingerprint import content_ids
 from podquant.checkpoint.index import Checkpoint
 from podquant.conversion.plan import Plan
 from podquant.conversion.receipts import Receipt, decode_receipt
@@ -62,13 +63,21 @@ def resume(
 
 
 def _describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """All that the bytes of units depend on."""
+    """All that the bytes of units depend on.
+
+    A file that was written again since is refused even where its samples are the same: units that are done were made of
+    all of it.
+    """
+    ids = content_ids(checkpoint)
     schemes = {name: None if each.scheme is None else asdict(each.scheme) for name, each in plan.modules.items()}
     return {
         "podquant": version("podquant"),
         "source": plan.source.name,
         "tp_size": plan.tp_size,
-        "files": {name: [info.header_sha256, info.version] for name, info in checkpoint.files.items()},
+        "files": {
+            name: {"header": info.header_sha256, "content": ids[name], "version": info.version}
+            for name, info in checkpoint.files.items()
+        },
         "rules": schemes,
         "units": {unit.file: unit.bytes_out for unit in plan.units},
     }
@@ -94,7 +103,12 @@ def _difference(what: str, before: Any, now: Any) -> str:
     changed = [name for name in {**before, **now} if before.get(name, ...) != now.get(name, ...)]
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     if what == "files":
-        return f"the source has changed in {changed[0]}{more}"
+        was, is_ = before.get(changed[0]), now.get(changed[0])
+        if not isinstance(was, dict) or not isinstance(is_, dict) or was.get("header") != is_["header"]:
+            return f"the source has changed in {changed[0]}{more}"
+        if was.get("content") != is_["content"]:
+            return f"the source has other weights in {changed[0]}{more}, with the same names and shapes"
+        return f"the source was written again since: {changed[0]}{more}"
     was, is_ = (_shown(each.get(changed[0])) for each in (before, now))
     return f"{what} differ: {changed[0]}{more} was {was}, is {is_}"
 

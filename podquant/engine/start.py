@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -29,6 +29,7 @@ from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import Exchange, advise, exchange_over, make_mesh
 from podquant.storage.hub.ids import download_model, is_offline
+from podquant.storage.places import SCHEME_HUB
 from podquant.tokenizer.tokenizer import FILES, Tokenizer
 from podquant.weights.load import load_weights
 from podquant.weights.source import WeightSource, open_source
@@ -48,7 +49,12 @@ OnLoad = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Opened:
-    """A model found and checked, of which nothing is loaded yet; a context manager that lets go of its files."""
+    """A model found and checked, of which nothing is loaded yet; a context manager that lets go of its files.
+
+    Attributes:
+        options: as given, but for the revision of a model on the Hugging Face hub, which is a commit now: whoever opens
+            a model by them has the same files, wherever the branch points by then.
+    """
 
     options: EngineOptions
     source: WeightSource
@@ -77,7 +83,11 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
     """
     _check(options)
     rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
-    source = open_source(_locate(options, by_ranges=by_ranges), rules)
+    uri, revision = _locate(options, by_ranges=by_ranges)
+    source = open_source(uri, rules)
+    if source.store.uri.startswith(SCHEME_HUB):
+        revision = source.store.uri.rpartition("@")[2]
+    options = replace(options, revision=revision or options.revision)
     try:
         config = read_model_config(source.config, source.tensors, f"{source.store.uri}/config.json")
         _check_context(options, config)
@@ -195,13 +205,17 @@ def load_tokenizer(opened: Opened) -> Tokenizer | None:
         return Tokenizer.load(Path(folder), opened.source.config, vocab_size=opened.config.vocab_size, where=store.uri)
 
 
-def _locate(options: EngineOptions, *, by_ranges: bool) -> str:
-    path = options.model_path
+def _locate(options: EngineOptions, *, by_ranges: bool) -> tuple[str, str | None]:
+    """Where the model is, and the commit of one that was downloaded. A revision counts more than the one in hf://…@…."""
+    path, revision = options.model_path, options.revision
+    if path.startswith(SCHEME_HUB) and revision is not None:
+        return f"{path.partition('@')[0]}@{revision}", None
     if "://" in path or Path(path).expanduser().exists():
-        return path
+        return path, None
     if by_ranges and options.download_dir is None and not is_offline():
-        return f"hf://{path}" + (f"@{options.revision}" if options.revision else "")
-    return download_model(path, revision=options.revision, directory=options.download_dir).path
+        return f"{SCHEME_HUB}{path}" + (f"@{revision}" if revision else ""), None
+    snapshot = download_model(path, revision=revision, directory=options.download_dir)
+    return snapshot.path, snapshot.name.rpartition("@")[2]
 
 
 def _check(options: EngineOptions) -> None:

@@ -8,42 +8,61 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import podquant
+from podquant.checkpoint.fingerprint import Fingerprint, differs
 from podquant.engine.options import EngineOptions
 from podquant.weights.source import WeightSource
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes")
 
 
-def fingerprints(source: WeightSource, options: EngineOptions) -> dict[str, str]:
-    """Digests of `weights`, `config` (of model and engine) and `code`: equal on hosts that may serve together.
+@dataclass(frozen=True)
+class Fingerprints:
+    """What a process would compute with.
+
+    Attributes:
+        weights: of the model.
+        config: a digest of config.json and the engine's options, but for where the model is found.
+        code: a digest of podquant's own files, and of the versions of what they compute with.
+    """
+
+    weights: Fingerprint
+    config: str
+    code: str
+
+
+def fingerprints(source: WeightSource, options: EngineOptions) -> Fingerprints:
+    """Of this process: equal on hosts that may serve together.
 
     Where a host finds the model is its own business: paths are left out.
+
+    Raises:
+        StorageError: the weights cannot be read.
     """
     engine = asdict(replace(options, model_path="", download_dir=None, quantization_config_path=None))
-    return {
-        "weights": source.fingerprint,
-        "config": _digest(json.dumps([source.config, engine], sort_keys=True).encode()),
-        "code": _code(),
-    }
+    config = _digest(json.dumps([source.config, engine], sort_keys=True).encode())
+    return Fingerprints(source.fingerprint, config, _code())
 
 
-def differences(mine: Mapping[str, str], theirs: Mapping[str, object]) -> list[str]:
-    """What two hosts do not have in common, in words; empty if nothing."""
-    return [
-        f"{name} (there {str(theirs.get(name))[:12]}, here {digest[:12]})"
-        for name, digest in mine.items()
-        if theirs.get(name) != digest
-    ]
+def differences(there: Fingerprints, here: Fingerprints, whose: str) -> list[str]:
+    """What is to be said of a process `there`, compared with the one `here`; empty if they may serve together.
+
+    Args:
+        whose: the process here: "rank 0's".
+    """
+    found = [f"its weights {text}"] if (text := differs(there.weights, here.weights, whose)) else []
+    for name in ("config", "code"):
+        others, mine = getattr(there, name), getattr(here, name)
+        if others != mine:
+            found.append(f"its {name} differs from {whose} (there {others[:12]}, here {mine[:12]})")
+    return found
 
 
 def _code() -> str:
-    """podquant's own files, and the versions of what they compute with."""
     root = Path(podquant.__file__).parent
     files = [(str(path.relative_to(root)), _digest(path.read_bytes())) for path in sorted(root.rglob("*.py"))]
     return _digest(json.dumps([files, [version(name) for name in _LIBRARIES]]).encode())

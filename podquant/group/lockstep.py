@@ -11,15 +11,17 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import jax
 import numpy as np
 
+from podquant.checkpoint.fingerprint import Fingerprint
 from podquant.engine.executor import Executor
 from podquant.engine.programs import Bucket
 from podquant.errors import ClusterError, ConfigError
-from podquant.group.fingerprint import differences
+from podquant.group.fingerprint import Fingerprints, differences
 from podquant.group.launch import Deadlines
 from podquant.group.wire import Array, Connection, Listener, Message, WireError, connect, encode
 
@@ -76,9 +78,7 @@ class Announcer:
                 return
 
 
-def gather(
-    listener: Listener, key: bytes, prints: Mapping[str, str], num_ranks: int, deadline: float
-) -> list[Connection]:
+def gather(listener: Listener, key: bytes, prints: Fingerprints, num_ranks: int, deadline: float) -> list[Connection]:
     """As rank 0: the connections of ranks 1 and up, once all are there and have the same to compute with.
 
     Args:
@@ -95,13 +95,15 @@ def gather(
 
     def welcome(caller: Connection) -> None:
         hello = caller.receive(timeout=max(0.1, end - time.monotonic())).body
-        rank, unlike = hello.get("rank"), differences(prints, hello.get("fingerprints") or {})
+        rank, theirs = hello["rank"], hello["fingerprints"]
+        theirs = Fingerprints(Fingerprint(**theirs["weights"]), theirs["config"], theirs["code"])
+        unlike = differences(theirs, prints, "rank 0's")
         with turn:
             if not isinstance(rank, int) or not 0 < rank < num_ranks or rank in came:
                 caller.send({"refused": f"rank {rank} of {num_ranks} is taken, or is none"})
                 caller.close()
             elif unlike:
-                text = f"rank {rank} refuses to join: it does not have rank 0's {', '.join(unlike)}"
+                text = f"rank {rank} refused: {'; '.join(unlike)}"
                 wrong.append(text)
                 caller.send({"refused": text})
                 caller.close()
@@ -124,7 +126,7 @@ def gather(
     raise ClusterError(f"rank {missing} has not come to the step channel within {deadline:g} s")
 
 
-def join(address: tuple[str, int], key: bytes, rank: int, prints: Mapping[str, str], deadline: float) -> Connection:
+def join(address: tuple[str, int], key: bytes, rank: int, prints: Fingerprints, deadline: float) -> Connection:
     """As another rank: the connection to rank 0.
 
     Raises:
@@ -132,7 +134,7 @@ def join(address: tuple[str, int], key: bytes, rank: int, prints: Mapping[str, s
         WireError: it is not there, or gives no answer within `deadline` seconds.
     """
     connection = connect(address, key, timeout=deadline)
-    connection.send({"rank": rank, "fingerprints": dict(prints)})
+    connection.send({"rank": rank, "fingerprints": asdict(prints)})
     answer = connection.receive(timeout=deadline).body
     if "refused" in answer:
         connection.close()

@@ -75,13 +75,14 @@ class GroupService:
         members = self._members
         with open_model(self._options, by_ranges=members.num_hosts > 1) as opened:
             tokenizer = load_tokenizer(opened)
+            options = opened.options  # at one commit for all processes, of all hosts and of every generation
         hosts: Mapping[int, Host] = {0: LocalHost(members.address[0] or "127.0.0.1", self._children), **self._remote}
         for placed in self._places.values():
             engine = RemoteEngine(self._options.model_path, tokenizer)
             on_load = (lambda done, total: None) if self._groups else self._on_load
             where = [hosts[host] for host, _ in placed]
             places = [place for _, place in placed]
-            self._groups.append(Group(places, where, self._options, members.deadlines, engine, on_load))
+            self._groups.append(Group(places, where, options, members.deadlines, engine, on_load))
         engines = [group.engine for group in self._groups]
         self.backend = engines[0] if len(engines) == 1 else Replicas(engines)
         if self._listener is not None:

@@ -98,6 +98,9 @@ class RecordingStore:
     def version(self, name: str) -> str:
         return self._store.version(name)
 
+    def content_id(self, name: str) -> str | None:
+        return self._store.content_id(name)
+
     def known_crc32c(self, name: str) -> int | None:
         return self._store.known_crc32c(name)
 

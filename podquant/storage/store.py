@@ -36,6 +36,10 @@ class Store(Protocol):
     def version(self, name: str) -> str:
         """What tells one file from a changed one of that name, without reading it; compared, never interpreted."""
 
+    def content_id(self, name: str) -> str | None:
+        """`kind:digits`, a checksum that the storage keeps of a file's bytes: equal wherever they are, whatever their
+        name and age; None where it keeps none."""
+
     def known_crc32c(self, name: str) -> int | None:
         """CRC32C of a whole file where the storage keeps it; None where it would have to be read."""
 

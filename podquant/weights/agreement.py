@@ -6,12 +6,14 @@ Every function here is called by all of them, in the same order.
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from typing import Any
 
 import jax
 import numpy as np
 
 from podquant import errors
+from podquant.checkpoint.fingerprint import Fingerprint, differs
 from podquant.model.mesh import Exchange
 from podquant.storage.runs import Run, adds_up, gaps, joined
 from podquant.weights.source import WeightSource
@@ -37,6 +39,29 @@ def agree(exchange: Exchange, failure: Exception | None) -> None:
         if text:
             kind, message = json.loads(text)
             raise getattr(errors, kind)(f"process {rank} of {len(heard)}: {message}")
+
+
+def check_same_weights(source: WeightSource, exchange: Exchange) -> None:
+    """Find out, before any weight is read, whether all processes are about to load the same ones.
+
+    Raises:
+        CheckpointError: a process has other weights than process 0, in every process; names it.
+        StorageError: a process cannot read its own, in every process.
+    """
+    if len(exchange(b"")) == 1:
+        return
+    mine, failure = Fingerprint("", ""), None
+    try:
+        mine = source.fingerprint
+    except errors.PodquantError as error:
+        failure = error
+    agree(exchange, failure)
+    first, *others = (Fingerprint(*json.loads(told)) for told in exchange(json.dumps(astuple(mine)).encode()))
+    for rank, other in enumerate(others, start=1):
+        if difference := differs(other, first):
+            raise errors.CheckpointError(
+                f"process {rank} of {len(others) + 1}: its weights {difference}. Give all of them the same model"
+            )
 
 
 def check_files(source: WeightSource, exchange: Exchange) -> None:

@@ -28,7 +28,7 @@ from podquant.artifact.naming import weight_of
 from podquant.families.declaration import declare
 from podquant.model.layout import Model
 from podquant.model.mesh import Exchange, exchange_over
-from podquant.weights.agreement import agree, check_files
+from podquant.weights.agreement import agree, check_files, check_same_weights
 from podquant.weights.expert_windows import (
     ExpertWindow,
     expert_windows,
@@ -87,13 +87,15 @@ def load_weights(
         The arrays in the order of `model.leaves`.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong shape; found before anything is read.
+        CheckpointError: a tensor is missing or has the wrong shape, or another process has other weights; found before
+            anything is read but samples.
         NonFiniteWeightError: a weight to quantize holds NaN or Inf.
         ArtifactError: bytes of an artifact are not those its manifest has a checksum of; names the file.
         StorageError: bytes could not be read, or are not those the storage has a checksum of.
     """
-    check_source(declare(model.config), source)
     exchange = exchange or exchange_over(model.mesh)
+    check_same_weights(source, exchange)
+    check_source(declare(model.config), source)
     modules = list(modules_of(model).values())
     module_of = {leaf: number for number, leaves in enumerate(modules) for leaf in leaves.values()}
     loaded: dict[int, jax.Array] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +12,7 @@ import numpy as np
 
 from podquant.artifact.naming import scales_of, weight_of
 from podquant.checkpoint.check import Held
+from podquant.checkpoint.fingerprint import Fingerprint, fingerprint
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import Quantization
 from podquant.checkpoint.quantized import (
@@ -126,10 +125,8 @@ class QuantizedSource:
         return sum(info.nbytes for info in self._checkpoint.tensors.values())
 
     @cached_property
-    def fingerprint(self) -> str:
-        files = sorted((name, info.size, info.header_sha256) for name, info in self._checkpoint.files.items())
-        schemes = sorted((module, repr(scheme)) for module, scheme in self._schemes.items())
-        return hashlib.sha256(json.dumps([files, schemes]).encode()).hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint(self._checkpoint, self._schemes)
 
     @property
     def wholes(self) -> Mapping[str, Whole]:

@@ -7,9 +7,9 @@ other software quantized is `runtime.quantized_source`'s.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from podquant.artifact.naming import MANIFEST, module_of, weight_of
 from podquant.artifact.reader import Artifact
 from podquant.checkpoint.check import Held, check_headers
+from podquant.checkpoint.fingerprint import Fingerprint, fingerprint
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import read_quantization
 from podquant.checkpoint.reader import read_rows
@@ -70,8 +71,12 @@ class WeightSource(Protocol):
         """The error to raise when the bytes read of one of these files do not have its checksum."""
 
     @property
-    def fingerprint(self) -> str:
-        """A digest of what will be loaded: equal where the weights are equal. No tensor is read for it."""
+    def fingerprint(self) -> Fingerprint:
+        """Of what will be loaded: tells it from other weights of the same names, shapes and types.
+
+        Raises:
+            StorageError: bytes cannot be read, of a checkpoint whose storage keeps no checksums.
+        """
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How a module's weight comes: quantized under a scheme, or plain."""
@@ -134,12 +139,10 @@ class CheckpointSource:
     def num_bytes(self) -> int:
         return sum(info.nbytes for info in self._checkpoint.tensors.values())
 
-    @property
-    def fingerprint(self) -> str:
-        files = sorted((name, info.size, info.header_sha256) for name, info in self._checkpoint.files.items())
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
         decisions = self.resolution.decisions if self.resolution else {}
-        schemes = sorted((module, repr(decided.scheme)) for module, decided in decisions.items())
-        return hashlib.sha256(json.dumps([files, schemes]).encode()).hexdigest()
+        return fingerprint(self._checkpoint, {module: decided.scheme for module, decided in decisions.items()})
 
     @property
     def wholes(self) -> Mapping[str, Whole]:
@@ -223,8 +226,9 @@ class ArtifactSource:
         )
 
     @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._artifact.manifest.encode()).hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        """The manifest holds the checksums of all files, wherever they are; loading checks that they have them."""
+        return Fingerprint(hashlib.sha256(self._artifact.manifest.encode()).hexdigest(), "manifest")
 
     def scheme_of(self, module: str) -> Scheme | None:
         tensor = self._artifact.tensors.get(weight_of(module))
@@ -285,6 +289,7 @@ def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSour
         is_artifact = MANIFEST in store.list()
     finally:
         store.close()
+    uri = store.uri  # a branch of the hub is a commit now, and stays that
     if not is_artifact:
         return _open_checkpoint(uri, rules)
     artifact = Artifact.open(uri)

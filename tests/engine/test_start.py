@@ -12,6 +12,7 @@ import pytest
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import load_tokenizer, open_model, start_engine
 from podquant.errors import CheckpointError, ConfigError
+from tests.storage.kinds import storage
 from tests.tokenizer.conftest import byte_level
 from tests.tokenizer.vocabularies import trained_ranks, write_ranks
 
@@ -67,3 +68,18 @@ def test_every_form_of_vocabulary_is_found_beside_the_weights(checkpoint: Path) 
     assert tokenizer is not None
     assert tokenizer.encode("the<|im_end|>")[-1] == 322
     assert [tokenizer.apply_chat_template([], tools) for tools in (None, [{"name": "clock"}])] == ["plain", "tools"]
+
+
+@pytest.mark.parametrize("place", ["org/one", "hf://org/one", "hf://org/one@main"])
+def test_a_branch_of_the_hub_is_one_commit_for_all_who_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    with storage("hf", tmp_path, monkeypatch) as put:
+        put(GOLDEN, "one")
+        with open_model(EngineOptions(place, device="cpu"), by_ranges=True) as first:
+            assert first.options.revision is not None
+        put(GOLDEN, "one")  # a push in between
+        with open_model(replace(first.options, model_path=place), by_ranges=True) as other:
+            assert other.source.store.uri == first.source.store.uri == f"hf://org/one@{first.options.revision}"
+        with open_model(EngineOptions(place, device="cpu"), by_ranges=True) as later:
+            assert later.source.store.uri != first.source.store.uri

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from podquant.checkpoint.fingerprint import Fingerprint
+from podquant.engine.options import EngineOptions
 from podquant.engine.programs import Bucket
 from podquant.errors import ClusterError, ConfigError
+from podquant.group.fingerprint import Fingerprints, fingerprints
 from podquant.group.launch import Deadlines, new_nonce, step_key
 from podquant.group.lockstep import Announcer, follow, gather, join
 from podquant.group.wire import Connection, Listener, WireError
+from podquant.weights.source import open_source
+from tests.storage.kinds import KINDS, fine_tune, storage
+
+LLAMA = Path(__file__).parents[1] / "data" / "goldens" / "llama"
 
 SECRET = b"of the group"
-PRINTS = {"weights": "w" * 64, "config": "c" * 64, "code": "k" * 64}
+PRINTS = Fingerprints(Fingerprint("w" * 64, "samples"), "c" * 64, "k" * 64)
 DEADLINES = Deadlines(liveness=1.0)
 
 
@@ -77,18 +86,57 @@ def test_ranks_meet_whatever_strangers_do_meanwhile() -> None:
         connection.close()
 
 
-@pytest.mark.parametrize("what", list(PRINTS))
-def test_a_rank_with_something_else_refuses_to_join_and_says_what(what: str) -> None:
+def refused(theirs: Fingerprints, here: Fingerprints) -> str:
+    """What rank 1 is told, as rank 0 tells whoever started it."""
     key, joined = step_key(SECRET, new_nonce()), Results()
     with closing(Listener("127.0.0.1", 0)) as listener:
-        thread = joined.run(join, ("127.0.0.1", listener.port), key, 1, PRINTS | {what: "another"}, 5.0)
-        here = PRINTS[what][:12]
-        message = rf"rank 1 refuses to join: it does not have rank 0's {what} \(there another, here {here}\)"
-        with pytest.raises(ConfigError, match=message):
-            gather(listener, key, PRINTS, 2, 5.0)
+        thread = joined.run(join, ("127.0.0.1", listener.port), key, 1, theirs, 5.0)
+        with pytest.raises(ConfigError) as caught:
+            gather(listener, key, here, 2, 5.0)
         thread.join()
     assert isinstance(joined[0], ConfigError)
-    assert f"rank 0's {what}" in str(joined[0])
+    assert str(joined[0]) == str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (replace(PRINTS, weights=Fingerprint("x" * 64, "samples")), "weights differ from rank 0's (there x, here w)"),
+        (
+            replace(PRINTS, weights=Fingerprint("w" * 64, "crc32c")),
+            "weights cannot be compared with rank 0's: they are known there by crc32c, here by samples, because they "
+            "lie in different kinds of storage",
+        ),
+        (replace(PRINTS, config="x" * 64), "config differs from rank 0's (there x, here c)"),
+        (
+            replace(PRINTS, config="x" * 64, code="y" * 64),
+            "config differs from rank 0's (there x, here c); its code differs from rank 0's (there y, here k)",
+        ),
+    ],
+)
+def test_a_rank_with_something_else_is_refused_and_hears_why(theirs: Fingerprints, message: str) -> None:
+    for letter in "wxcyk":
+        message = message.replace(f" {letter},", f" {letter * 12},").replace(f" {letter})", f" {letter * 12})")
+    expected = f"rank 1 refused: its {message}. Give all hosts the same model, flags and podquant"
+    assert refused(theirs, PRINTS) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_with_another_fine_tune_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same model: names, sizes, headers and config.json are equal."""
+    other = fine_tune(LLAMA, tmp_path / "other")
+    options = EngineOptions("where each host has it", device="cpu")
+
+    def prints(uri: str) -> Fingerprints:
+        with closing(open_source(uri)) as source:
+            return fingerprints(source, options)
+
+    with storage(kind, tmp_path / "stored", monkeypatch) as put:
+        here, same, theirs = (prints(put(*each)) for each in ((LLAMA, "one"), (LLAMA, "copy"), (other, "two")))
+    assert here == same
+    assert refused(theirs, here).startswith("rank 1 refused: its weights differ from rank 0's (there ")
+    assert (theirs.config, theirs.code) == (here.config, here.code)
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

@@ -28,6 +28,8 @@ from podquant.engine.options import EngineOptions
 from podquant.engine.request import Request, SamplingParams
 from podquant.engine.start import start_engine
 from tests.group.hosts import Service, cmdline, is_alive, wait_until
+from tests.storage.hub.emulator import HubEmulator
+from tests.storage.kinds import fine_tune
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], list(range(20, 60))]
@@ -253,13 +255,11 @@ def test_a_stop_lets_requests_end_and_leaves_no_process(artifact: Path, cache: d
 
 
 @pytest.mark.parametrize("what", ["weights", "code"])
-def test_a_host_with_other_weights_or_code_refuses_to_join(
-    artifact: Path, cache: dict[str, str], tmp_path: Path, what: str
-) -> None:
+def test_a_host_with_other_weights_or_code_is_refused(cache: dict[str, str], tmp_path: Path, what: str) -> None:
     environment = {}
-    other = artifact
+    model = other = GOLDENS / "llama"
     if what == "weights":
-        other = make_artifact(GOLDENS / "llama", tmp_path / "other", "int8.yaml", 2)
+        other = fine_tune(model, tmp_path / "other")
     else:
         package = Path(__file__).parents[2] / "podquant"
         shutil.copytree(package, tmp_path / "code" / "podquant", ignore=shutil.ignore_patterns("__pycache__"))
@@ -267,12 +267,32 @@ def test_a_host_with_other_weights_or_code_refuses_to_join(
         changed = tmp_path / "code" / "podquant" / "dtypes.py"
         changed.write_text(changed.read_text() + "# another version\n")
         environment = {"PYTHONPATH": str(tmp_path / "code")}
-    with Service(artifact, 2, "--tp-size", "2", *FLAGS, folder=tmp_path, environment=cache, absent=[1]) as service:
+    verb = "differ" if what == "weights" else "differs"
+    with Service(model, 2, "--tp-size", "2", *FLAGS, folder=tmp_path, environment=cache, absent=[1]) as service:
         service.start(1, "--model-path", str(other), **environment)
         assert service.hosts[0].wait(60) == 1
         message = service.logs[0].read_text()
-        assert f"error: rank 1 refuses to join: it does not have rank 0's {what} (there " in message, service.said()
+        assert f"error: rank 1 refused: its {what} {verb} from rank 0's (there " in message, service.said()
         service.hosts[1].terminate()
+
+
+def test_a_push_to_the_hub_between_two_hosts_does_not_part_them(cache: dict[str, str], tmp_path: Path) -> None:
+    """Host 0 makes the branch a commit, for all hosts and generations."""
+    model = GOLDENS / "llama"
+    other = fine_tune(model, tmp_path / "other")
+    with HubEmulator() as hub:
+        commit = hub.push("org/name", {path.name: path.read_bytes() for path in model.iterdir()})
+        environment = cache | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        with Service(
+            "org/name", 2, "--tp-size", "2", *FLAGS, folder=tmp_path, environment=environment, absent=[1]
+        ) as s:
+            wait_until(lambda: bool(hub.requests("/api/models/.*/main")), 60, "host 0 has asked for main", s.said)
+            hub.push("org/name", {path.name: path.read_bytes() for path in other.iterdir()})
+            s.start(1)
+            s.wait_until_ready()
+            assert [s.complete(prompt) for prompt in PROMPTS] == expected_tokens(model)
+        assert len(hub.requests("/api/models/.*/main")) == 1
+        assert len(hub.requests(f"/api/models/.*/{commit}")) == 2  # the process of each host
 
 
 def test_a_host_that_never_comes_is_named(artifact: Path, tmp_path: Path) -> None:

@@ -314,7 +314,6 @@ def test_every_byte_in_a_bucket_is_checked(tmp_path: Path, monkeypatch: pytest.M
             publication.publish()
         here, there = open_source(str(place)), open_source("gs://b/model")
         assert there.wholes
-        assert here.fingerprint == there.fingerprint
         expected, found = load(here, 1)[1], load(there, 2)[1]
         here.close()
         there.close()

@@ -58,6 +58,10 @@ class GcsStore:
         info = self._info(name)
         return f"{info.size}-" + (info.generation if info.crc32c is None else f"{info.crc32c:08x}")
 
+    def content_id(self, name: str) -> str | None:
+        crc32c = self._info(name).crc32c
+        return None if crc32c is None else f"crc32c:{crc32c:08x}"
+
     def known_crc32c(self, name: str) -> int | None:
         return self._info(name).crc32c
 

@@ -61,6 +61,10 @@ class HubStore:
     def version(self, name: str) -> str:
         return self._file(name).content
 
+    def content_id(self, name: str) -> str | None:
+        """The SHA-256 of a large file, the id of its git blob of a small one."""
+        return self._file(name).content
+
     def known_crc32c(self, name: str) -> int | None:
         return None
 

@@ -66,6 +66,9 @@ class LocalStore:
         found = self._stat(name)
         return f"{found.st_size}-{found.st_mtime_ns}"
 
+    def content_id(self, name: str) -> str | None:
+        return None
+
     def known_crc32c(self, name: str) -> int | None:
         return None
 

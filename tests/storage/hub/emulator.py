@@ -51,7 +51,7 @@ class HubEmulator:
     """The service. Everything may be looked at and changed between requests."""
 
     def __init__(self) -> None:
-        self.models: dict[str, dict[str, bytes]] = {}
+        self.models: dict[str, dict[str, bytes]] = {}  # of any commit, where there is no "ID@COMMIT"
         self.revisions = {"main": COMMIT, COMMIT: COMMIT}
         self.log: list[Record] = []
         self.faults: list[Fault] = []
@@ -73,6 +73,14 @@ class HubEmulator:
     def fail(self, kind: str, request: str, **options: Any) -> None:
         """Add a fault."""
         self.faults.append(Fault(kind, request, **options))
+
+    def push(self, model: str, files: dict[str, bytes]) -> str:
+        """Make the main branch a new commit with these files of a model; older commits keep theirs."""
+        commit = f"{len(self.revisions):040x}"
+        self.revisions |= {"main": commit, commit: commit}
+        self.models[f"{model}@{commit}"] = files
+        self.models.setdefault(model, files)
+        return commit
 
     def requests(self, request: str) -> list[Record]:
         """The requests so far that match."""
@@ -113,17 +121,24 @@ class HubEmulator:
         assert found is not None, path
         if found[2] not in self.models:
             return _refusal(401, "RepoNotFound")
-        files = self.models[found[2]]
         if found[1]:
             commit = self.revisions.get(found[3].removesuffix("?blobs=true"))
-            return _refusal(404, "RevisionNotFound") if commit is None else _listing(commit, files)
+            if commit is None:
+                return _refusal(404, "RevisionNotFound")
+            return _listing(commit, self.models[self._at(found[2], commit)])
         commit, _, name = found[3].partition("/")
+        model = self._at(found[2], commit)
+        files = self.models[model]
         if commit not in self.revisions.values() or name not in files:
             return _refusal(404, "EntryNotFound")
-        link = f"{self.signature}/{found[2]}/{quote(name)}"
+        link = f"{self.signature}/{model}/{quote(name)}"
         if len(files[name]) >= _LARGE:
             return web.Response(status=302, headers={"Location": f"{self.cdn_url}/cdn/{link}"})
         return web.Response(status=307, headers={"Location": f"/cache/{link}"})
+
+    def _at(self, model: str, commit: str) -> str:
+        pushed = f"{model}@{commit}"
+        return pushed if pushed in self.models else model
 
     async def _send(self, request: web.Request, data: bytes, record: Record, fault: Fault | None) -> web.StreamResponse:
         asked = _RANGE.match(request.headers.get("Range", ""))
