@@ -21,7 +21,7 @@ from podquant.checkpoint.fingerprint import content_ids
 from podquant.checkpoint.index import Checkpoint
 from podquant.conversion.plan import Plan
 from podquant.conversion.receipts import Receipt, decode_receipt
-from podquant.conversion.task import receipt_name
+from podquant.conversion.task import receipt_name, refuse_changed
 from podquant.errors import ArtifactError, ArtifactExistsError
 from podquant.storage.publication import Publication
 from podquant.storage.records import Records
@@ -31,15 +31,41 @@ BEGUN = "begun.json"
 _READ_BYTES = 4 << 20
 
 
+def describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """All that the bytes of units depend on, as JSON's values.
+
+    The version of a file counts beside its content: samples are not all of it.
+
+    Raises:
+        StorageError: the source has changed since it was opened, or cannot be read.
+    """
+    refuse_changed(checkpoint.store, {name: info.version for name, info in checkpoint.files.items()})
+    ids = content_ids(checkpoint)
+    schemes = {name: None if each.scheme is None else asdict(each.scheme) for name, each in plan.modules.items()}
+    return {
+        "podquant": version("podquant"),
+        "source": plan.source.name,
+        "tp_size": plan.tp_size,
+        "files": {
+            name: {"header": info.header_sha256, "content": ids[name], "version": info.version}
+            for name, info in checkpoint.files.items()
+        },
+        "rules": schemes,
+        "units": {unit.file: unit.bytes_out for unit in plan.units},
+    }
+
+
 def resume(
-    checkpoint: Checkpoint, plan: Plan, publication: Publication, records: Records, *, overwrite: bool
+    now: Mapping[str, Any], plan: Plan, publication: Publication, records: Records, *, overwrite: bool
 ) -> dict[str, Receipt]:
     """The units that need not be done again, by name; removes all else that was left, and records what is converted.
+
+    Args:
+        now: what `describe` says of the plan.
 
     Raises:
         ArtifactExistsError: what was begun there is another conversion (with `overwrite`, that is given up).
     """
-    now = _describe(checkpoint, plan)
     documents = records.read()
     begun = documents.pop(BEGUN, None)
     differences = _differences(begun, now)
@@ -60,27 +86,6 @@ def resume(
     if differences:
         records.write(BEGUN, encode_json(now))
     return done
-
-
-def _describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """All that the bytes of units depend on.
-
-    A file that was written again since is refused even where its samples are the same: units that are done were made of
-    all of it.
-    """
-    ids = content_ids(checkpoint)
-    schemes = {name: None if each.scheme is None else asdict(each.scheme) for name, each in plan.modules.items()}
-    return {
-        "podquant": version("podquant"),
-        "source": plan.source.name,
-        "tp_size": plan.tp_size,
-        "files": {
-            name: {"header": info.header_sha256, "content": ids[name], "version": info.version}
-            for name, info in checkpoint.files.items()
-        },
-        "rules": schemes,
-        "units": {unit.file: unit.bytes_out for unit in plan.units},
-    }
 
 
 def _differences(begun: bytes | None, now: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from podquant.conversion.integrity import corrupted_files
 from podquant.conversion.memory import files_at_a_time
 from podquant.conversion.plan import Plan
 from podquant.conversion.receipts import Receipt, Seconds
-from podquant.conversion.resume import check_staged, resume
+from podquant.conversion.resume import check_staged, describe, resume
 from podquant.conversion.task import Setting, check_tied, do_unit, receipt_name
 from podquant.conversion.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
@@ -100,8 +100,9 @@ def convert(
     setting = Setting(
         checkpoint.store.uri, publication.staging, records, threads, window_bytes or checkpoint.store.window_bytes
     )
+    described = describe(checkpoint, plan)
     with publication:
-        receipts = resume(checkpoint, plan, publication, records, overwrite=overwrite)
+        receipts = resume(described, plan, publication, records, overwrite=overwrite)
         resumed = set(receipts)
         try:
             _check_space(publication.uri, plan, receipts)

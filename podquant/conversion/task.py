@@ -51,7 +51,7 @@ def do_unit(setting: Setting, unit: Unit, versions: Mapping[str, str], on_progre
         NonFiniteWeightError: names the tensor, the row and the file.
     """
     with closing(open_store(setting.source)) as store:
-        _refuse_changed(store, versions)
+        refuse_changed(store, versions)
         with Workbench(unit.tensors, threads=setting.threads, window_bytes=setting.window_bytes) as bench:
             receipt = convert_unit(store, unit, setting.staging.writer, bench, on_progress)
     setting.receipts.write(receipt_name(unit.file), receipt.encode())
@@ -63,7 +63,7 @@ def check_tied(
 ) -> tuple[Run, ...]:
     """Check that the first of two tied tensors, which is left out, equals the second. Returns what was read of it."""
     with closing(open_store(setting.source)) as store:
-        _refuse_changed(store, versions)
+        refuse_changed(store, versions)
         runs = check_equal(store, *tied, setting.window_bytes)
     on_progress(tied[0].nbytes)
     return runs
@@ -74,7 +74,8 @@ def receipt_name(unit: str) -> str:
     return f"{unit}.json"
 
 
-def _refuse_changed(store: Store, versions: Mapping[str, str]) -> None:
+def refuse_changed(store: Store, versions: Mapping[str, str]) -> None:
+    """Raise StorageError if a file is not of the version that it had when the conversion was planned."""
     for name, version in versions.items():
         if store.version(name) != version:
             raise StorageError(
