@@ -14,7 +14,7 @@ from podquant.artifact.verify import verify_artifact
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.convert.plan import plan_conversion
-from podquant.convert.run import Result, convert
+from podquant.convert.run import Conversion, convert
 from podquant.errors import ArtifactExistsError
 from tests.storage.kinds import KINDS, fine_tune, storage
 
@@ -23,7 +23,7 @@ class StoppedError(Exception):
     """The first run ends here."""
 
 
-def run(uri: str, target: Path, *, stop_after: int | None = None, **options: Any) -> Result:
+def run(uri: str, target: Path, *, stop_after: int | None = None, **options: Any) -> Conversion:
     """Convert in units of some kilobytes; `stop_after` so many bytes, raise StoppedError."""
     left = stop_after or 1 << 40
 
