@@ -13,8 +13,8 @@ import pytest
 from podquant.checkpoint import fingerprint as module
 from podquant.checkpoint.fingerprint import Fingerprint, content_ids, differs, fingerprint, sampled_ranges
 from podquant.checkpoint.index import Checkpoint
-from tests.convert.conftest import write_safetensors
-from tests.convert.header_sets import DEEPSEEK_V3, Shapes, deepseek_shapes, llama_shapes, write_header_set
+from tests.conversion.conftest import write_safetensors
+from tests.conversion.header_sets import DEEPSEEK_V3, Shapes, deepseek_shapes, llama_shapes, write_header_set
 from tests.storage.kinds import KINDS, fine_tune, storage
 
 LLAMA = Path(__file__).parents[1] / "data" / "goldens" / "llama"

@@ -13,8 +13,8 @@ import pytest
 from podquant.artifact.verify import verify_artifact
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import Conversion, convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import Conversion, convert
 from podquant.errors import ArtifactExistsError
 from tests.storage.kinds import KINDS, fine_tune, storage
 
@@ -96,7 +96,7 @@ def describe_otherwise(source: Any, begun: Path) -> None:
     [
         (touch, r"the source was written again since: model-00002-of-00002.safetensors\. Finish"),
         (lose, r"begun\.json is missing"),
-        (describe_otherwise, "what was begun is described in a way this version does not know"),
+        (describe_otherwise, r"begun\.json is not one that this version of podquant writes"),
     ],
 )
 def test_what_may_be_another_source_is_refused_by_name(

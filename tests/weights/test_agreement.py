@@ -11,8 +11,8 @@ import pytest
 
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
-from podquant.convert.plan import plan_conversion
-from podquant.convert.run import convert
+from podquant.conversion.plan import plan_conversion
+from podquant.conversion.run import convert
 from podquant.errors import CheckpointError, PodquantError, StorageError
 from podquant.model.mesh import Exchange
 from podquant.weights.agreement import check_same_weights
