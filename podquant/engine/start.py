@@ -22,9 +22,9 @@ from podquant.engine.pages import PagePool
 from podquant.engine.scheduler import Scheduler
 from podquant.errors import CapacityError, ConfigError
 from podquant.families.config import ModelConfig
+from podquant.families.layout import plan_layout
 from podquant.families.registry import read_model_config
 from podquant.model.attention import CHUNK_TOKENS
-from podquant.model.decoder import plan_layout
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import Exchange, advise, exchange_over, make_mesh

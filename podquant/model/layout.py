@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
+from podquant.families.layout import Layout, plan_layout
 from podquant.model.attention import CHUNK_TOKENS, CacheLayout, cache_layout
 from podquant.model.axes import spec_of
-from podquant.model.decoder import Decoder, Layout, SchemeOf, plan_layout
+from podquant.model.decoder import Decoder, SchemeOf
 from podquant.model.matmul import Numerics
 from podquant.model.parameter import Weight
 

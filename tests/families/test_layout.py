@@ -10,8 +10,8 @@ import pytest
 
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
+from podquant.families.layout import Layout, plan_layout
 from podquant.families.registry import read_model_config
-from podquant.model.decoder import Layout, plan_layout
 
 LLAMA = json.loads((Path(__file__).parents[1] / "data" / "goldens" / "llama" / "config.json").read_text())
 
