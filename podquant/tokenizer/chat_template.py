@@ -18,6 +18,10 @@ import jinja2.sandbox
 
 from podquant.errors import CheckpointError, RequestError
 
+_DEVELOPER = "developer"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What clients call the reasoning before an answer, in the order in which transformers looks for it."""
+
 
 class ChatTemplate:
     """One template, or several by name: `tool_use` serves requests with tools, `default` all others.
@@ -41,6 +45,7 @@ class ChatTemplate:
         self._where = where
         try:
             self._templates = {name: environment.from_string(text) for name, text in sources.items()}
+            self._know_developer = {name for name, text in sources.items() if _names_developer(environment, text)}
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
                 f"{where}: the chat template is not valid Jinja, line {error.lineno}: {error.message}. "
@@ -57,15 +62,25 @@ class ChatTemplate:
     ) -> str:
         """The prompt for `messages`; its special tokens are in it, so encode it without adding any.
 
+        A `developer` message is one of the `system` for a template that does not name that role. A field that is null
+        is left out, as transformers does, unless the template then fails.
+
         `extra` holds further variables the template may know, such as `enable_thinking`. Raises RequestError with the
         template's own words if it refuses the messages.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        variables = self._variables | dict(extra or {})
+        variables = {**self._variables, "documents": None, **(extra or {}), "tools": tools}
+        variables["add_generation_prompt"] = add_generation_prompt
+        chat = [_with_known_fields(message, name in self._know_developer) for message in messages]
+        without_nulls = [{key: value for key, value in message.items() if value is not None} for message in chat]
+        template = self._templates[name]
         try:
-            return self._templates[name].render(
-                **{**variables, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-            )
+            try:
+                return template.render({**variables, "messages": without_nulls})
+            except Exception:
+                if without_nulls == chat:
+                    raise
+                return template.render({**variables, "messages": chat})
         # whatever a stranger's template does with a stranger's messages is the request's error, not the server's
         except Exception as error:
             raise RequestError(
@@ -73,6 +88,19 @@ class ChatTemplate:
                 "Check roles, their order and the type of each content.",
                 "messages",
             ) from error
+
+
+def _names_developer(environment: jinja2.Environment, source: str) -> bool:
+    return any(node.value == _DEVELOPER for node in environment.parse(source).find_all(jinja2.nodes.Const))
+
+
+def _with_known_fields(message: Mapping[str, Any], knows_developer: bool) -> dict[str, Any]:
+    """The message with the role and the names of fields that templates know."""
+    known = dict(message)
+    if known.get("role") == _DEVELOPER and not knows_developer:
+        known["role"] = "system"
+    reasoning = next((known[name] for name in _REASONING if known.get(name) is not None), None)
+    return known if reasoning is None else {"thinking": reasoning, **known, "reasoning_content": reasoning}
 
 
 class _Generation(jinja2.ext.Extension):

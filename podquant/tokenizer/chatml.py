@@ -16,6 +16,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 """Qwen-7B-Chat's `chat` says so where the caller gives no system message."""
 
 _ROLES = ("system", "user", "assistant")
+_SAME = {"developer": "system"}
 
 
 class Mark(Enum):
@@ -71,6 +72,7 @@ def _parts(
 ) -> Iterator[str | Mark]:
     if tools:
         raise RequestError("This model's chat format (ChatML as Qwen's first generation has it) has no tools.", "tools")
+    messages = [{**message, "role": _SAME.get(message.get("role", ""), message.get("role"))} for message in messages]
     wrong = [message.get("role") for message in messages if message.get("role") not in _ROLES]
     if wrong:
         raise RequestError(

@@ -95,20 +95,46 @@ class TokenizerFiles:
         return ids
 
     def chat_template(self) -> ChatTemplate | None:
-        """That of chat_template.jinja (and additional_chat_templates/), tokenizer_config.json or chat_template.json."""
+        """That of chat_template.jinja, tokenizer_config.json or chat_template.json, the first of them that has one.
+
+        Files in additional_chat_templates/ go along under their names.
+        """
         path = self.directory / "chat_template.jinja"
-        if path.is_file():
-            named = {each.stem: each for each in self.directory.glob("additional_chat_templates/*.jinja")}
-            sources = {name: each.read_text(encoding="utf-8") for name, each in ({"default": path} | named).items()}
-            return ChatTemplate(sources, self.roles, f"{self.where}/{path.name}")
-        other = _read_json(self.directory / "chat_template.json", f"{self.where}/chat_template.json")
-        for name, values in (("tokenizer_config.json", self.settings), ("chat_template.json", other)):
-            source = values.get("chat_template")
-            if source:
-                if isinstance(source, list):
-                    source = {entry["name"]: entry["template"] for entry in source}
-                return ChatTemplate(source, self.roles, f"{self.where}/{name}")
-        return None
+        name, source = path.name, self._text(path) if path.is_file() else None
+        if source is None:
+            name, source = "tokenizer_config.json", self.settings.get("chat_template")
+        if not source:
+            name = "chat_template.json"
+            source = _read_json(self.directory / name, f"{self.where}/{name}").get("chat_template")
+        if not source:
+            return None
+        sources = _templates(source, f"{self.where}/{name}")
+        named = sorted(self.directory.glob("additional_chat_templates/*.jinja"))
+        return ChatTemplate(
+            sources | {each.stem: self._text(each) for each in named}, self.roles, f"{self.where}/{name}"
+        )
+
+    def _text(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(
+                f"{self.where}/{path.relative_to(self.directory)} is not UTF-8: {error}. Download it again."
+            ) from error
+
+
+def _templates(source: Any, where: str) -> dict[str, str]:
+    """Name → source of chat templates, given as one text, by name, or as a list of named ones."""
+    if isinstance(source, str):
+        return {"default": source}
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        source = {entry.get("name"): entry.get("template") for entry in source}
+    if not isinstance(source, dict) or not all(isinstance(text, str) for each in source.items() for text in each):
+        raise CheckpointError(
+            f"{where}: expected `chat_template` to be a text, or a list of objects with `name` and `template`, got "
+            f"{str(source)[:120]}. Download it again, or remove it; without one the model serves completions only."
+        )
+    return source
 
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
@@ -117,7 +143,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except ValueError as error:  # no UTF-8 either
         raise CheckpointError(f"{where} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected a JSON object, got {type(value).__name__}. Download it again.")

@@ -45,6 +45,60 @@ def test_a_request_cannot_replace_the_messages() -> None:
     assert template("{{ messages[0].content }}").render(HI, extra={"messages": []}) == "hi"
 
 
+ROLES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+STRICT = (
+    "{% for m in messages %}{% if m['role'] not in ['system', 'user'] %}{{ raise_exception('Unknown role') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "role"),
+    [
+        (ROLES, "system"),
+        (STRICT, "system"),
+        ("{# developer #}" + ROLES + "{{ '' if true else 'as a developer would' }}", "system"),
+        (ROLES + "{% if messages[0].role == 'developer' %}{% endif %}", "developer"),
+        (ROLES + '{% if messages[0]["role"] in ["system", "developer"] %}{% endif %}', "developer"),
+    ],
+)
+def test_a_developer_is_the_system_where_a_template_does_not_know_the_role(source: str, role: str) -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, *HI]
+    assert template(source).render(messages) == f"<{role}>Be brief.<user>hi"
+    assert messages[0]["role"] == "developer"
+
+
+def test_each_of_several_templates_tells_whether_it_knows_the_role() -> None:
+    both = template({"default": ROLES, "tool_use": ROLES + "{% set known = 'developer' %}"})
+    messages = [{"role": "developer", "content": "x"}]
+    assert both.render(messages) == "<system>x"
+    assert both.render(messages, [{"name": "clock"}]) == "<developer>x"
+
+
+def test_fields_that_are_null_are_left_out() -> None:
+    message = {"role": "assistant", "content": "b", "tool_calls": None, "refusal": None}
+    assert template("{{ messages[0].keys() | list }}").render([message]) == "['role', 'content']"
+
+
+def test_a_field_that_a_template_wants_null_is_left_in() -> None:
+    # as DeepSeek's have it
+    source = "{% if messages[0].content is none %}call{% else %}{{ messages[0].content + '' }}{% endif %}"
+    assert template(source).render([{"role": "assistant", "content": None, "tool_calls": []}]) == "call"
+
+
+@pytest.mark.parametrize("given", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("known", ["reasoning_content", "thinking"])
+def test_reasoning_has_the_name_that_a_template_knows(given: str, known: str) -> None:
+    message = {"role": "assistant", "content": "b", given: "hm"}
+    assert template("{{ messages[0]." + known + " }}").render([message]) == "hm"
+
+
+def test_tools_and_documents_are_none_where_there_are_none() -> None:
+    source = "{{ tools is none }} {{ documents is none }} {{ documents | length if documents }}"
+    assert template(source).render(HI) == "True True "
+    assert template(source).render(HI, extra={"documents": [{"text": "x"}]}) == "True False 1"
+
+
 @pytest.mark.parametrize(
     ("source", "match"),
     [

@@ -205,6 +205,35 @@ def test_chat_templates_are_read_from_every_file(checkpoint: Path) -> None:
     assert [tokenizer.apply_chat_template([], tools) for tools in (None, [{"name": "clock"}])] == ["jinja", "tools"]
 
 
+def test_templates_in_a_folder_go_along_with_that_of_the_settings(checkpoint: Path) -> None:
+    write(checkpoint, "tokenizer_config.json", {"chat_template": "settings"})
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    tokenizer = Tokenizer.load(checkpoint, {})
+    assert [tokenizer.apply_chat_template([], tools) for tools in (None, [{"name": "clock"}])] == ["settings", "tools"]
+
+
+def test_several_chat_templates_may_be_given_by_name(checkpoint: Path) -> None:
+    write(checkpoint, "tokenizer_config.json", {"chat_template": {"default": "a", "tool_use": "b"}})
+    assert Tokenizer.load(checkpoint, {}).apply_chat_template([], [{"name": "clock"}]) == "b"
+
+
+@pytest.mark.parametrize("source", [["x"], [{"name": "default"}], 7, {"default": ["x"]}])
+def test_chat_templates_of_the_wrong_kind_are_refused(checkpoint: Path, source: Any) -> None:
+    write(checkpoint, "tokenizer_config.json", {"chat_template": source})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: expected `chat_template` to be a text, or"):
+        Tokenizer.load(checkpoint, {})
+
+
+def test_files_that_are_no_text_are_refused(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8: .*Download it again"):
+        Tokenizer.load(checkpoint, {})
+    (checkpoint / "tokenizer_config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not valid JSON"):
+        Tokenizer.load(checkpoint, {})
+
+
 @pytest.mark.parametrize(
     ("tokenizer_config", "vocab_size", "match"),
     [

@@ -135,6 +135,11 @@ def test_a_chat_with_history_becomes_the_tokens_of_qwens_make_context(chat: Toke
     assert chat.encode_chat(messages[:3], add_generation_prompt=False)[-4:] == [NEWLINE, 0xC3, 0xA9, END]
 
 
+def test_a_developer_is_the_system_of_chatml(chat: Tokenizer) -> None:
+    chats = [[{"role": role, "content": "x"}, {"role": "user", "content": "y"}] for role in ("developer", "system")]
+    assert chat.encode_chat(chats[0]) == chat.encode_chat(chats[1])
+
+
 def test_what_chatml_does_not_know_is_refused(chat: Tokenizer) -> None:
     with pytest.raises(RequestError, match=r"has the roles system, user, assistant, got 'tool'") as raised:
         chat.encode_chat([{"role": "tool", "content": "x"}])
