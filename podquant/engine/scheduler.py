@@ -5,13 +5,16 @@ before it are not known yet. That works because a device runs its programs in or
 the device's own `last token` array, and pages or slots freed on the host can be handed out at once, since whatever
 still writes to them was dispatched earlier.
 
-Sequences run in the order of arrival. The ones that run always arrived before the ones that wait, so the oldest is
-never preempted, always has room (requests fit the whole pool, see `Limits`), and ends: nobody starves.
+Memory goes by the order of arrival: who arrived later is preempted for who arrived earlier, so the oldest is never
+preempted, always has room (requests fit the whole pool, see `Limits`), and ends: nobody starves. Time is shared: of
+several prompts, the oldest and the one with the least left take turns, so a short prompt never waits for all of a long
+one. A prompt of one chunk may also overtake those for which there is no memory yet; it gives back what it took when the
+first of them can have it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -25,6 +28,7 @@ class Sequence:
 
     Attributes:
         request: what was asked.
+        arrival: its place in the order of arrival.
         token_ids: the prompt and the generated tokens read back so far.
         pages: where its KV entries are: entry i in page `pages[i // page_size]`; empty while it waits.
         slot: its row of the device's `last token` array; -1 while it waits.
@@ -34,6 +38,7 @@ class Sequence:
     """
 
     request: Request
+    arrival: int
     token_ids: list[int]
     pages: list[int] = field(default_factory=list)
     slot: int = -1
@@ -49,6 +54,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Generated tokens read back so far."""
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens whose KV entries no step has been dispatched for."""
+        return len(self.token_ids) - self.num_computed
 
     @property
     def is_exhausted(self) -> bool:
@@ -88,12 +98,15 @@ class Scheduler:
     def __init__(self, pool: PagePool, *, max_running: int, chunk_size: int) -> None:
         self._pool = pool
         self._chunk_size = chunk_size
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: Sequence | None = None
+        # each in the order of arrival
+        self._waiting: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
+        self._num_added = 0
         self._free_slots = list(range(max_running - 1, -1, -1))
         self._num_unfinished = 0
         self._prefilled_last = False
+        self._prefilled_oldest = False
         self.num_preemptions = 0
 
     @property
@@ -104,7 +117,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Sequences with pages."""
-        return len(self._decoding) + (self._prefilling is not None)
+        return len(self._decoding) + len(self._prefilling)
 
     @property
     def has_work(self) -> bool:
@@ -113,8 +126,9 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request that fits the whole pool."""
-        sequence = Sequence(request, list(request.prompt_ids))
+        sequence = Sequence(request, self._num_added, list(request.prompt_ids))
         self._waiting.append(sequence)
+        self._num_added += 1
         self._num_unfinished += 1
         return sequence
 
@@ -164,35 +178,65 @@ class Scheduler:
             self._waiting.remove(sequence)
 
     def _schedule_prefill(self) -> Prefill | None:
-        sequence = self._prefilling or self._admit()
-        if sequence is None:
+        self._admit()
+        if not self._prefilling:
             return None
-        start, num_known = sequence.num_computed, len(sequence.token_ids)
-        length = min(self._chunk_size, num_known - start)
-        is_last = start + length == num_known
+        sequence = self._next_prompt()
+        start, length = sequence.num_computed, min(self._chunk_size, sequence.num_left)
         sequence.num_computed += length
-        self._prefilling = None if is_last else sequence
+        is_last = sequence.num_left == 0
         if is_last:
             sequence.num_in_flight += 1
-            self._decoding.append(sequence)
+            self._prefilling.remove(sequence)
+            insort(self._decoding, sequence, key=_arrival)
         return Prefill(sequence, start, length, is_last)
 
-    def _admit(self) -> Sequence | None:
-        """Give the first in the queue a slot and pages for all it has, if that leaves a page for each that runs.
+    def _next_prompt(self) -> Sequence:
+        """The oldest and the one with the least left take turns."""
+        oldest = self._prefilling[0]
+        shortest = min(self._prefilling, key=lambda sequence: sequence.num_left)  # of equals, the oldest
+        chosen = shortest if self._prefilled_oldest else oldest
+        self._prefilled_oldest = chosen is oldest
+        return chosen
+
+    def _admit(self) -> None:
+        """Give slots and pages to those that wait: in their order as far as there is room, then to short ones."""
+        while self._waiting and self._make_room(self._waiting[0]):
+            self._begin(self._waiting[0])
+        for sequence in self._waiting[1:]:
+            if not self._free_slots or self._pool.num_free <= self.num_running:
+                return
+            if len(sequence.token_ids) <= self._chunk_size and self._has_room(sequence):
+                self._begin(sequence)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there are a slot and pages for all it has, and beside them a page for each that runs.
 
         Without those spare pages the newcomer would soon be preempted and prefilled again.
         """
-        if not self._waiting or not self._free_slots:
-            return None
-        sequence = self._waiting[0]
-        num_pages = self._pool.num_pages_for(len(sequence.token_ids))
-        # a preempted sequence can be prefilled once all its tokens are known
-        if sequence.num_in_flight > 0 or num_pages + self.num_running > self._pool.num_free:
-            return None
-        self._waiting.popleft()
-        sequence.pages = self._pool.allocate(num_pages)
+        if not self._free_slots or sequence.num_in_flight > 0:  # it can be prefilled once all its tokens are known
+            return False
+        return self._pool.num_pages_for(len(sequence.token_ids)) + self.num_running <= self._pool.num_free
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """`_has_room`, after preempting those that arrived later if that is enough and needed."""
+        if self._has_room(sequence):
+            return True
+        later = [other for other in (*self._prefilling, *self._decoding) if other.arrival > sequence.arrival]
+        num_free = self._pool.num_free + sum(len(other.pages) for other in later)
+        num_pages = self._pool.num_pages_for(len(sequence.token_ids)) + self.num_running - len(later)
+        if not later or sequence.num_in_flight > 0 or num_pages > num_free:
+            return False
+        while not self._has_room(sequence):
+            self._preempt_latest()
+        return True
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Let a sequence that waits run, with pages for all it has."""
+        self._waiting.remove(sequence)
+        sequence.pages = self._pool.allocate(self._pool.num_pages_for(len(sequence.token_ids)))
         sequence.slot = self._free_slots.pop()
-        return sequence
+        insort(self._prefilling, sequence, key=_arrival)
 
     def _schedule_decode(self) -> Decode | None:
         position = 0
@@ -210,19 +254,20 @@ class Scheduler:
         return Decode(tuple(self._decoding)) if self._decoding else None
 
     def _preempt_latest(self) -> None:
-        """Send the running sequence that arrived last back to the front of the queue, to be prefilled again."""
-        sequence = self._prefilling or self._decoding[-1]
+        """Send the running sequence that arrived last back to the queue, to be prefilled again."""
+        sequence = max((*self._prefilling[-1:], *self._decoding[-1:]), key=_arrival)
         self._release(sequence)
         sequence.num_computed = 0
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_arrival)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         """Take pages and slot from a running sequence."""
-        if sequence is self._prefilling:
-            self._prefilling = None
-        else:
-            self._decoding.remove(sequence)
+        (self._prefilling if sequence in self._prefilling else self._decoding).remove(sequence)
         self._pool.free(sequence.pages)
         self._free_slots.append(sequence.slot)
         sequence.pages, sequence.slot = [], -1
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival

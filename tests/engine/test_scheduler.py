@@ -88,6 +88,7 @@ class Run:
     outputs: dict[str, list[int]] = field(default_factory=dict)
     sequences: dict[str, Sequence] = field(default_factory=dict)
     in_flight: deque[tuple[Prefill | Decode, list[int]]] = field(default_factory=deque)
+    oldest: Sequence | None = None
 
     def __post_init__(self) -> None:
         self.machine = Machine(self.pool.page_size)
@@ -128,9 +129,11 @@ class Run:
         assert len(held) + self.pool.num_free == self.pool.num_usable
         assert len(running) == self.scheduler.num_running <= self.max_running
         assert len({sequence.slot for sequence in running}) == len(running)
-        live = [sequence for sequence in self.sequences.values() if not sequence.finished and not sequence.is_exhausted]
-        # self.sequences is in the order of arrival
-        assert [sequence.slot >= 0 for sequence in live] == sorted((s.slot >= 0 for s in live), reverse=True)
+        # self.sequences is in the order of arrival; once it runs, the oldest keeps what it has
+        live = (s for s in self.sequences.values() if not s.finished and not (s.slot < 0 and s.is_exhausted))
+        oldest = next(live, None)
+        assert oldest is None or oldest is not self.oldest or oldest.slot >= 0
+        self.oldest = oldest if oldest is not None and oldest.slot >= 0 else None
         assert all(0 <= sequence.slot < self.max_running for sequence in running)
 
 
@@ -211,6 +214,74 @@ def test_chunks_and_decode_steps_take_turns() -> None:
         Prefill(second, 8, 2, is_last=True),
     ]
     assert scheduler.schedule() == Decode((first, second))
+
+
+def names(scheduler: Scheduler, count: int) -> str:
+    """Whose prompts the next prefill steps belong to, without the decode steps between them."""
+    found = ""
+    while len(found) < count:
+        step = scheduler.schedule()
+        assert step is not None
+        if isinstance(step, Prefill):
+            found += step.sequence.request.id[-1]
+    return found
+
+
+def test_a_short_prompt_waits_for_one_chunk_of_a_long_one_at_the_most() -> None:
+    _, scheduler = make_scheduler(num_pages=1000, chunk_size=4)
+    scheduler.add(make_request("long", 400, 10))
+    assert names(scheduler, 3) == "ggg"
+    scheduler.add(make_request("a", 3, 10))
+    assert names(scheduler, 3) == "agg"
+    scheduler.add(make_request("another long", 100, 10))
+    scheduler.add(make_request("b", 7, 10))
+    assert names(scheduler, 5) == "bgbgg"
+
+
+def test_a_long_prompt_has_every_other_prefill_step_however_many_short_ones_come() -> None:
+    _, scheduler = make_scheduler(num_pages=1000, chunk_size=4, max_running=4)
+    scheduler.add(make_request("long", 40, 1))
+    turns = ""
+    while turns.count("g") < 10:
+        scheduler.add(make_request("a", 3, 1))
+        turns += names(scheduler, 1)
+    assert turns == "ga" * 9 + "g"
+
+
+def test_of_prompts_as_long_the_first_is_prefilled_whole() -> None:
+    _, scheduler = make_scheduler(chunk_size=4)
+    for name in "abc":
+        scheduler.add(make_request(name, 12, 2))
+    assert names(scheduler, 9) == "aaabbbccc"
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_waits_for_memory_and_makes_room_for_it() -> None:
+    _, scheduler = make_scheduler(num_pages=13, page_size=4, chunk_size=8)
+    first = scheduler.add(make_request("a", 24, 3))
+    long = scheduler.add(make_request("long", 40, 2))
+    short = scheduler.add(make_request("b", 8, 20))
+    assert names(scheduler, 3) == "aba"
+    assert (long.slot, scheduler.num_waiting) == (-1, 1)
+    assert scheduler.schedule() == Decode((short,))
+    scheduler.finish(first)
+    assert names(scheduler, 1) == "g"
+    assert (short.slot, len(long.pages), scheduler.num_preemptions) == (-1, 10, 1)
+
+
+def test_a_long_prompt_that_waits_for_memory_is_not_overtaken_for_ever() -> None:
+    pool, scheduler = make_scheduler(num_pages=9, page_size=4, chunk_size=4, max_running=3)
+    run = Run(pool, scheduler, max_running=3, chunk_size=4, run_ahead=1, stop_token=-1)
+    run.add(make_request("r0", 20, 4))
+    run.add(make_request("long", 24, 4))
+    number = 1
+    while not run.sequences["long"].finished:
+        if scheduler.num_waiting < 5:
+            run.add(make_request(f"r{number}", 3, 6))
+            number += 1
+        run.advance()
+        assert number < 60
+    assert number > 6  # some have overtaken it
+    assert run.outputs["long"] == expected_tokens(run.sequences["long"].request, -1)
 
 
 def test_steps_run_ahead_of_their_tokens_but_never_past_the_limit() -> None:
