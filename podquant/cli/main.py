@@ -10,8 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
+import podquant
 from podquant.app.status import exit_status
 
 COMMANDS = {
@@ -44,7 +44,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description="Quantize a Hugging Face checkpoint on the TPU pod that will serve it, then serve it.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"podquant {version('podquant')}")
+    parser.add_argument("--version", action="version", version=f"podquant {podquant.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         subparser = commands.add_parser(

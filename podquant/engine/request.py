@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
+
+from podquant.errors import RequestError
 
 
 class FinishReason(enum.StrEnum):
@@ -17,14 +21,14 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop.
+    """How to choose tokens and when to stop. Raises RequestError, which names the field, for what cannot be.
 
     Attributes:
         max_tokens: tokens to generate at the most; 0 asks only for the log-probabilities of the prompt.
         min_tokens: no stop token, end token or stop string ends the output before this many tokens.
         temperature: 0 is greedy.
         top_p, top_k, min_p: 1.0, 0 (or -1) and 0.0 leave the distribution whole; applied in the order k, p, min_p.
-        seed: None draws one; the same seed repeats the output.
+        seed: 0 to 2**31 - 1; None draws one; the same seed repeats the output.
         stop: strings that end the output, themselves left out.
         stop_token_ids: tokens that end the output, beside the model's own end tokens.
         ignore_eos: the model's end tokens do not end the output.
@@ -45,6 +49,21 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._require(self.max_tokens >= 0, "max_tokens", "0 or more")
+        self._require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"0 to max_tokens ({self.max_tokens})")
+        self._require(0 <= self.temperature <= 100, "temperature", "0 to 100")
+        self._require(0 < self.top_p <= 1, "top_p", "above 0 and up to 1")
+        self._require(-1 <= self.top_k < 1 << 31, "top_k", "-1 to 2**31 - 1")
+        self._require(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        self._require(self.seed is None or 0 <= self.seed < 1 << 31, "seed", "0 to 2**31 - 1, or None")
+        self._require(isinstance(self.stop, tuple), "stop", "a tuple of strings")
+        self._require(isinstance(self.stop_token_ids, tuple), "stop_token_ids", "a tuple of token ids")
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise RequestError(f"{name}: expected {expected}, got {getattr(self, name)!r}.", name)
 
 
 @dataclass(frozen=True)
@@ -100,3 +119,18 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+
+    @classmethod
+    def join(cls, outputs: Sequence[Self]) -> Self:
+        """All news of a request, of which there is at least one, as if it had come at once."""
+        last = outputs[-1]
+        return cls(
+            last.request_id,
+            token_ids=tuple(token for output in outputs for token in output.token_ids),
+            text="".join(output.text for output in outputs),
+            logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+            prompt_logprobs=tuple(entry for output in outputs for entry in output.prompt_logprobs),
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            error=last.error,
+        )

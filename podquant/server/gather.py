@@ -16,22 +16,7 @@ async def gather(generation: Generation, num_sequences: int) -> list[Output]:
         async for batch in generation.news():
             for index, output in batch:
                 pieces[index].append(output)
-    return [merge(outputs) for outputs in pieces]
-
-
-def merge(outputs: list[Output]) -> Output:
-    """All news of a sequence as if it had come at once."""
-    last = outputs[-1]
-    return Output(
-        last.request_id,
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-        prompt_logprobs=tuple(entry for output in outputs for entry in output.prompt_logprobs),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        error=last.error,
-    )
+    return [Output.join(outputs) for outputs in pieces]
 
 
 def usage(num_prompt: int, num_generated: int) -> dict[str, int]:

@@ -6,10 +6,12 @@ import ast
 import asyncio
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import shlex
 import tomllib
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,7 @@ import httpx
 import pytest
 from ray.dashboard.modules.job import cli as ray_jobs
 
+import podquant
 from podquant.app.options import API_KEY_VARIABLE, SECRET_VARIABLE, flag_kinds
 from podquant.app.serve import engine_options, members_of
 from podquant.cli.main import COMMANDS, main
@@ -92,7 +95,7 @@ def _check(
             _check(rest, copied, places, scratch, is_infra)
         case ["pytest", *arguments] | ["python", "-m", "pytest", *arguments]:
             assert all((ROOT / path).exists() for path in arguments if path.startswith("tests"))
-        case ["ruff" | "mypy" | "lint-imports" as tool, *_]:
+        case ["ruff" | "mypy" | "lint-imports" | "deptry" as tool, *_]:
             assert tool in (ROOT / ".ci" / "run").read_text()
         case ["python", "-m", module, *arguments]:
             _script(ROOT / f"{module.replace('.', '/')}.py", arguments)
@@ -181,17 +184,30 @@ def test_yaml(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", of("python"))
 def test_python(block: Block) -> None:
-    """It compiles, what it imports is there, and classes that it calls have the arguments it gives."""
-    known: dict[str, Any] = {}
+    """It compiles, what it imports is there, and what it calls takes the arguments it gives."""
+    known: dict[str, Any] = {"engine": podquant.Engine}
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and node.module:
             module = importlib.import_module(node.module)
             known |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            called = known.get(node.func.id)
-            if dataclasses.is_dataclass(called):
-                names = {field.name for field in dataclasses.fields(called)}
-                assert {keyword.arg for keyword in node.keywords} <= names
+        elif isinstance(node, ast.Import):
+            known |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            assert hasattr(known[node.value.id], node.attr), ast.unparse(node)
+        if isinstance(node, ast.Call):
+            owner, _, name = ast.unparse(node.func).rpartition(".")
+            called = getattr(known.get(owner), name, None) if owner else known.get(name)
+            if podquant.__name__ in getattr(called, "__module__", ""):
+                assert {keyword.arg for keyword in node.keywords} <= _keywords(called), ast.unparse(node)
+
+
+def _keywords(called: Any) -> set[str]:
+    """What a class or function takes by name."""
+    if dataclasses.is_dataclass(called):
+        return {field.name for field in dataclasses.fields(called)}
+    names = set(inspect.signature(called).parameters)
+    unpacked = [hint for hint in typing.get_type_hints(called).values() if typing.get_origin(hint) is typing.Unpack]
+    return names.union(*(typing.get_type_hints(typing.get_args(hint)[0]) for hint in unpacked))
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:

@@ -315,6 +315,13 @@ def test_the_entrypoint_is_in_the_image_and_its_file_in_the_pod(name: str) -> No
     assert (ROOT / "jobs" / Path(script).name).exists()
 
 
+def test_images_are_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    texts = [(INFRA / "kuberay" / f"{name}.yaml").read_text() for name in CLUSTERS]
+    assert {tag for text in texts for tag in re.findall(r"podquant/podquant:(\S+)", text)} == {version}
+    assert set(re.findall(r"podquant/podquant:(\S+)", (INFRA / "README.md").read_text())) == {version}
+
+
 def test_ray_is_of_one_version() -> None:
     (version,) = re.findall(r"^ARG RAY_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert {cluster_of(name)["rayVersion"] for name in CLUSTERS} == {version}

@@ -1,0 +1,50 @@
+"""The fields of the options as keywords of the library's functions, for type checkers and editors.
+
+The dataclasses say what they mean and what is left out means; a test holds that the two have the same names and types.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from podquant.engine.options import Device
+
+
+class EngineKeywords(TypedDict, total=False):
+    """Fields of `EngineOptions` beside the model."""
+
+    quantization_config_path: str | None
+    tp_size: int
+    ep_size: int
+    device: Device
+    dtype: Literal["auto", "bfloat16", "float32"]
+    max_running_requests: int
+    max_waiting_requests: int
+    max_total_tokens: int | None
+    context_length: int | None
+    chunked_prefill_size: int
+    page_size: int
+    mem_fraction_static: float
+    random_seed: int
+    skip_tokenizer_init: bool
+    skip_server_warmup: bool
+    max_logprobs: int
+    revision: str | None
+    download_dir: str | None
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """Fields of `SamplingParams`."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
