@@ -20,7 +20,7 @@ def test_the_wheel_is_typed_and_whole(tmp_path: Path) -> None:
 
     (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = set(zipfile.ZipFile(path).namelist())
-    shipped = {path for path in (ROOT / "podquant").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    shipped = {path for path in (ROOT / "podquant").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert "podquant/py.typed" in names
     assert {str(path.relative_to(ROOT)) for path in shipped} <= names
     assert {f"podquant/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")} <= names
