@@ -44,7 +44,7 @@ class _Client:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
 
-class Engine:
+class LocalEngine:
     """Serves one model, in this process; a `Backend`.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Self
 import jax
 
 from podquant.config.rules import load_quantization_config
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Announce, Executor
 from podquant.engine.limits import Limits
 from podquant.engine.options import EngineOptions
@@ -137,8 +137,8 @@ def start_executor(
     return executor, shape
 
 
-def start_engine(options: EngineOptions, on_load: OnLoad = lambda done, total: None) -> Engine:
-    """Open, load and compile a model in this process; `Engine.start` then begins to serve.
+def start_engine(options: EngineOptions, on_load: OnLoad = lambda done, total: None) -> LocalEngine:
+    """Open, load and compile a model in this process; `LocalEngine.start` then begins to serve.
 
     Raises:
         As `open_model`, `load_tokenizer` and `start_executor`, in this order.
@@ -152,7 +152,7 @@ def build_engine(
     tokenizer: Tokenizer | None,
     on_load: OnLoad = lambda done, total: None,
     announce: Announce = lambda bucket, arrays: None,
-) -> Engine:
+) -> LocalEngine:
     """The engine over `start_executor`'s executor; in the process that schedules.
 
     Args:
@@ -175,7 +175,7 @@ def build_engine(
         max_logprobs=min(options.max_logprobs, config.vocab_size),
         has_tokenizer=tokenizer is not None,
     )
-    return Engine(
+    return LocalEngine(
         model_name=options.model_path,
         executor=executor,
         scheduler=scheduler,

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from podquant.engine.request import FinishReason, Output, Request
 from podquant.engine.start import build_engine, load_tokenizer, open_model, start_executor
 from podquant.errors import PodquantError, RequestError
@@ -133,7 +133,7 @@ def _serve(launch: Launch, secret: bytes, link: Link) -> None:
     announcer.end()
 
 
-def _run_engine(engine: Engine, link: Link) -> None:
+def _run_engine(engine: LocalEngine, link: Link) -> None:
     """Pass requests in and outputs out, until told to stop."""
     outbox: queue.SimpleQueue[Output | None] = queue.SimpleQueue()
     sender = threading.Thread(target=_send_news, args=(outbox, link), name="news", daemon=True)
@@ -158,7 +158,7 @@ def _run_engine(engine: Engine, link: Link) -> None:
     sender.join()
 
 
-def _submit(engine: Engine, request: Request, put: Callable[[Output], None]) -> None:
+def _submit(engine: LocalEngine, request: Request, put: Callable[[Output], None]) -> None:
     try:
         engine.submit(request, put)
     except RequestError as error:  # the parent has checked it: the engine is ending
@@ -178,7 +178,7 @@ def _send_news(outbox: queue.SimpleQueue[Output | None], link: Link) -> None:
             return
 
 
-def _watch(engine: Engine, link: Link) -> None:
+def _watch(engine: LocalEngine, link: Link) -> None:
     """An engine that failed is of no more use to anybody."""
     while engine.failure is None:
         time.sleep(0.05)

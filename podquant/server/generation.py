@@ -59,7 +59,7 @@ class Generation:
         requests: the sequences.
         receive: ASGI's; tells when the client goes away.
 
-    Raises, on entering, what `Engine.submit` raises; then none of the sequences runs.
+    Raises, on entering, what `Backend.submit` raises; then none of the sequences runs.
     """
 
     def __init__(

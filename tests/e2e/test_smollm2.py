@@ -16,7 +16,7 @@ from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import Output, Request, SamplingParams
 from podquant.engine.start import start_engine
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Iterator[Engine]:
+def engine(checkpoint: Path) -> Iterator[LocalEngine]:
     engine = start_engine(
         EngineOptions(
             model_path=str(checkpoint),
@@ -50,7 +50,7 @@ def engine(checkpoint: Path) -> Iterator[Engine]:
     engine.stop()
 
 
-def test_greedy_tokens_are_those_of_transformers(engine: Engine) -> None:
+def test_greedy_tokens_are_those_of_transformers(engine: LocalEngine) -> None:
     """All prompts at once: each must come out as it does alone, token for token."""
     outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
     for case in CASES:
@@ -69,7 +69,7 @@ def test_greedy_tokens_are_those_of_transformers(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_prompts_become_the_tokens_of_transformers(engine: Engine, case: dict[str, Any]) -> None:
+def test_prompts_become_the_tokens_of_transformers(engine: LocalEngine, case: dict[str, Any]) -> None:
     assert engine.tokenizer is not None
     if "messages" in case:
         prompt = engine.tokenizer.apply_chat_template(case["messages"])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Dispatched, StepResult
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams
@@ -29,7 +29,7 @@ PROMPTS = [CHOOSER.integers(3, 500, length).tolist() for length in (24, 5, 17, 3
 
 
 @contextmanager
-def running(name: str = "llama", rules: str | None = None, **more: Any) -> Iterator[Engine]:
+def running(name: str = "llama", rules: str | None = None, **more: Any) -> Iterator[LocalEngine]:
     """A started engine of few shapes, in float32."""
     options = {"max_running_requests": 2, "chunked_prefill_size": 32, "page_size": 16, "max_total_tokens": 1024}
     engine = start_engine(
@@ -51,7 +51,7 @@ def running(name: str = "llama", rules: str | None = None, **more: Any) -> Itera
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[LocalEngine]:
     with running() as engine:
         yield engine
 
@@ -60,7 +60,7 @@ def params(**more: Any) -> SamplingParams:
     return SamplingParams(**({"max_tokens": 24, "temperature": 0.0, "ignore_eos": True} | more))
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Output]]:
+def run(engine: LocalEngine, requests: Sequence[Request]) -> dict[str, list[Output]]:
     """All news of each request, submitted together."""
     news: queue.SimpleQueue[Output] = queue.SimpleQueue()
     outputs: dict[str, list[Output]] = {request.id: [] for request in requests}
@@ -74,12 +74,12 @@ def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Output]]:
     return outputs
 
 
-def tokens(engine: Engine, prompts: Sequence[Sequence[int]], **more: Any) -> list[list[int]]:
+def tokens(engine: LocalEngine, prompts: Sequence[Sequence[int]], **more: Any) -> list[list[int]]:
     requests = [Request(str(i), tuple(prompt), params(**more)) for i, prompt in enumerate(prompts)]
     return [[token for output in news for token in output.token_ids] for news in run(engine, requests).values()]
 
 
-def idle(engine: Engine) -> bool:
+def idle(engine: LocalEngine) -> bool:
     stats = engine.stats()
     return (stats.num_running, stats.num_waiting, stats.num_pages_used) == (0, 0, 0)
 
@@ -108,7 +108,7 @@ def test_one_or_many_whole_or_in_pieces_give_the_same_tokens(name: str, rules: s
     assert pieces == alone
 
 
-def test_a_pool_too_small_for_all_gives_the_same_tokens(engine: Engine) -> None:
+def test_a_pool_too_small_for_all_gives_the_same_tokens(engine: LocalEngine) -> None:
     expected = tokens(engine, PROMPTS, max_tokens=60)
     with running(max_total_tokens=112) as small:
         assert tokens(small, PROMPTS, max_tokens=60) == expected
@@ -136,7 +136,7 @@ def test_prompt_logprobs_are_those_of_the_reference(name: str) -> None:
                 np.testing.assert_allclose([value for _, value in entry.top], np.sort(row)[:-4:-1], atol=1e-4)
 
 
-def test_logprobs_of_new_tokens_are_those_of_scoring_them(engine: Engine) -> None:
+def test_logprobs_of_new_tokens_are_those_of_scoring_them(engine: LocalEngine) -> None:
     request = Request("new", tuple(PROMPTS[0]), params(max_tokens=8, logprobs=2))
     new = [entry for output in run(engine, [request])["new"] for entry in output.logprobs]
     text = (*PROMPTS[0], *(entry.token_id for entry in new))
@@ -148,12 +148,12 @@ def test_logprobs_of_new_tokens_are_those_of_scoring_them(engine: Engine) -> Non
         assert entry.top[0] == (entry.token_id, entry.logprob)  # greedy
 
 
-def test_nothing_asked_is_answered_at_once(engine: Engine) -> None:
+def test_nothing_asked_is_answered_at_once(engine: LocalEngine) -> None:
     (output,) = run(engine, [Request("none", (5, 6), params(max_tokens=0))])["none"]
     assert (output.finish_reason, output.token_ids, output.prompt_logprobs) == (FinishReason.LENGTH, (), ())
 
 
-def test_a_seed_repeats_whatever_else_runs(engine: Engine) -> None:
+def test_a_seed_repeats_whatever_else_runs(engine: LocalEngine) -> None:
     hot = {"temperature": 1.0, "seed": 7}
     alone = tokens(engine, PROMPTS[:1], **hot)[0]
     assert tokens(engine, PROMPTS, **hot)[0] == alone
@@ -161,7 +161,7 @@ def test_a_seed_repeats_whatever_else_runs(engine: Engine) -> None:
     assert tokens(engine, PROMPTS[:1], temperature=1.0)[0] != tokens(engine, PROMPTS[:1], temperature=1.0)[0]
 
 
-def test_an_abort_frees_everything_and_is_not_heard_of_again(engine: Engine) -> None:
+def test_an_abort_frees_everything_and_is_not_heard_of_again(engine: LocalEngine) -> None:
     news: queue.SimpleQueue[Output] = queue.SimpleQueue()
     engine.submit(Request("long", (5, 6, 7), params(max_tokens=480)), news.put)
     news.get(timeout=60)
@@ -186,7 +186,7 @@ def test_an_abort_frees_everything_and_is_not_heard_of_again(engine: Engine) -> 
     ],
 )
 def test_what_cannot_run_is_refused(
-    engine: Engine, prompt: tuple[int, ...], change: dict[str, Any], kind: type[Exception], message: str
+    engine: LocalEngine, prompt: tuple[int, ...], change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
         engine.submit(Request("bad", prompt, params(**change)), lambda output: None)
@@ -319,7 +319,7 @@ def test_stopping_lets_requests_end_for_a_while(seconds: float, reason: FinishRe
             engine.submit(Request("late", (5, 6), params()), news.put)
 
 
-def test_a_callers_fault_ends_its_own_request_only(engine: Engine) -> None:
+def test_a_callers_fault_ends_its_own_request_only(engine: LocalEngine) -> None:
     def fail(output: Output) -> None:
         raise RuntimeError("the caller's fault")
 

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import start_engine
 from podquant.server.app import create_app
@@ -56,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def make_engine(checkpoint: Path, **more: Any) -> Engine:
+def make_engine(checkpoint: Path, **more: Any) -> LocalEngine:
     """A started engine of few shapes, as each one takes seconds to compile."""
     options = {
         "device": "cpu",
@@ -74,7 +74,7 @@ def make_engine(checkpoint: Path, **more: Any) -> Engine:
 
 
 @contextmanager
-def serving(engine: Engine | None, **more: Any) -> Iterator[str]:
+def serving(engine: LocalEngine | None, **more: Any) -> Iterator[str]:
     """The URL of a server over an engine."""
     listener = Listener(create_app(engine, **({"served_model_name": MODEL} | more)), "127.0.0.1", 0)
     listener.start()
@@ -86,14 +86,14 @@ def serving(engine: Engine | None, **more: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def engine(checkpoint: Path) -> Iterator[Engine]:
+def engine(checkpoint: Path) -> Iterator[LocalEngine]:
     engine = make_engine(checkpoint)
     yield engine
     engine.stop()
 
 
 @pytest.fixture(scope="session")
-def url(engine: Engine) -> Iterator[str]:
+def url(engine: LocalEngine) -> Iterator[str]:
     with serving(engine) as url:
         yield url
 

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from tests.server.conftest import GOLDEN, MODEL, make_engine, serving
 from tests.tokenizer.vocabularies import trained_ranks, write_ranks
 
@@ -17,7 +17,7 @@ MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": 
 GREEDY = {"model": MODEL, "messages": MESSAGES, "temperature": 0.0, "max_completion_tokens": 10}
 
 
-def test_a_chat_is_the_completion_of_its_template(engine: Engine, ai: openai.OpenAI) -> None:
+def test_a_chat_is_the_completion_of_its_template(engine: LocalEngine, ai: openai.OpenAI) -> None:
     chat = ai.chat.completions.create(**GREEDY)
     ids = engine.tokenizer.encode("<|system|>short\n<|user|>import what?\n<|assistant|>", add_special_tokens=False)
     plain = ai.completions.create(model=MODEL, prompt=ids, temperature=0.0, max_tokens=10)

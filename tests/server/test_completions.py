@@ -9,14 +9,14 @@ import numpy as np
 import openai
 import pytest
 
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from tests.server.conftest import GOLDEN, MODEL, make_engine, serving
 
 PROMPT = "from typing import Any"
 GREEDY = {"model": MODEL, "temperature": 0.0, "max_tokens": 12}
 
 
-def test_greedy_is_the_same_whole_streamed_and_as_token_ids(engine: Engine, ai: openai.OpenAI) -> None:
+def test_greedy_is_the_same_whole_streamed_and_as_token_ids(engine: LocalEngine, ai: openai.OpenAI) -> None:
     whole = ai.completions.create(prompt=PROMPT, **GREEDY)
     (choice,) = whole.choices
     assert choice.finish_reason == "length"
@@ -32,7 +32,7 @@ def test_greedy_is_the_same_whole_streamed_and_as_token_ids(engine: Engine, ai: 
     assert ai.completions.create(prompt=ids, **GREEDY).choices[0].text == choice.text
 
 
-def test_token_ids_come_back_and_decode_to_the_text(engine: Engine, ai: openai.OpenAI) -> None:
+def test_token_ids_come_back_and_decode_to_the_text(engine: LocalEngine, ai: openai.OpenAI) -> None:
     more = {"prompt": PROMPT, "extra_body": {"return_token_ids": True}, **GREEDY}
     choice = ai.completions.create(**more).choices[0]
     assert choice.prompt_token_ids == engine.tokenizer.encode(PROMPT)
@@ -44,7 +44,7 @@ def test_token_ids_come_back_and_decode_to_the_text(engine: Engine, ai: openai.O
     assert not hasattr(pieces[1], "prompt_token_ids")
 
 
-def test_several_prompts_times_n_come_in_order(engine: Engine, ai: openai.OpenAI) -> None:
+def test_several_prompts_times_n_come_in_order(engine: LocalEngine, ai: openai.OpenAI) -> None:
     prompts = [PROMPT, "class", "def __init__"]
     single = [ai.completions.create(prompt=prompt, **GREEDY).choices[0].text for prompt in prompts]
     many = ai.completions.create(prompt=prompts, **GREEDY)
@@ -129,7 +129,7 @@ def test_logprobs_are_openais_lists(ai: openai.OpenAI) -> None:
     assert [list(top) for top in only_chosen.top_logprobs] == [[token] for token in only_chosen.tokens]
 
 
-def test_echo_gives_the_prompt_and_its_logprobs(engine: Engine, ai: openai.OpenAI) -> None:
+def test_echo_gives_the_prompt_and_its_logprobs(engine: LocalEngine, ai: openai.OpenAI) -> None:
     whole = ai.completions.create(prompt=PROMPT, **GREEDY).choices[0]
     echoed = ai.completions.create(prompt=PROMPT, echo=True, **GREEDY).choices[0]
     assert echoed.text == PROMPT + whole.text
@@ -166,7 +166,7 @@ def ai_text(ai: openai.OpenAI, ids: list[int]) -> str:
     return ai.completions.create(model=MODEL, prompt=ids, max_tokens=0, echo=True).choices[0].text
 
 
-def test_without_a_tokenizer_token_ids_go_in_and_come_out(checkpoint, engine: Engine, ai: openai.OpenAI) -> None:
+def test_without_a_tokenizer_token_ids_go_in_and_come_out(checkpoint, engine: LocalEngine, ai: openai.OpenAI) -> None:
     ids = engine.tokenizer.encode(PROMPT)
     extra = {"return_token_ids": True}
     expected = ai.completions.create(prompt=ids, extra_body=extra, **GREEDY).choices[0].token_ids

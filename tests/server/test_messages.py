@@ -7,14 +7,14 @@ from typing import Any
 import httpx
 import pytest
 
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from podquant.server.messages import Message
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, null]}'}}
 USER = {"role": "user", "content": "hi"}
 
 
-def rendered(engine: Engine, client: httpx.Client, *messages: dict[str, Any]) -> str:
+def rendered(engine: LocalEngine, client: httpx.Client, *messages: dict[str, Any]) -> str:
     answer = client.post("/tokenize", json={"messages": messages})
     assert answer.status_code == 200, answer.text
     assert engine.tokenizer is not None
@@ -22,7 +22,7 @@ def rendered(engine: Engine, client: httpx.Client, *messages: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
-def test_parts_of_text_are_joined(engine: Engine, client: httpx.Client, role: str) -> None:
+def test_parts_of_text_are_joined(engine: LocalEngine, client: httpx.Client, role: str) -> None:
     parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two", "cache_control": {"type": "ephemeral"}}]
     whole = rendered(engine, client, {"role": role, "content": "one, two"})
     assert rendered(engine, client, {"role": role, "content": parts}) == whole == f"<|{role}|>one, two\n<|assistant|>"
@@ -39,7 +39,7 @@ def test_parts_of_text_are_joined(engine: Engine, client: httpx.Client, role: st
         {"role": "assistant", "content": "", "refusal": None, "annotations": [], "tool_calls": [], "audio": None},
     ],
 )
-def test_an_assistant_may_have_said_nothing(engine: Engine, client: httpx.Client, message: dict[str, Any]) -> None:
+def test_an_assistant_may_have_said_nothing(engine: LocalEngine, client: httpx.Client, message: dict[str, Any]) -> None:
     assert rendered(engine, client, message) == "<|assistant|>\n<|assistant|>"
 
 

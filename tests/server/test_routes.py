@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from podquant.engine.engine import Engine
+from podquant.engine.engine import LocalEngine
 from tests.server.conftest import MODEL, make_engine, serving
 
 ASK = {"model": MODEL, "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}
@@ -27,7 +27,7 @@ def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
     assert "https://" not in page.text
 
 
-def test_tokenize_and_detokenize_are_inverse(engine: Engine, client: httpx.Client) -> None:
+def test_tokenize_and_detokenize_are_inverse(engine: LocalEngine, client: httpx.Client) -> None:
     tokens = client.post("/tokenize", json={"prompt": "def encode"}).json()["tokens"]
     assert tokens == engine.tokenizer.encode("def encode")
     assert "def encode" in str(client.post("/detokenize", json={"tokens": tokens}).json())
@@ -89,7 +89,7 @@ def test_a_body_that_is_no_json(client: httpx.Client) -> None:
     assert client.get("/nowhere").status_code == 404
 
 
-def test_a_key_guards_all_but_the_probes(engine: Engine) -> None:
+def test_a_key_guards_all_but_the_probes(engine: LocalEngine) -> None:
     with serving(engine, api_key="secret") as url, httpx.Client(base_url=url, timeout=60) as client:
         assert client.post("/v1/completions", json=ASK).status_code == 401
         wrong = {"authorization": "Bearer wrong"}
@@ -106,7 +106,7 @@ def test_before_a_model_is_loaded() -> None:
         assert client.post("/v1/completions", json=ASK).status_code == 503
 
 
-def wait_until_idle(engine: Engine) -> None:
+def wait_until_idle(engine: LocalEngine) -> None:
     deadline = time.monotonic() + 20
     while engine.stats().num_running or engine.stats().num_pages_used:
         assert time.monotonic() < deadline, engine.stats()
@@ -114,7 +114,7 @@ def wait_until_idle(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages(engine: Engine, client: httpx.Client, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_pages(engine: LocalEngine, client: httpx.Client, stream: bool) -> None:
     before = engine.stats().num_generated_tokens
     ask = ASK | {"max_tokens": 480, "n": 8, "stream": stream, "ignore_eos": True}
     if stream:
