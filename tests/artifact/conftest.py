@@ -27,7 +27,7 @@ CODES = (np.arange(24, dtype=np.int8) - 12).reshape(6, 4)
 SCALES = np.linspace(0.5, 1, 6, dtype=np.float32).reshape(6, 1)
 NORM = np.arange(4).astype(ml_dtypes.bfloat16)
 STEPS = np.asarray(3, np.int64)
-WHOLE = {"a.weight": CODES, "a.weight_scale": SCALES, "norm.weight": NORM, "steps": STEPS}
+WHOLE: dict[str, Array] = {"a.weight": CODES, "a.weight_scale": SCALES, "norm.weight": NORM, "steps": STEPS}
 
 
 def file_of(tensors: Mapping[str, Array]) -> bytes:
@@ -40,7 +40,7 @@ def write_artifact(place: Path, tp_size: int, axis: int, change: Change) -> None
     """Write it with `a.weight` cut along `axis`; `change` damages the files before sizes and checksums are taken."""
     shared = "model-00001-of-00001.safetensors" if tp_size == 1 else "shared/model.safetensors"
     parts = {shared: dict(WHOLE)}
-    pieces = (Piece(shared, None, (0, 0), (6, 4)),)
+    pieces: tuple[Piece, ...] = (Piece(shared, None, (0, 0), (6, 4)),)
     if tp_size > 1:
         del parts[shared]["a.weight"]
         cuts = np.split(CODES, tp_size, axis)

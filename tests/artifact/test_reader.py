@@ -74,21 +74,22 @@ def test_a_tensor_that_is_not_there(make_artifact: Make) -> None:
         Artifact.open(str(make_artifact())).read_tensor("b.weight")
 
 
+@pytest.mark.slow
 def test_reading_needs_neither_jax_nor_convert() -> None:
     unwanted = "('jax', 'podquant.conversion', 'numba')"
     code = f"import sys, podquant.artifact.reader; print([name for name in {unwanted} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def remove(name: str) -> Callable[[Path], None]:
+def remove(name: str) -> Callable[[Path], object]:
     return lambda place: (place / name).unlink()
 
 
-def shorten(name: str) -> Callable[[Path], None]:
+def shorten(name: str) -> Callable[[Path], object]:
     return lambda place: (place / name).write_bytes((place / name).read_bytes()[:-1])
 
 
-def lie(*path: Any, value: object) -> Callable[[Path], None]:
+def lie(*path: Any, value: object) -> Callable[[Path], object]:
     """Change the manifest only."""
 
     def change(place: Path) -> None:
@@ -130,7 +131,7 @@ def reheader(place: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_found_on_opening(
-    make_artifact: Make, damage: Callable[[Path], None], error: type[Exception], message: str
+    make_artifact: Make, damage: Callable[[Path], object], error: type[Exception], message: str
 ) -> None:
     place = make_artifact()
     damage(place)

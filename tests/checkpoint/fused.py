@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.weights.quantized_checkpoints import Tensors, read_file, write_file
+from tests.weights.quantized_checkpoints import Array, Tensors, read_file, write_file
 
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)\.weight")
 _USUAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -17,7 +17,7 @@ _USUAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 def fuse(tensors: Tensors) -> Tensors:
     """The same with `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F] for each layer, below `mlp.experts`."""
     fused: Tensors = {}
-    experts: dict[str, dict[str, list[np.ndarray]]] = {}  # type: ignore[type-arg]
+    experts: dict[str, dict[str, list[Array]]] = {}
     for name, array in tensors.items():
         if match := _EXPERT.fullmatch(name):
             experts.setdefault(match[1], {}).setdefault(_USUAL.get(match[2], match[2]), []).append(array)

@@ -202,6 +202,7 @@ def test_every_command_has_its_help(command: str, capsys: pytest.CaptureFixture[
     assert COMMANDS[command][1:] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom podquant.cli.main import main\n"
@@ -213,6 +214,7 @@ def test_help_imports_nothing_heavy() -> None:
         assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(artifact: Path) -> None:
     command = f'set -o pipefail; "{sys.executable}" -m podquant.cli.main inspect "{artifact}" | true; echo $?'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
@@ -220,6 +222,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(artifact: Path) -> None:
     assert done.stdout.strip() in ("0", "141")
 
 
+@pytest.mark.slow
 def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
     """A checkpoint large enough to be met at work."""
     place = tmp_path / "model"

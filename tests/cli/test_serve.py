@@ -32,6 +32,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.slow
 def test_it_serves_and_drains_on_sigterm(checkpoint: Path) -> None:
     """The command line of the seed document, as written but for the model, the device and the mesh of this machine."""
     port = free_port()

@@ -24,7 +24,8 @@ _RAY = str(Path(sys.executable).with_name("ray"))
 class RayCluster:
     """`with RayCluster() as cluster:` starts it and ends it; `options` are those of ray_cluster.py.
 
-    `address` is that of the GCS, for `ray.init`, and `dashboard` that of the job server. `environment` is all that a
+    `address` is that of the GCS, for `ray.init`, `dashboard` that of the job server, and `ips` those of the hosts, in
+    order of their place in the slice. `environment` is all that a
     driver or the `ray` command needs, in addition to its own, to find the cluster and to be let in.
     """
 
@@ -39,6 +40,7 @@ class RayCluster:
         self.address: str = self.ready["gcs_address"]
         self.dashboard: str = self.ready["dashboard"]
         self.environment: dict[str, str] = self.ready["environment"]
+        self.ips: list[str] = [node["ip"] for node in self.ready["nodes"][1:]]
 
     def __enter__(self) -> Self:
         return self
@@ -167,13 +169,11 @@ def wait_for(path: Path, seconds: float = 150.0) -> str:
     return path.read_text()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """These tests come last: the cluster that they share takes a quarter of a core even when it has nothing to do."""
-    items.sort(key=lambda item: item.path.is_relative_to(Path(__file__).parent))
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[RayCluster]:
-    """Four hosts of a v5e-16 slice. A test that kills a host puts another in its place with `add_node()`."""
+    """Four hosts of a v5e-16 slice. A test that kills a host puts another in its place with `add_node()`.
+
+    It ends with the tests of this folder, as it takes a quarter of a core even when it has nothing to do.
+    """
     with RayCluster() as cluster:
         yield cluster

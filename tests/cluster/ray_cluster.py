@@ -23,7 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-HEAD_IP = "127.0.0.10"  # Ray replaces 127.0.0.1 with the address of the network card
+NETWORK = f"127.{1 + os.getpid() // 254 % 254}.{1 + os.getpid() % 254}"
+"""A loopback network of this process's own: clusters of other runs on the same machine never meet it."""
+HEAD_IP = f"{NETWORK}.10"
 HOSTS_PER_SLICE = 4
 CHIPS_PER_HOST = 4
 OBJECT_STORE_BYTES = 80 << 20
@@ -32,7 +34,7 @@ _CHILD_ENDS_SECONDS = 20.0
 
 
 def _host_ip(number: int) -> str:
-    return f"127.0.0.{11 + number}"
+    return f"{NETWORK}.{11 + number}"
 
 
 def _slice_environment(number: int) -> dict[str, str]:

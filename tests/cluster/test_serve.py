@@ -18,7 +18,6 @@ from tests.group.test_service import GOLDENS, PROMPTS, expected_tokens
 from tests.storage.gcs.emulator import GcsEmulator
 
 JOBS = Path(__file__).parents[2] / "jobs"
-HOST_0 = "127.0.0.11"
 
 JOB = """
 source: gs://b/llama
@@ -58,16 +57,17 @@ def members(cluster: RayCluster) -> list[int]:
     return [pid for pid in cluster.pids() if b"podquant.group.member" in cmdline(pid)]
 
 
+@pytest.mark.slow
 def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
     ray_cluster: RayCluster, emulator: GcsEmulator, tmp_path: Path
 ) -> None:
     expected = expected_tokens(GOLDENS / "llama", "int8.yaml")
     port = free_port()
-    (tmp_path / "job.yaml").write_text(JOB.format(host=HOST_0, port=port, cache=tmp_path / "cache"))
+    (tmp_path / "job.yaml").write_text(JOB.format(host=ray_cluster.ips[0], port=port, cache=tmp_path / "cache"))
     command = [sys.executable, str(JOBS / "quantize_and_serve.py"), str(tmp_path / "job.yaml")]
     job = ray_cluster.submit_no_wait(command, {"STORAGE_EMULATOR_HOST": emulator.url})
     try:
-        with httpx.Client(base_url=f"http://{HOST_0}:{port}", timeout=60) as http:
+        with httpx.Client(base_url=f"http://{ray_cluster.ips[0]}:{port}", timeout=60) as http:
 
             def is_ready() -> bool:
                 try:
@@ -93,7 +93,7 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
                 if "ray.io/tpu-worker-id" in node["labels"]
             }
             assert {worker: len(found) for worker, found in by_worker.items()} == dict.fromkeys("0123", 1)
-            ray_cluster.kill_host("127.0.0.13")
+            ray_cluster.kill_host(ray_cluster.ips[2])
             wait_until(lambda: http.get("/health").status_code == 503, 15, "/health says so")
             ray_cluster.add_node()
             begin = time.monotonic()
@@ -109,14 +109,14 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
 def test_a_job_that_cannot_serve_is_refused_before_it_converts(
     ray_cluster: RayCluster, emulator: GcsEmulator, tmp_path: Path
 ) -> None:
-    text = JOB.format(host=HOST_0, port=1, cache=tmp_path).replace("port: 1", "prt: 1")
+    text = JOB.format(host=ray_cluster.ips[0], port=1, cache=tmp_path).replace("port: 1", "prt: 1")
     (tmp_path / "job.yaml").write_text(text)
     command = [sys.executable, str(JOBS / "quantize_and_serve.py"), str(tmp_path / "job.yaml")]
     done = ray_cluster.submit(command, {"STORAGE_EMULATOR_HOST": emulator.url})
     assert done.returncode == 1
     assert "job.yaml:8: unknown key 'prt' in serve: expected one of" in done.stdout
     assert emulator.log == []
-    text = JOB.format(host=HOST_0, port=1, cache=tmp_path).replace("tp_size: 8", "tp_size: 5")
+    text = JOB.format(host=ray_cluster.ips[0], port=1, cache=tmp_path).replace("tp_size: 8", "tp_size: 5")
     (tmp_path / "job.yaml").write_text(text)
     done = ray_cluster.submit(command, {"STORAGE_EMULATOR_HOST": emulator.url})
     assert done.returncode == 1

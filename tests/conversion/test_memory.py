@@ -32,6 +32,7 @@ print(tracemalloc.get_traced_memory()[1], plan.peak_memory(int(threads), int(win
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp_size", [1, 4])
 @pytest.mark.parametrize("rules", ["int8.yaml", "int8_keep_embedding.yaml"])
 def test_a_worker_allocates_what_is_foretold(make_source: Callable[..., Any], rules: str, tp_size: int) -> None:

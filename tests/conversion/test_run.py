@@ -138,8 +138,9 @@ def test_an_architecture_that_is_not_run_is_refused_before_anything_is_written(
 ) -> None:
     source = make_source(architectures=["GPT2LMHeadModel"])
     message = f"{re.escape(str(source.path))}/config.json: architecture 'GPT2LMHeadModel' is not supported"
+    checkpoint, plan = source.plan("int8.yaml")
     with pytest.raises(UnsupportedModelError, match=message):
-        convert(*source.plan("int8.yaml"), str(tmp_path / "out"), threads=1)
+        convert(checkpoint, plan, str(tmp_path / "out"), threads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -293,6 +294,7 @@ def run_child(source: Path, out: Path, then: str, *prefix: str) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_artifact_and_the_next_one_works(source: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed = run_child(source.path, out, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
@@ -317,6 +319,7 @@ def small_disk(place: Path, size: str) -> list[str]:
     return prefix
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_refused_before_it_is_written(source: Any, tmp_path: Path) -> None:
     place = tmp_path / "disk"
     done = run_child(source.path, place / "out", "pass", *small_disk(place, "1000k"))
@@ -325,6 +328,7 @@ def test_a_disk_that_is_too_small_is_refused_before_it_is_written(source: Any, t
     assert re.search(r"1,0\d\d,\d{3} are free", done.stderr)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(source: Any, tmp_path: Path) -> None:
     place = tmp_path / "disk"
     fill = f"""
@@ -342,6 +346,7 @@ if not os.path.exists({str(place / "hog")!r}):
     assert done.stderr.splitlines()[-1] == "hog"
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_allowed_leaves_nothing(source: Any, tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
     done = run_child(source.path, tmp_path / "out", limit)

@@ -21,6 +21,8 @@ from podquant.engine.options import EngineOptions
 from podquant.engine.request import Output, Request, SamplingParams
 from podquant.engine.start import start_engine
 
+pytestmark = pytest.mark.slow
+
 CASES = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())["cases"]
 
 

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from tpu_aot_child import BATCHES, NUMERICS, _facts
 
 from podquant.config.scheme import Scheme
 from podquant.engine.programs import Bucket
 from podquant.families.registry import read_model_config
 from podquant.model.axes import TP
 from podquant.model.layout import Model
+from tests.engine.tpu_aot_child import BATCHES, NUMERICS, _facts
 
 QWEN3_235B = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -23,6 +23,8 @@ from podquant.engine.scheduler import Decode, Prefill
 from podquant.engine.start import start_engine
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 CHOOSER = np.random.default_rng(0)
 PROMPTS = [CHOOSER.integers(3, 500, length).tolist() for length in (24, 5, 17, 31)]

@@ -31,6 +31,8 @@ from podquant.model.mesh import make_mesh
 from podquant.weights.load import load_weights
 from podquant.weights.source import WeightSource, open_source
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -176,7 +178,7 @@ artifact is converted and has the same bits. `python -m tests.benchmarks.goldens
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory: pytest.TempPathFactory) -> Logits:
     directory = tmp_path_factory.mktemp("artifacts")
-    return cache(lambda cell: compute(*cell, directory))
+    return cache(lambda cell: compute(cell.name, cell.mode, cell.tp, cell.ep, directory))
 
 
 def log_softmax(logits: Array) -> Array:

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("libtpu", reason="the TPU compiler exists for Linux on x86-64 only")
 
+pytestmark = pytest.mark.slow
+
 EP_SIZES = ("1", "16")
 
 

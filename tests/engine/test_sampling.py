@@ -43,13 +43,16 @@ def draw(logits: Array, tp: int, num_top: int = 4, **how: Any) -> Sampled:
         out_specs=PartitionSpec(),
         check_vma=False,
     )
-    sampled = jax.jit(step)(jnp.asarray(padded), Sampling(**(columns | given)))
-    return Sampled(*(np.asarray(each) for each in sampled))
+    sampled = jax.jit(step)(
+        jnp.asarray(padded), Sampling(**{name: jnp.asarray(column) for name, column in (columns | given).items()})
+    )
+    found: Sampled = jax.tree.map(np.asarray, sampled)
+    return found
 
 
 def softmax(logits: Array) -> Array:
     weights = np.exp(logits.astype(np.float64) - logits.max())
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def filtered(top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, temperature: float = 1.0) -> Array:
@@ -93,7 +96,11 @@ def test_draws_follow_the_exact_distribution(how: dict[str, Any]) -> None:
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_shards_change_nothing(batch: int) -> None:
     logits = np.random.default_rng(batch).normal(0.0, 2.0, (batch, VOCAB)).astype(np.float32)
-    how = {"temperature": np.resize([0.0, 1.0, 0.7], batch), "top_k": np.resize([0, 5], batch), "top_p": 0.9}
+    how: dict[str, Any] = {
+        "temperature": np.resize([0.0, 1.0, 0.7], batch),
+        "top_k": np.resize([0, 5], batch),
+        "top_p": 0.9,
+    }
     whole = draw(logits, 1, **how)
     for tp in (2, 4, 8):
         cut = draw(logits, tp, **how)

@@ -294,6 +294,12 @@ def test_steps_run_ahead_of_their_tokens_but_never_past_the_limit() -> None:
     assert not scheduler.has_work
 
 
+def next_step(scheduler: Scheduler) -> Prefill | Decode:
+    step = scheduler.schedule()
+    assert step is not None
+    return step
+
+
 def test_pages_and_slot_are_free_once_the_last_token_is_dispatched() -> None:
     pool, scheduler = make_scheduler(max_running=1)
     first = scheduler.add(make_request("a", 3, 1))
@@ -308,8 +314,9 @@ def test_pages_and_slot_are_free_once_the_last_token_is_dispatched() -> None:
 def test_a_request_for_no_tokens_only_prefills() -> None:
     pool, scheduler = make_scheduler(chunk_size=4)
     sequence = scheduler.add(make_request("a", 6, 0))
-    steps = [scheduler.schedule() for _ in range(3)]
-    assert steps == [Prefill(sequence, 0, 4, is_last=False), Prefill(sequence, 4, 2, is_last=True), None]
+    steps = [next_step(scheduler) for _ in range(2)]
+    assert steps == [Prefill(sequence, 0, 4, is_last=False), Prefill(sequence, 4, 2, is_last=True)]
+    assert scheduler.schedule() is None
     assert scheduler.complete(steps[0], []) == []
     assert not sequence.finished
     assert scheduler.complete(steps[1], [1]) == []
@@ -320,7 +327,7 @@ def test_a_request_for_no_tokens_only_prefills() -> None:
 def test_tokens_of_a_stopped_sequence_are_dropped() -> None:
     pool, scheduler = make_scheduler()
     sequence = scheduler.add(make_request("a", 3, 10))
-    steps = [scheduler.schedule() for _ in range(3)]
+    steps = [next_step(scheduler) for _ in range(3)]
     assert scheduler.complete(steps[0], [1]) == [(sequence, 1)]
     scheduler.finish(sequence)
     scheduler.finish(sequence)
@@ -335,9 +342,9 @@ def test_the_latest_is_preempted_and_prefilled_again_from_all_it_has() -> None:
     _, scheduler = make_scheduler(num_pages=5, page_size=2, max_running=2)
     first = scheduler.add(make_request("a", 1, 6))
     second = scheduler.add(make_request("b", 1, 6))
-    steps: list[Prefill | Decode | None] = []
+    steps: list[Prefill | Decode] = []
     while scheduler.has_work:
-        steps.append(scheduler.schedule())
+        steps.append(next_step(scheduler))
         step = steps[-1]
         if isinstance(step, Decode) and scheduler.num_preemptions == 1 and not first.finished:
             assert step == Decode((first,))
@@ -351,9 +358,9 @@ def test_the_latest_is_preempted_and_prefilled_again_from_all_it_has() -> None:
 def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     _, scheduler = make_scheduler(num_pages=5, page_size=2, max_running=2)
     first, second = scheduler.add(make_request("a", 1, 6)), scheduler.add(make_request("b", 1, 6))
-    steps = deque()
+    steps: deque[Prefill | Decode] = deque()
     while scheduler.num_preemptions == 0:
-        steps.append(scheduler.schedule())
+        steps.append(next_step(scheduler))
     scheduler.finish(first)
     assert second.num_in_flight > 0
     while second.num_in_flight > 0:

@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("libtpu", reason="the TPU compiler exists for Linux on x86-64 only")
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = {
     "v5e:2x4": ("decode int8", "decode int8_w8a8", "prefill int8", "planted int8"),
     "v6e:2x4": ("decode int8", "decode int8_w8a8"),

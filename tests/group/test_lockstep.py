@@ -153,7 +153,7 @@ class Recorder:
     """An executor that notes what it is told to run."""
 
     def __init__(self) -> None:
-        self.ran: list[tuple[Bucket, list[list[int]]]] = []
+        self.ran: list[tuple[Bucket, list[Any]]] = []
 
     def run(self, bucket: Bucket, arrays: Any) -> Any:
         self.ran.append((bucket, [array.tolist() for array in arrays]))

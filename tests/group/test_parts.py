@@ -98,6 +98,10 @@ def new_engine() -> RemoteEngine:
     return RemoteEngine("model", None)
 
 
+def state_of(engine: RemoteEngine) -> tuple[str | None, bool]:
+    return engine.failure, engine.is_ready
+
+
 def ask(request_id: str) -> Request:
     return Request(request_id, (1,), SamplingParams())
 
@@ -141,7 +145,11 @@ def test_no_more_are_passed_on_than_the_process_takes() -> None:
 def test_a_process_that_is_stuck_holds_up_nobody() -> None:
     engine = new_engine()
     may_go_on = threading.Event()
-    engine.attach(lambda body: may_go_on.wait(60) or None, asdict(LIMITS), STATS)
+
+    def send(body: Mapping[str, Any]) -> None:
+        may_go_on.wait(60)
+
+    engine.attach(send, asdict(LIMITS), STATS)
     heard: list[Output] = []
     for number in range(4):
         engine.submit(ask(str(number)), heard.append)
@@ -164,11 +172,11 @@ def test_a_loss_ends_what_is_in_flight_with_its_reason_and_totals_go_on() -> Non
     with pytest.raises(EngineStoppedError, match="rank 1 ended"):
         engine.submit(ask("b"), print)
     Process(engine)
-    assert (engine.failure, engine.is_ready) == (None, True)
+    assert state_of(engine) == (None, True)
     assert engine.stats().num_generated_tokens == 40
     assert engine.stats().num_running == 1
     engine.stop(1.5)
-    assert (engine.failure, engine.is_ready) == (None, False)
+    assert state_of(engine) == (None, False)
     with pytest.raises(EngineStoppedError, match="shutting down"):
         engine.submit(ask("c"), print)
 

@@ -31,6 +31,8 @@ from tests.group.hosts import Service, cmdline, is_alive, wait_until
 from tests.storage.hub.emulator import HubEmulator
 from tests.storage.kinds import fine_tune
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], list(range(20, 60))]
 FLAGS = ("--dtype", "float32", "--skip-tokenizer-init", "--skip-server-warmup", "--liveness-seconds", "3")

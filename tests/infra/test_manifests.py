@@ -42,7 +42,7 @@ SLICES = ("v6e-16", "v5e-16")
 CLUSTERS = [f"{kind}-{name}" for kind in ("raycluster", "rayjob") for name in SLICES]
 KUBERNETES = "1.33"  # later ones take what this one takes
 GKE_ACCELERATORS = {"v6e": "tpu-v6e-slice", "v5litepod": "tpu-v5-lite-podslice"}  # cloud.google.com/kubernetes-engine
-SERVE = {entry.name: entry.default for entry in dataclasses.fields(ServeOptions)}
+SERVE: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(ServeOptions)}
 DOCKERFILE = (INFRA / "Dockerfile").read_text()
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -106,7 +106,8 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 def cluster_of(name: str) -> dict[str, Any]:
     spec = documents(name)[-1]["spec"]
-    return spec.get("rayClusterSpec", spec)
+    cluster: dict[str, Any] = spec.get("rayClusterSpec", spec)
+    return cluster
 
 
 def slice_of(name: str) -> TpuSlice:
@@ -201,8 +202,9 @@ def test_ray_finds_there_what_podquant_asks_for(name: str, monkeypatch: pytest.M
     assert labels[_SLICE_LABEL] == granted["TPU_NAME"]
     # The two labels and the resource by which slice_placement_group finds a slice.
     pod_type = infer_tpu_pod_type_from_topology(tpu.topology, tpu.generation.ray_name)
-    assert labels[ray._raylet.RAY_NODE_TPU_POD_TYPE_KEY] == pod_type
-    assert labels[ray._raylet.RAY_NODE_TPU_WORKER_ID_KEY] == "0"
+    raylet: Any = ray._raylet
+    assert labels[raylet.RAY_NODE_TPU_POD_TYPE_KEY] == pod_type
+    assert labels[raylet.RAY_NODE_TPU_WORKER_ID_KEY] == "0"
     assert TPUAcceleratorManager.get_current_node_additional_resources() == {
         granted["TPU_NAME"]: 1,
         f"TPU-{pod_type}-head": 1,

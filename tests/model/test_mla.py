@@ -154,7 +154,8 @@ def run(
         return layer(x, cache, jnp.int32(0), jnp.int32(FULL_ATTENTION), at)
 
     specs = [spec_of(weight.axes) for _, weight in flat]
-    cache_spec = KVCache(spec_of(layout.axes), spec_of(layout.axes))
+    spec: Any = spec_of(layout.axes)
+    cache_spec = KVCache(spec, spec)
     mapped = jax.jit(
         jax.shard_map(
             step,
@@ -165,7 +166,7 @@ def run(
         )
     )
     cache = KVCache(
-        *(np.zeros((width + 1, 1, PAGE_SIZE, size), np.float32) for size in (layout.key_dim, layout.value_dim))
+        *(jnp.zeros((width + 1, 1, PAGE_SIZE, size), jnp.float32) for size in (layout.key_dim, layout.value_dim))
     )
     results, start = [], 0
     for length in steps:

@@ -16,8 +16,8 @@ def test_scales_of_partial_blocks_are_counted() -> None:
 
 def test_empty_takes_types_and_shapes_from_the_scheme() -> None:
     array = QArray.empty((5, 7), Scheme("float8_e4m3fn", weight_block_size=(2, 4)))
-    assert (array.codes.dtype, array.codes.shape) == (ml_dtypes.float8_e4m3fn, (5, 7))
-    assert (array.scales.dtype, array.scales.shape) == (np.float32, (3, 2))
+    assert (array.codes.dtype, array.codes.shape) == (np.dtype(ml_dtypes.float8_e4m3fn), (5, 7))
+    assert (array.scales.dtype, array.scales.shape) == (np.dtype(np.float32), (3, 2))
     assert array.block == (2, 4)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def test_figures_of_known_rows() -> None:
     first = rows([60.0], [0.5], max_error=[0.25], absmax=[2.0], zeros=[3.0], scale_min=[0.5], scale_max=[4.0])
     second = rows([40.0], [0.5], max_error=[0.5], absmax=[5.0], zeros=[1.0], scale_min=[0.25], scale_max=[1.0])
     quality = Quality.of([first, second])
-    assert quality == Quality(pytest.approx(20.0), 0.1, 0.5, 0.25, 4.0)
+    assert quality.sqnr_db == pytest.approx(20.0)
+    assert replace(quality, sqnr_db=20.0) == Quality(20.0, 0.1, 0.5, 0.25, 4.0)
 
 
 def test_the_order_of_windows_does_not_matter() -> None:

@@ -84,7 +84,7 @@ def adversarial(source: np.dtype[Any]) -> Array:
     small, normal, largest = float(info.smallest_subnormal), float(info.smallest_normal), float(info.max)
     ties = np.concatenate([[127.0], np.arange(-126.5, 127.0)])
     eighths = np.concatenate([[448.0], np.arange(-17, 18) / 1024, np.arange(-40, 40) + 0.5])
-    rows = [
+    rows: list[Array | list[float]] = [
         ties,
         -ties,
         ties * 2.0**-9,
@@ -331,6 +331,7 @@ def test_output_buffers_that_do_not_fit_are_refused(codes: Array, scales: Array,
         )
 
 
+@pytest.mark.slow
 def test_an_install_whose_cache_cannot_be_written_still_works() -> None:
     script = (
         "import numpy as np\n"

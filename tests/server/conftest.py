@@ -20,6 +20,7 @@ from podquant.engine.options import EngineOptions
 from podquant.engine.start import start_engine
 from podquant.server.app import create_app
 from podquant.server.listener import Listener
+from podquant.tokenizer.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "data" / "goldens" / "llama"
 MODEL = "tiny"
@@ -58,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_engine(checkpoint: Path, **more: Any) -> LocalEngine:
     """A started engine of few shapes, as each one takes seconds to compile."""
-    options = {
+    options: dict[str, Any] = {
         "device": "cpu",
         "dtype": "float32",
         "max_running_requests": 2,
@@ -71,6 +72,12 @@ def make_engine(checkpoint: Path, **more: Any) -> LocalEngine:
     engine = start_engine(EngineOptions(model_path=str(checkpoint), **(options | more)))
     engine.start()
     return engine
+
+
+def tokenizer_of(engine: Engine) -> Tokenizer:
+    """That which the engine was started with."""
+    assert engine.tokenizer is not None
+    return engine.tokenizer
 
 
 @contextmanager

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from podquant.engine.engine import LocalEngine
-from tests.server.conftest import GOLDEN, MODEL, make_engine, serving
+from tests.server.conftest import GOLDEN, MODEL, make_engine, serving, tokenizer_of
 from tests.tokenizer.vocabularies import trained_ranks, write_ranks
 
 MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": "import what?"}]
-GREEDY = {"model": MODEL, "messages": MESSAGES, "temperature": 0.0, "max_completion_tokens": 10}
+GREEDY: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0.0, "max_completion_tokens": 10}
 
 
 def test_a_chat_is_the_completion_of_its_template(engine: LocalEngine, ai: openai.OpenAI) -> None:
     chat = ai.chat.completions.create(**GREEDY)
-    ids = engine.tokenizer.encode("<|system|>short\n<|user|>import what?\n<|assistant|>", add_special_tokens=False)
+    ids = tokenizer_of(engine).encode("<|system|>short\n<|user|>import what?\n<|assistant|>", add_special_tokens=False)
     plain = ai.completions.create(model=MODEL, prompt=ids, temperature=0.0, max_tokens=10)
     assert chat.choices[0].message.role == "assistant"
     assert chat.choices[0].message.content == plain.choices[0].text
@@ -29,7 +30,7 @@ def test_a_chat_is_the_completion_of_its_template(engine: LocalEngine, ai: opena
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_reason(ai: openai.OpenAI) -> None:
     whole = ai.chat.completions.create(**GREEDY).choices[0].message.content
-    usage = {"include_usage": True}
+    usage: Any = {"include_usage": True}
     *chunks, last = list(ai.chat.completions.create(stream=True, stream_options=usage, **GREEDY))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
@@ -56,7 +57,7 @@ def test_logprobs_name_the_chosen_and_the_likeliest(ai: openai.OpenAI) -> None:
         ({"logit_bias": {"5": 1.0}}, "logit_bias"),
     ],
 )
-def test_what_a_chat_cannot_do_is_refused_by_name(ai: openai.OpenAI, change: dict[str, object], param: str) -> None:
+def test_what_a_chat_cannot_do_is_refused_by_name(ai: openai.OpenAI, change: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         ai.chat.completions.create(**(GREEDY | change))
     assert caught.value.param == param

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -10,17 +12,17 @@ import openai
 import pytest
 
 from podquant.engine.engine import LocalEngine
-from tests.server.conftest import GOLDEN, MODEL, make_engine, serving
+from tests.server.conftest import GOLDEN, MODEL, make_engine, serving, tokenizer_of
 
 PROMPT = "from typing import Any"
-GREEDY = {"model": MODEL, "temperature": 0.0, "max_tokens": 12}
+GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0.0, "max_tokens": 12}
 
 
 def test_greedy_is_the_same_whole_streamed_and_as_token_ids(engine: LocalEngine, ai: openai.OpenAI) -> None:
     whole = ai.completions.create(prompt=PROMPT, **GREEDY)
     (choice,) = whole.choices
     assert choice.finish_reason == "length"
-    ids = engine.tokenizer.encode(PROMPT)
+    ids = tokenizer_of(engine).encode(PROMPT)
     assert (whole.object, whole.model) == ("text_completion", MODEL)
     assert whole.usage.model_dump(exclude_none=True) == {
         "prompt_tokens": len(ids), "completion_tokens": 12, "total_tokens": len(ids) + 12,
@@ -33,11 +35,11 @@ def test_greedy_is_the_same_whole_streamed_and_as_token_ids(engine: LocalEngine,
 
 
 def test_token_ids_come_back_and_decode_to_the_text(engine: LocalEngine, ai: openai.OpenAI) -> None:
-    more = {"prompt": PROMPT, "extra_body": {"return_token_ids": True}, **GREEDY}
+    more: dict[str, Any] = {"prompt": PROMPT, "extra_body": {"return_token_ids": True}, **GREEDY}
     choice = ai.completions.create(**more).choices[0]
-    assert choice.prompt_token_ids == engine.tokenizer.encode(PROMPT)
+    assert choice.prompt_token_ids == tokenizer_of(engine).encode(PROMPT)
     assert len(choice.token_ids) == 12
-    assert engine.tokenizer.decode(choice.token_ids) == choice.text
+    assert tokenizer_of(engine).decode(choice.token_ids) == choice.text
     pieces = [chunk.choices[0] for chunk in ai.completions.create(stream=True, **more)]
     assert [token for piece in pieces for token in piece.token_ids] == choice.token_ids
     assert pieces[0].prompt_token_ids == choice.prompt_token_ids
@@ -50,7 +52,7 @@ def test_several_prompts_times_n_come_in_order(engine: LocalEngine, ai: openai.O
     many = ai.completions.create(prompt=prompts, **GREEDY)
     assert [choice.index for choice in many.choices] == [0, 1, 2]
     assert [choice.text for choice in many.choices] == single
-    ids = [engine.tokenizer.encode(prompt) for prompt in prompts[:2]]
+    ids = [tokenizer_of(engine).encode(prompt) for prompt in prompts[:2]]
     twice = ai.completions.create(prompt=ids, n=2, **GREEDY)
     assert [choice.text for choice in twice.choices] == [single[0]] * 2 + [single[1]] * 2
     assert twice.usage.prompt_tokens == sum(map(len, ids))
@@ -58,7 +60,7 @@ def test_several_prompts_times_n_come_in_order(engine: LocalEngine, ai: openai.O
 
 
 def test_a_seed_repeats_and_choices_differ(ai: openai.OpenAI) -> None:
-    ask = {"model": MODEL, "prompt": PROMPT, "max_tokens": 16, "temperature": 1.0, "n": 2}
+    ask: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 16, "temperature": 1.0, "n": 2}
     first, again = (ai.completions.create(seed=7, **ask).choices for _ in range(2))
     assert [choice.text for choice in first] == [choice.text for choice in again]
     assert first[0].text != first[1].text
@@ -68,7 +70,7 @@ def test_a_seed_repeats_and_choices_differ(ai: openai.OpenAI) -> None:
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}])
 def test_each_way_to_narrow_the_choice_to_one_is_greedy(ai: openai.OpenAI, narrow: dict[str, float]) -> None:
     greedy = ai.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
-    ask = GREEDY | {"temperature": 1.0, "prompt": PROMPT}
+    ask: dict[str, Any] = GREEDY | {"temperature": 1.0, "prompt": PROMPT}
     assert ai.completions.create(extra_body=narrow, **ask).choices[0].text == greedy
 
 
@@ -93,7 +95,8 @@ def test_the_stream_is_events_that_end_with_done(client: httpx.Client) -> None:
 def test_a_stop_string_ends_the_output_and_is_left_out(ai: openai.OpenAI) -> None:
     whole = ai.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
     stop = whole[5:7]
-    for more in ({"stop": stop}, {"stop": ["never to be found", stop]}):
+    asked: list[dict[str, Any]] = [{"stop": stop}, {"stop": ["never to be found", stop]}]
+    for more in asked:
         choice = ai.completions.create(prompt=PROMPT, **more, **GREEDY).choices[0]
         assert choice.text == whole[: whole.index(stop)]
         assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
@@ -135,7 +138,7 @@ def test_echo_gives_the_prompt_and_its_logprobs(engine: LocalEngine, ai: openai.
     assert echoed.text == PROMPT + whole.text
     assert echoed.logprobs is None
     scored = ai.completions.create(prompt=PROMPT, echo=True, logprobs=2, **GREEDY).choices[0]
-    ids = engine.tokenizer.encode(PROMPT)
+    ids = tokenizer_of(engine).encode(PROMPT)
     assert scored.text == PROMPT + whole.text
     assert scored.logprobs.token_logprobs[0] is None
     assert scored.logprobs.top_logprobs[0] is None
@@ -153,7 +156,7 @@ def test_echo_of_no_new_tokens_scores_the_prompt_as_the_reference_does(ai: opena
         ids = reference["input_ids"][0].tolist()
         logits = reference["logits_none"][0].astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    ask = {"model": MODEL, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
+    ask: dict[str, Any] = {"model": MODEL, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
     choice = ai.completions.create(**ask).choices[0]
     assert (choice.finish_reason, choice.text) == ("length", ai_text(ai, ids))
     expected = [logprobs[i, token] for i, token in enumerate(ids[1:])]
@@ -166,8 +169,8 @@ def ai_text(ai: openai.OpenAI, ids: list[int]) -> str:
     return ai.completions.create(model=MODEL, prompt=ids, max_tokens=0, echo=True).choices[0].text
 
 
-def test_without_a_tokenizer_token_ids_go_in_and_come_out(checkpoint, engine: LocalEngine, ai: openai.OpenAI) -> None:
-    ids = engine.tokenizer.encode(PROMPT)
+def test_without_a_tokenizer_token_ids_go_in_and_come_out(checkpoint: Path, engine: LocalEngine, ai: openai.OpenAI) -> None:
+    ids = tokenizer_of(engine).encode(PROMPT)
     extra = {"return_token_ids": True}
     expected = ai.completions.create(prompt=ids, extra_body=extra, **GREEDY).choices[0].token_ids
     bare = make_engine(checkpoint, skip_tokenizer_init=True)

@@ -13,9 +13,9 @@ from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
 from openai.types.chat.chat_completion_message_function_tool_call_param import Function
 
-from podquant.server.fields import FIELDS, Field, Part, Treatment, fields_of
-from podquant.server.messages import Body, Message, ToolCall
+from podquant.server.fields import FIELDS, Body, Field, Part, Treatment, fields_of
 from podquant.server.messages import Function as FunctionBody
+from podquant.server.messages import Message, ToolCall
 from podquant.server.schemas import ChatBody, CompletionBody, DetokenizeBody, StreamOptions, TokenizeBody
 from tests.server.conftest import MODEL
 
@@ -153,7 +153,7 @@ def test_an_unknown_field_is_refused_by_name(client: httpx.Client) -> None:
 
 def test_best_of_as_many_as_n_asks_for_nothing(ai: openai.OpenAI) -> None:
     """langchain-openai sends it so."""
-    ask = {"model": MODEL, "prompt": [5, 6], "max_tokens": 2}
+    ask: dict[str, Any] = {"model": MODEL, "prompt": [5, 6], "max_tokens": 2}
     assert len(ai.completions.create(n=2, best_of=2, **ask).choices) == 2
     with pytest.raises(openai.BadRequestError, match=r"only n \(2\) is"):
         ai.completions.create(n=2, best_of=3, **ask)
@@ -177,6 +177,6 @@ def test_the_usage_so_far_stands_in_every_event_if_asked_for(ai: openai.OpenAI) 
     assert chunks[-1] == last == 4
     assert chunks == sorted(chunks)
     messages: Any = [{"role": "user", "content": "hi"}]
-    ask = {"model": MODEL, "messages": messages, "max_tokens": 4}
+    ask: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 4}
     chats = ai.chat.completions.create(stream=True, stream_options=options, **ask)
     assert [chunk.usage.completion_tokens for chunk in chats if chunk.usage][-2:] == [4, 4]

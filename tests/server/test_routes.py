@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from podquant.engine.engine import LocalEngine
-from tests.server.conftest import MODEL, make_engine, serving
+from tests.server.conftest import MODEL, make_engine, serving, tokenizer_of
 
 ASK = {"model": MODEL, "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}
 
@@ -29,7 +30,7 @@ def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
 
 def test_tokenize_and_detokenize_are_inverse(engine: LocalEngine, client: httpx.Client) -> None:
     tokens = client.post("/tokenize", json={"prompt": "def encode"}).json()["tokens"]
-    assert tokens == engine.tokenizer.encode("def encode")
+    assert tokens == tokenizer_of(engine).encode("def encode")
     assert "def encode" in str(client.post("/detokenize", json={"tokens": tokens}).json())
 
 
@@ -69,7 +70,7 @@ def test_metrics_count_requests_and_tokens(client: httpx.Client) -> None:
         ({"tempratuer": 1}, 400, "tempratuer"),
     ],
 )
-def test_bad_input_is_refused_by_name(client: httpx.Client, change: dict[str, object], status: int, param: str) -> None:
+def test_bad_input_is_refused_by_name(client: httpx.Client, change: dict[str, Any], status: int, param: str) -> None:
     answer = client.post("/v1/completions", json=ASK | change)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]

@@ -37,6 +37,12 @@ def deltas(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> list[str]
     return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
 
 
+def token_id(tokenizer: Tokenizer, content: str) -> int:
+    found = tokenizer._vocabulary.token_id(content)
+    assert found is not None
+    return found
+
+
 def expected_text(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
     return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
 
@@ -53,9 +59,7 @@ def test_deltas_add_up_to_the_whole_text(
     prompt = any_tokenizer.encode(before, add_special_tokens=False)
     generated = any_tokenizer.encode(text, add_special_tokens=False)
     for position, which in special:
-        token = any_tokenizer._vocabulary.token_id(("<s>", "</s>")[which])
-        assert token is not None
-        generated.insert(position % (len(generated) + 1), token)
+        generated.insert(position % (len(generated) + 1), token_id(any_tokenizer, ("<s>", "</s>")[which]))
     parts = deltas(any_tokenizer, prompt, generated)
     assert "".join(parts) == expected_text(any_tokenizer, prompt, generated)
     if REPLACEMENT not in any_tokenizer.decode(prompt + generated):
@@ -65,7 +69,7 @@ def test_deltas_add_up_to_the_whole_text(
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_bytes_add_up_in_byte_level_bpe(byte_level_tokenizer: Tokenizer, data: st.DataObject) -> None:
-    alphabet = [byte_level_tokenizer._vocabulary.token_id(c) for c in "ðŁĺĢâĤ¬Ãïa¿½"]
+    alphabet = [token_id(byte_level_tokenizer, c) for c in "ðŁĺĢâĤ¬Ãïa¿½"]
     ids = data.draw(st.lists(st.one_of(st.sampled_from(alphabet), st.integers(0, 399)), max_size=24))
     assert "".join(deltas(byte_level_tokenizer, [], ids)) == byte_level_tokenizer.decode(ids)
 
@@ -95,7 +99,7 @@ def test_an_unfinished_character_is_flushed(any_tokenizer: Tokenizer) -> None:
 
 
 def test_characters_are_shown_although_every_token_ends_inside_the_next(byte_level_tokenizer: Tokenizer) -> None:
-    lead, rest = (byte_level_tokenizer._vocabulary.token_id(c) for c in "Ãł")
+    lead, rest = (token_id(byte_level_tokenizer, c) for c in "Ãł")
     assert deltas(byte_level_tokenizer, [], [lead, rest, lead, lead]) == ["", "à", "", REPLACEMENT, REPLACEMENT]
     pairs = byte_level_tokenizer.encode("日" * 50, add_special_tokens=False)
     longest_wait = max(
@@ -125,7 +129,7 @@ def test_the_cost_of_a_token_does_not_grow(any_tokenizer: Tokenizer, text: str) 
 
 
 def test_endless_unfinished_bytes_do_not_pile_up(byte_level_tokenizer: Tokenizer) -> None:
-    lead = byte_level_tokenizer._vocabulary.token_id("ð")
+    lead = token_id(byte_level_tokenizer, "ð")
     detokenizer = byte_level_tokenizer.detokenizer([])
     text = "".join(detokenizer.push(lead) for _ in range(2000))
     assert text + detokenizer.flush() == REPLACEMENT * 2000

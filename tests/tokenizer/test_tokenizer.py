@@ -15,7 +15,8 @@ from podquant.tokenizer.tokenizer import Tokenizer
 @pytest.fixture
 def checkpoint(tmp_path: Path, byte_level_tokenizer: Tokenizer) -> Path:
     """A directory with a tokenizer whose special tokens are `<unk>` 0, `<s>` 1 and `</s>` 2."""
-    byte_level_tokenizer._vocabulary._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary: Any = byte_level_tokenizer._vocabulary
+    vocabulary._tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
 

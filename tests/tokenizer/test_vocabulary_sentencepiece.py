@@ -16,7 +16,7 @@ from tests.tokenizer.vocabularies import HARD_TEXTS, SENTENCEPIECE, sentencepiec
 
 texts = st.lists(st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=8)), max_size=8).map("".join)
 CONTROL = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]")
-ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+ROLES: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": {"content": "</s>"}}
 
 
 def directory_of(path: Path, kind: str = "llama", **tokenizer_config: Any) -> Path:
@@ -104,7 +104,7 @@ def test_special_tokens_are_found_in_text_and_left_out_of_it(tmp_path: Path) -> 
     assert sp.encode("<0x0A>")[-1] != 3 + 0x0A
     assert tokenizer.decode(ids) == "hello  world<0x0A>"
     assert tokenizer.decode(ids[1:], skip_special_tokens=False) == "<s> hello</s>  world<0x0A>"
-    assert (tokenizer.eos_ids, tokenizer.special_ids) == ({2}, {0, 1, 2})
+    assert (tokenizer.eos_ids, tokenizer.special_ids) == (frozenset({2}), frozenset({0, 1, 2}))
 
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}

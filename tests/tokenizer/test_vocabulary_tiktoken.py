@@ -160,7 +160,7 @@ def test_the_generation_config_tells_a_chat_model(
     tmp_path: Path, generation: dict[str, Any], has_chat: bool, eos_ids: set[int]
 ) -> None:
     tokenizer = Tokenizer.load(qwen_directory(tmp_path, chat_vocabulary(), generation), {})
-    assert (tokenizer.has_chat_template, tokenizer.eos_ids) == (has_chat, eos_ids)
+    assert (tokenizer.has_chat_template, tokenizer.eos_ids) == (has_chat, frozenset(eos_ids))
 
 
 def test_a_template_of_the_checkpoint_goes_before_chatml(tmp_path: Path) -> None:

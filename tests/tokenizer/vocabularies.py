@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import regex
 import sentencepiece
@@ -82,7 +83,7 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     path.write_bytes(b"\n".join(lines) + b"\n")
 
 
-SENTENCEPIECE = {
+SENTENCEPIECE: dict[str, dict[str, Any]] = {
     # as Llama 2 and Mistral have it
     "llama": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
     | {"remove_extra_whitespaces": False, "split_digits": True, "vocab_size": 420},

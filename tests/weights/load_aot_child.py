@@ -89,7 +89,8 @@ def _facts(model: Model, window: Window) -> dict[str, Any]:
     leaf, sharding = model.leaves[index], model.shardings[index]
     block = window.block_shape
     joined = (model.mesh.size * block[0], *block[1:])
-    lowered = placing(model, index, window).lower(
+    program: Any = placing(model, index, window)
+    lowered = program.lower(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.ShapeDtypeStruct(joined, leaf.dtype, sharding=NamedSharding(model.mesh, PartitionSpec(TP))),
         jax.ShapeDtypeStruct((3,), np.int32, sharding=NamedSharding(model.mesh, PartitionSpec())),
@@ -117,7 +118,7 @@ def main(topology: str, dtype: str) -> None:
     mesh = Mesh(np.array(choose_devices(devices, "tpu", len(devices))), (TP,))
     scheme = Scheme(dtype)
     model = Model(config, lambda module: scheme, Numerics("bfloat16", "tpu"), mesh)
-    found = {}
+    found: dict[str, Window] = {}
     for window in plan_windows(model, Shapes(model, scheme), Limits()):  # type: ignore[arg-type]
         if window.stream.layer == 0:
             found.setdefault(f"{window.stream.tensor} {window.rows} {window.num_rows}", window)

@@ -117,7 +117,9 @@ def blocks(size: tuple[int, int], label: str) -> Write:
     return write
 
 
-def group(kind: str, strategy: str = "channel", activations: Mapping[str, Any] | None = None, **more: Any) -> Any:
+def group(
+    kind: str, strategy: str | None = "channel", activations: Mapping[str, Any] | None = None, **more: Any
+) -> Any:
     """One group of compressed-tensors."""
     weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False, **more}
     return {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}

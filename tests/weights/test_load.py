@@ -118,9 +118,9 @@ def test_weights_that_share_a_tensor_share_its_scale_blocks(tmp_path: Path) -> N
     scales = np.repeat(whole.scales, 24, axis=0)
     for found in loads:
         for name, first, last in (("q_proj", 0, 64), ("k_proj", 64, 96), ("v_proj", 96, 128)):
-            path = ("segments", 0, "layers", "self_attn", name)
-            np.testing.assert_array_equal(found[*path, "weight"][1], whole.codes[first:last])
-            np.testing.assert_array_equal(found[*path, "weight_scale"][1], scales[first:last])
+            module = ("segments", 0, "layers", "self_attn", name)
+            np.testing.assert_array_equal(found[*module, "weight"][1], whole.codes[first:last])
+            np.testing.assert_array_equal(found[*module, "weight_scale"][1], scales[first:last])
         for path, array in found.items():
             assert array.tobytes() == loads[0][path].tobytes(), path
 

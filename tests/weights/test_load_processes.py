@@ -32,6 +32,8 @@ from tests.benchmarks.convert import make_checkpoint
 from tests.storage.gcs.emulator import GcsEmulator
 from tests.weights.load_child import Case, digest, key, load_case, open_case
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 GOLDEN = GOLDENS / "llama"
 CHECKPOINTS = {
@@ -146,7 +148,7 @@ class Processes:
         self._children = []
         for rank, (out, log) in enumerate(self._ends):
             with log.open("w") as stream:
-                command = [sys.executable, child, str(port), str(count), str(rank), file, out]
+                command = [sys.executable, str(child), str(port), str(count), str(rank), str(file), str(out)]
                 self._children.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
 
     @cache  # noqa: B019  two of them, for the length of a session

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("libtpu", reason="the TPU compiler exists for Linux on x86-64 only")
 
+pytestmark = pytest.mark.slow
+
 MODELS = [("v6e:4x4", "int8"), ("v5e:4x4", "int8"), ("v6e:4x4", "float8_e4m3fn")]
 """Topologies whose processes have a square of 2x2 chips, and element types of the codes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -79,7 +80,7 @@ def test_undone_permutation_rotates_the_same_pairs() -> None:
 
 
 @pytest.mark.parametrize("case", REFERENCE["cases"], ids=lambda case: case["name"])
-def test_tokenizer_gives_the_ids_of_transformers(checkpoint: Path, case: dict[str, object]) -> None:
+def test_tokenizer_gives_the_ids_of_transformers(checkpoint: Path, case: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     assert tokenizer.encode(case["prompt"]).ids == case["prompt_ids"]
     assert tokenizer.decode(case["greedy_ids"]) == case["text"]

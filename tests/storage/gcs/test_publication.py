@@ -99,6 +99,7 @@ def test_neighbours_with_a_longer_name_are_nothing_to_it(emulator: GcsEmulator, 
     assert emulator.data("b") == WHOLE | {"out2/theirs": b"1"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_others_out_until_its_lease_ends_and_leaves_no_artifact(
     emulator: GcsEmulator, client: GcsClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_whole_bucket_is_no_target(client: GcsClient) -> None:
         GcsPublication("gs://b/", client)
 
 
+@pytest.mark.slow
 def test_other_processes_write_through_a_staging_and_tries_do_not_meet(
     emulator: GcsEmulator, client: GcsClient
 ) -> None:

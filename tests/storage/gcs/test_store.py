@@ -194,12 +194,13 @@ def test_odd_names_arrive_as_they_are(emulator: GcsEmulator, client: GcsClient) 
     assert len(store.list()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["STORAGE_EMULATOR_HOST", "FSSPEC_GCS_ENDPOINT_URL"])
 def test_another_process_finds_the_endpoint_and_ends_without_a_warning(emulator: GcsEmulator, variable: str) -> None:
     emulator.put("b", "m/a", b"abc")
     script = "from podquant.storage.store import open_store; print(open_store('gs://b/m').read('a'))"
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", script],
+        [sys.executable, "-W", "error", "-c", script],
         env={variable: emulator.url},
         capture_output=True,
         text=True,

@@ -193,6 +193,7 @@ def test_an_upload_given_up_is_forgotten(emulator: GcsEmulator, bucket: Bucket) 
         writer.write(b"1")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_object(emulator: GcsEmulator) -> None:
     """The emulator is in this process, the writer in another: its peak must hold some chunks, not 256 MiB."""
     script = """

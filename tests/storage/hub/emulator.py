@@ -108,6 +108,8 @@ class HubEmulator:
                 return web.json_response({"error": "injected"}, status=fault.status, headers=fault.headers)
             if fault.kind == "elsewhere":
                 return web.Response(status=302, headers=fault.headers)
+        if path == "/api/agent-harnesses":  # huggingface_hub asks where it takes its caller for an agent
+            return _refusal(404, "EntryNotFound")
         answer = self._answer(host, path)
         if isinstance(answer, web.Response):
             return answer

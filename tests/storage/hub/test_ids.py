@@ -30,6 +30,7 @@ def offline(model: str, cache: Path) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_model_in_the_cache_needs_no_connection(tmp_path: Path) -> None:
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / COMMIT
@@ -40,6 +41,7 @@ def test_a_model_in_the_cache_needs_no_connection(tmp_path: Path) -> None:
     assert offline("org/name", tmp_path) == f"Snapshot(path='{snapshot}', name='org/name@{COMMIT}')"
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_had_offline(tmp_path: Path) -> None:
     assert offline("org/name", tmp_path) == (
         "org/name: no such directory, and as a Hugging Face id it is not in the cache and cannot be downloaded: "

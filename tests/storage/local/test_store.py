@@ -103,6 +103,7 @@ def test_the_place_must_be_a_directory(tmp_path: Path, name: str, found: str) ->
         LocalStore(f"{tmp_path}/{name}")
 
 
+@pytest.mark.slow
 def test_a_directory_that_may_not_be_read_is_named(tmp_path: Path, run_unprivileged: RunPython) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o000)
