@@ -97,9 +97,8 @@ def convert(
     replaces = check_target(target, overwrite=overwrite)
     publication = open_publication(target, keep=True, replaces=replaces, files_at_a_time=files_at_a_time(plan.tp_size))
     records = open_records(f"{publication.uri}.receipts")
-    setting = Setting(
-        checkpoint.store.uri, publication.staging, records, threads, window_bytes or checkpoint.store.window_bytes
-    )
+    window_bytes = window_bytes or checkpoint.store.window_bytes
+    setting = Setting(checkpoint.store.uri, publication.staging, records, threads, window_bytes)
     described = describe(checkpoint, plan)
     with publication:
         receipts = resume(described, plan, publication, records, overwrite=overwrite)
@@ -118,6 +117,10 @@ def convert(
                     records.clear()
             raise
     records.clear()
+    return _conversion(manifest, receipts, resumed)
+
+
+def _conversion(manifest: Manifest, receipts: Mapping[str, Receipt], resumed: set[str]) -> Conversion:
     quality = {name: figures for receipt in receipts.values() for name, figures in receipt.quality.items()}
     seconds = sum((receipt.seconds for unit, receipt in receipts.items() if unit not in resumed), Seconds())
     return Conversion(manifest, quality, len(resumed), seconds)

@@ -113,22 +113,13 @@ def read_model_config(config: Mapping[str, Any], names: Iterable[str], where: st
     reader = ConfigReader(config, where, family.spelled, family.defaults)
     reader.refuse_unless("pretraining_tp", [1])
     reader.refuse_unless("hidden_act", list(_ACTIVATIONS))
-    num_layers = reader.count("num_hidden_layers")
-    num_heads = reader.count("num_attention_heads")
-    num_kv_heads = reader.count("num_key_value_heads", num_heads)
-    hidden_size = reader.count("hidden_size")
-    head_dim = reader.count("head_dim", hidden_size // num_heads)
-    if head_dim % 2:
-        raise CheckpointError(
-            f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected an even number"
-        )
+    num_layers, hidden_size = reader.count("num_hidden_layers"), reader.count("hidden_size")
+    num_heads, num_kv_heads, head_dim = _read_heads(reader, hidden_size, where)
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if dtype not in SOURCE_DTYPES:
         raise UnsupportedModelError(
             f"{where}: dtype {dtype!r} is not supported; supported are {', '.join(SOURCE_DTYPES)}"
         )
-    if num_heads % num_kv_heads:
-        raise CheckpointError(f"{where}: {num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
     attention_bias = reader.flag("attention_bias", False)
     common = ModelConfig(
         architecture=architectures[0],
@@ -155,3 +146,17 @@ def read_model_config(config: Mapping[str, Any], names: Iterable[str], where: st
         names=family.names,
     )
     return replace(common, **family.more(reader, common))
+
+
+def _read_heads(reader: ConfigReader, hidden_size: int, where: str) -> tuple[int, int, int]:
+    """Query heads, key/value heads, and dimensions of each."""
+    num_heads = reader.count("num_attention_heads")
+    num_kv_heads = reader.count("num_key_value_heads", num_heads)
+    head_dim = reader.count("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise CheckpointError(
+            f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected an even number"
+        )
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{where}: {num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
+    return num_heads, num_kv_heads, head_dim

@@ -42,8 +42,9 @@ def test_a_list_larger_than_the_queue_comes_back_in_its_order(engine: podquant.E
 def test_keywords_replace_fields(engine: podquant.Engine) -> None:
     (output,) = engine.complete([[5]], GREEDY, max_tokens=2)
     assert len(output.token_ids) == 2
+    misspelt: Any = {"max_token": 2}
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_token'"):
-        engine.complete([[5]], GREEDY, **{"max_token": 2})  # type: ignore[call-overload]
+        engine.complete([[5]], GREEDY, **misspelt)
 
 
 @pytest.mark.parametrize(

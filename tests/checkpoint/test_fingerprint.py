@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_each_byte_of_a_small_checkpoint_counts(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    tensors = {
+    tensors: dict[str, Any] = {
         "a": np.zeros(7, np.float32),
         "none": np.zeros(0, np.float32),
         "b": np.ones((3, 5), np.float16),

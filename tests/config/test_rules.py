@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from podquant.config.rules import QuantizationConfig, Resolution, Rule, load_quantization_config
 from podquant.config.scheme import Scheme
 from podquant.errors import ConfigError
+from tests.calls import calls_of
 
 Load = Callable[[str], QuantizationConfig]
 
@@ -257,13 +257,12 @@ def test_a_rule_behind_a_wider_one_is_reported(load: Load) -> None:
     assert 'lm_head is decided by my.yaml:4 ".*" (dotted)' in idle.reason
 
 
-def test_a_hundred_thousand_modules_take_no_time(load: Load) -> None:
-    modules = [f"model.layers.{layer}.part{i}.q_proj" for layer in range(100) for i in range(1000)]
+def test_many_modules_take_a_few_calls_each(load: Load) -> None:
+    modules = [f"model.layers.{layer}.part{i}.q_proj" for layer in range(100) for i in range(100)]
     config = load(dense(pattern("nothing/here"), pattern(r"^(?!.*(moe_gate|mlp/(w1|w2)(/|$))).*$")))
-    start = time.perf_counter()
-    resolution = config.resolve(modules)
-    assert time.perf_counter() - start < 5  # 0.6 s on one quiet core
-    assert len(taken(resolution)) == 100_000
+    found: list[Resolution] = []
+    assert calls_of(lambda: found.append(config.resolve(modules))) < 100 * len(modules)
+    assert len(taken(found[0])) == 10_000
 
 
 PATTERNS = [".*", ".*proj", r".*\.gate$", "lm_head", "model/layers/1/.*", r"^(?!.*/mlp/).*$"]

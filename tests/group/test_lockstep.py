@@ -64,7 +64,7 @@ def test_ranks_meet_whatever_strangers_do_meanwhile() -> None:
         ]
         begin = time.monotonic()
         met = gather(listener, key, PRINTS, 3, 10.0)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 9  # it did not wait for the silent one
         for thread in threads:
             thread.join()
         silent.close()
@@ -179,4 +179,4 @@ def test_a_follower_notices_a_step_that_is_missing_and_a_leader_that_is_silent()
     begin = time.monotonic()
     with leader, follower, pytest.raises(WireError, match="no answer in time"):
         follow(Recorder(), follower, Deadlines(liveness=0.2), lambda since: None)  # type: ignore[arg-type]
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 20  # and not 60

@@ -1,8 +1,7 @@
 """What infra/ asks Google Cloud for is what podquant asks Ray for: a drift of either side fails here.
 
-Pods are checked against Kubernetes' own schemas. KubeRay's CRDs come in no package, so RayCluster and RayJob are
-checked against schemas written from KubeRay's documentation, of the fields used here and no others: a misspelt field,
-which a cluster would drop in silence, is refused. Nothing here talks to a cluster or to Google.
+Pods are checked against Kubernetes' own schemas, RayCluster and RayJob against those of kuberay_schemas.py. Nothing here
+talks to a cluster or to Google.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from podquant.cluster.ray_hosts import OFF_CHIPS
 from podquant.cluster.ray_pool import _SLICE_LABEL
 from podquant.cluster.topology import TpuSlice, parse_slice
 from podquant.config.job import ConvertJob, load_quantize_and_serve_job
+from tests.infra.kuberay_schemas import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -44,60 +44,6 @@ KUBERNETES = "1.33"  # later ones take what this one takes
 GKE_ACCELERATORS = {"v6e": "tpu-v6e-slice", "v5litepod": "tpu-v5-lite-podslice"}  # cloud.google.com/kubernetes-engine
 SERVE: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(ServeOptions)}
 DOCKERFILE = (INFRA / "Dockerfile").read_text()
-
-_TEXT = {"type": "string", "minLength": 1}
-_COUNT = {"type": "integer", "minimum": 0}
-_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
-
-
-def _mapping(required: str, **properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required.split(),
-        "additionalProperties": False,
-    }
-
-
-def _resource(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return _mapping(
-        "apiVersion kind metadata spec",
-        apiVersion={"const": "ray.io/v1"},
-        kind={"const": kind},
-        metadata=_mapping("name", name={**_TEXT, "maxLength": 41}, labels=_TEXTS),  # names of pods are made of it
-        spec=spec,
-    )
-
-
-_TEMPLATE = _mapping("spec", spec={"type": "object"})
-_HEAD = _mapping("template", serviceType={"enum": ["ClusterIP"]}, rayStartParams=_TEXTS, template=_TEMPLATE)
-_WORKERS = _mapping(
-    "groupName minReplicas maxReplicas template",
-    groupName={**_TEXT, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"},
-    replicas=_COUNT,
-    minReplicas=_COUNT,
-    maxReplicas=_COUNT,
-    numOfHosts={"type": "integer", "minimum": 1},
-    rayStartParams=_TEXTS,
-    template=_TEMPLATE,
-)
-_CLUSTER = _mapping(
-    "headGroupSpec",
-    rayVersion=_TEXT,
-    authOptions=_mapping("mode", mode={"enum": ["disabled", "token"]}),
-    headGroupSpec=_HEAD,
-    workerGroupSpecs={"type": "array", "items": _WORKERS},
-)
-_JOB = _mapping(
-    "entrypoint rayClusterSpec",
-    entrypoint=_TEXT,
-    rayClusterSpec=_CLUSTER,
-    submitterPodTemplate=_TEMPLATE,
-    shutdownAfterJobFinishes={"type": "boolean"},
-    ttlSecondsAfterFinished=_COUNT,
-    backoffLimit=_COUNT,
-)
-SCHEMAS = {"RayCluster": _resource("RayCluster", _CLUSTER), "RayJob": _resource("RayJob", _JOB)}
 
 
 def documents(name: str) -> list[dict[str, Any]]:

@@ -68,6 +68,6 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsEmulator]:
 @pytest.fixture
 def client(emulator: GcsEmulator) -> Iterator[GcsClient]:
     """A client of the emulator that gives up in seconds."""
-    client = GcsClient(Patience(connect=1.0, silence=0.3, deadline=3.0, first_wait=0.01, longest_wait=0.1))
+    client = GcsClient(Patience(connect=1.0, silence=1.0, deadline=4.0, first_wait=0.01, longest_wait=0.1))
     yield client
     client.close()

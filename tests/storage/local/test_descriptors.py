@@ -37,6 +37,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_three_hundred_files_with_sixty_four_descriptors(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MANY, f"{tmp_path}/out"], capture_output=True, text=True, timeout=60, check=False

@@ -76,6 +76,7 @@ with module.LocalPublication(sys.argv[1], replaces=("a",)) as publication:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "turn"), [("exchange", 0), ("renames", 1), ("renames", 2)])
 def test_killed_while_it_replaces_one_is_whole_and_found(tmp_path: Path, how: str, turn: int) -> None:
     out = tmp_path / "out"

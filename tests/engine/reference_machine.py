@@ -1,0 +1,118 @@
+"""A small machine for a scheduler to drive: paged memory, one last token per slot, programs run in order.
+
+Its next token depends on every earlier one, read back through the pages, so a page that is shared, lost, skipped or
+written out of order changes the output.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from podquant.engine.pages import PagePool
+from podquant.engine.request import Request
+from podquant.engine.scheduler import Decode, Prefill, Scheduler, Sequence
+
+VOCABULARY = 97
+
+
+def next_token(tokens: list[int]) -> int:
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token + 1) % 10007
+    return value % VOCABULARY
+
+
+def expected_tokens(request: Request, stop_token: int) -> list[int]:
+    tokens = list(request.prompt_ids)
+    for _ in range(request.params.max_tokens):
+        tokens.append(next_token(tokens))
+        if tokens[-1] == stop_token:
+            break
+    return tokens[len(request.prompt_ids) :]
+
+
+class Machine:
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.memory: dict[tuple[int, int], int] = {}
+        self.last_token: dict[int, int] = {}
+
+    def run(self, step: Prefill | Decode) -> list[int]:
+        if isinstance(step, Decode):
+            # inputs are read before anything is written: one program
+            rows = [(s, s.num_computed - 1, self.last_token[s.slot]) for s in step.sequences]
+            return [self._extend(sequence, [token], start, True) for sequence, start, token in rows]
+        chunk = step.sequence.token_ids[step.start : step.start + step.length]
+        token = self._extend(step.sequence, chunk, step.start, step.is_last)
+        return [token] if step.is_last else []
+
+    def _extend(self, sequence: Sequence, tokens: list[int], start: int, samples: bool) -> int:
+        places = [(sequence.pages[i // self.page_size], i % self.page_size) for i in range(start + len(tokens))]
+        self.memory.update(zip(places[start:], tokens, strict=True))
+        token = next_token([self.memory[place] for place in places])
+        if samples:
+            self.last_token[sequence.slot] = token
+        return token
+
+
+@dataclass
+class Run:
+    """Drives a scheduler as an engine does, `run_ahead` steps ahead of the tokens, checking every step."""
+
+    pool: PagePool
+    scheduler: Scheduler
+    max_running: int
+    chunk_size: int
+    run_ahead: int
+    stop_token: int
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    sequences: dict[str, Sequence] = field(default_factory=dict)
+    in_flight: deque[tuple[Prefill | Decode, list[int]]] = field(default_factory=deque)
+    oldest: Sequence | None = None
+
+    def __post_init__(self) -> None:
+        self.machine = Machine(self.pool.page_size)
+
+    def add(self, request: Request) -> None:
+        self.sequences[request.id] = self.scheduler.add(request)
+        self.outputs[request.id] = []
+
+    def advance(self) -> None:
+        step = self.scheduler.schedule()
+        self.check_pages()
+        if step is not None:
+            self.check_step(step)
+            self.in_flight.append((step, self.machine.run(step)))
+        else:
+            assert self.in_flight or not self.scheduler.has_work, "nothing to run, nothing to wait for, yet not done"
+        if self.in_flight and (step is None or len(self.in_flight) > self.run_ahead):
+            for sequence, token in self.scheduler.complete(*self.in_flight.popleft()):
+                self.outputs[sequence.request.id].append(token)
+                if token == self.stop_token:
+                    self.scheduler.finish(sequence)
+
+    def check_step(self, step: Prefill | Decode) -> None:
+        if isinstance(step, Prefill):
+            assert 1 <= step.length <= self.chunk_size
+            assert step.sequence.num_in_flight == step.is_last
+            assert step.is_last == (step.start + step.length == len(step.sequence.token_ids))
+        for sequence in step.sequences if isinstance(step, Decode) else (step.sequence,):
+            assert not sequence.finished
+            assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size
+            assert sequence.num_generated + sequence.num_in_flight <= max(sequence.request.params.max_tokens, 1)
+
+    def check_pages(self) -> None:
+        running = [sequence for sequence in self.sequences.values() if sequence.slot >= 0]
+        held = [page for sequence in self.sequences.values() for page in sequence.pages]
+        assert len(held) == len(set(held))
+        assert 0 not in held
+        assert len(held) + self.pool.num_free == self.pool.num_usable
+        assert len(running) == self.scheduler.num_running <= self.max_running
+        assert len({sequence.slot for sequence in running}) == len(running)
+        # self.sequences is in the order of arrival; once it runs, the oldest keeps what it has
+        live = (s for s in self.sequences.values() if not s.finished and not (s.slot < 0 and s.is_exhausted))
+        oldest = next(live, None)
+        assert oldest is None or oldest is not self.oldest or oldest.slot >= 0
+        self.oldest = oldest if oldest is not None and oldest.slot >= 0 else None
+        assert all(0 <= sequence.slot < self.max_running for sequence in running)
