@@ -70,6 +70,7 @@ def test_keywords_are_the_fields_of_the_options(keywords: type, options: type, l
     assert get_type_hints(keywords) == fields
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy() -> None:
     code = (
         "import sys, podquant; dir(podquant); podquant.__version__; podquant.SamplingParams\n"

@@ -1,7 +1,7 @@
 """What infra/ asks Google Cloud for is what podquant asks Ray for: a drift of either side fails here.
 
-Pods are checked against Kubernetes' own schemas, RayCluster and RayJob against those of kuberay_schemas.py. Nothing here
-talks to a cluster or to Google.
+Pods are checked against Kubernetes' own schemas, RayCluster and RayJob against those of kuberay_schemas.py. Nothing
+here talks to a cluster or to Google.
 """
 
 from __future__ import annotations
