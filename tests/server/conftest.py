@@ -74,7 +74,7 @@ def make_engine(checkpoint: Path, **more: Any) -> LocalEngine:
     return engine
 
 
-def tokenizer_of(engine: Engine) -> Tokenizer:
+def tokenizer_of(engine: LocalEngine) -> Tokenizer:
     """That which the engine was started with."""
     assert engine.tokenizer is not None
     return engine.tokenizer

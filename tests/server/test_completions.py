@@ -169,7 +169,9 @@ def ai_text(ai: openai.OpenAI, ids: list[int]) -> str:
     return ai.completions.create(model=MODEL, prompt=ids, max_tokens=0, echo=True).choices[0].text
 
 
-def test_without_a_tokenizer_token_ids_go_in_and_come_out(checkpoint: Path, engine: LocalEngine, ai: openai.OpenAI) -> None:
+def test_without_a_tokenizer_token_ids_go_in_and_come_out(
+    checkpoint: Path, engine: LocalEngine, ai: openai.OpenAI
+) -> None:
     ids = tokenizer_of(engine).encode(PROMPT)
     extra = {"return_token_ids": True}
     expected = ai.completions.create(prompt=ids, extra_body=extra, **GREEDY).choices[0].token_ids
