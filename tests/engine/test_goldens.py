@@ -108,8 +108,8 @@ def open_artifact(name: str, mode: str, directory: Path) -> WeightSource:
     return open_source(target)
 
 
-def load(source: WeightSource, tp: int, ep: int = 1) -> tuple[Model, tuple[jax.Array, ...]]:
-    config, numerics = read_model_config(source.config, source.tensors), Numerics("float32", "cpu")
+def load(source: WeightSource, tp: int, ep: int = 1, dtype: str = "float32") -> tuple[Model, tuple[jax.Array, ...]]:
+    config, numerics = read_model_config(source.config, source.tensors), Numerics(dtype, "cpu")
     model = Model(config, source.scheme_of, numerics, make_mesh("cpu", tp), ep)
     return model, load_weights(model, source)
 
@@ -139,7 +139,7 @@ def all_logits(model: Model, weights: tuple[jax.Array, ...], tokens: Array) -> A
     )
     # A hundred programs that run once: what LLVM would do to make them fast takes longer than running them.
     program = jax.jit(mapped).lower(weights, cache, tokens).compile({"xla_backend_optimization_level": 0})
-    logits = np.asarray(program(weights, cache, tokens))
+    logits = np.asarray(program(weights, cache, tokens), np.float32)
     return logits[:, : model.config.vocab_size].reshape(batch, length, -1)
 
 
