@@ -3,11 +3,11 @@
 bfloat16 adds by one all-reduce rather than by an all-gather in the shards' order, pads single rows, and splits an
 activation into two int8 parts rather than three (`podquant/model/collectives.py`, `matmul.py`).
 
-Where activations are not quantized, what is left is rounding to 8 bits of mantissa: a mean KL of 1.9e-5 to 4.4e-5 nats in
-dense models and with routed experts, and of 2e-4 with latent attention, whose low-rank products round once more. The
+Where activations are not quantized, what is left is rounding to 8 bits of mantissa: a mean KL of 1.9e-5 to 4.4e-5 nats
+in dense models and with routed experts, and of 2e-4 with latent attention, whose low-rank products round once more. The
 bounds are about twice that. With quantized activations float32's bounds hold: a rounding of bfloat16 flips codes as the
-order of a sum does (1.2e-4 and 9e-4 in dense models, 6e-3 with routed fp8 experts). With a shard
-left out of every sum the KL is 0.17 to 0.5.
+order of a sum does (1.2e-4 and 9e-4 in dense models, 6e-3 with routed fp8 experts). With a shard left out of every sum
+the KL is 0.17 to 0.5.
 """
 
 from __future__ import annotations
