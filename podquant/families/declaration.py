@@ -138,12 +138,12 @@ class Declaration:
     weights: tuple[DeclaredWeight, ...]
 
     @cached_property
-    def modules(self) -> Mapping[tuple[int | None, str], Mapping[str, DeclaredWeight]]:
-        """Of each layer (None: outside) and module of the decoder, the weights by parameter name."""
-        modules: dict[tuple[int | None, str], dict[str, DeclaredWeight]] = {}
+    def modules(self) -> Mapping[int | None, Mapping[str, Mapping[str, DeclaredWeight]]]:
+        """Of each layer (None: outside the layers), its modules by name, and their weights by parameter name."""
+        layers: dict[int | None, dict[str, dict[str, DeclaredWeight]]] = {}
         for weight in self.weights:
-            modules.setdefault((weight.layer, weight.module), {})[weight.name] = weight
-        return modules
+            layers.setdefault(weight.layer, {}).setdefault(weight.module, {})[weight.name] = weight
+        return layers
 
     @cached_property
     def tensors(self) -> Mapping[str, DiskTensor]:

@@ -8,6 +8,7 @@ context length, and no more memory than a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from podquant.config.scheme import Scheme
 from podquant.families.config import ModelConfig
 from podquant.model.linear import Linear, RMSNorm, project
 from podquant.model.matmul import Numerics
+from podquant.model.parameter import Module
 from podquant.model.rope import rotate
 
 CHUNK_TOKENS = 256
@@ -95,44 +96,23 @@ class Attention(nnx.Module):
 
     Args:
         config: the model.
-        schemes: for each projection's name, how it is quantized.
+        modules: of the layer, by name. K on the devices may be repeated to the number of shards.
         numerics: what the model computes in.
-        num_kv_heads: key/value heads on the devices: K, repeated to the number of shards if that is larger.
-        layers: how many are stacked.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        schemes: dict[str, Scheme | None],
-        numerics: Numerics,
-        num_kv_heads: int,
-        layers: int,
-    ) -> None:
+    def __init__(self, config: ModelConfig, modules: Mapping[str, Module], numerics: Numerics) -> None:
         self.head_dim = config.head_dim
-        width, kv_width = config.num_heads * config.head_dim, num_kv_heads * config.head_dim
-
-        def linear(name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool) -> Linear:
-            return Linear(shape, axes, scheme=schemes[name], numerics=numerics, bias=bias, layers=layers)
-
-        self.q_proj = linear("q_proj", (width, config.hidden_size), ("heads", "embed"), config.qkv_bias)
-        self.k_proj = linear("k_proj", (kv_width, config.hidden_size), ("kv_heads", "embed"), config.qkv_bias)
-        self.v_proj = linear("v_proj", (kv_width, config.hidden_size), ("kv_heads", "embed"), config.qkv_bias)
-        self.o_proj = linear("o_proj", (config.hidden_size, width), ("embed", "heads"), config.o_bias)
-        self.qk_norm_whole = config.qk_norm_whole
+        self.q_proj = Linear(modules["self_attn.q_proj"], numerics)
+        self.k_proj = Linear(modules["self_attn.k_proj"], numerics)
+        self.v_proj = Linear(modules["self_attn.v_proj"], numerics)
+        self.o_proj = Linear(modules["self_attn.o_proj"], numerics)
+        self.qk_norm_whole = config.qk_norm_whole  # over all heads together, not over each
         if config.qk_norm:
-            self.q_norm = self._head_norm(config, numerics, width, "heads", layers)
-            self.k_norm = self._head_norm(config, numerics, kv_width, "kv_heads", layers)
+            self.q_norm = RMSNorm(modules["self_attn.q_norm"], config.norm_eps, numerics, config.norm_offset)
+            self.k_norm = RMSNorm(modules["self_attn.k_norm"], config.norm_eps, numerics, config.norm_offset)
         self.score_scale, self.score_cap = config.score_scale, config.score_cap
         # XLA:CPU has fast float32 dots of any shape, and none in bf16 for a single row.
         self.score_dtype = "float32" if numerics.platform == "cpu" else numerics.dtype
-
-    @staticmethod
-    def _head_norm(config: ModelConfig, numerics: Numerics, width: int, axis: str, layers: int) -> RMSNorm:
-        """Over each head, or over all of them together."""
-        if not config.qk_norm_whole:
-            width, axis = config.head_dim, "head_dim"
-        return RMSNorm(width, config.norm_eps, numerics, layers, axis, config.norm_offset)
 
     def __call__(
         self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions

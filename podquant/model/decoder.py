@@ -1,14 +1,15 @@
 """A decoder-only transformer on one shard of a mesh: embedding, layers, output projection.
 
 Layers quantized alike are stacked and scanned over, so a program's size and compile time do not grow with depth; a run
-of layers that differ (a rule may keep the first in bf16) is a segment of its own. Attribute paths follow the names that
-a Llama has on disk: `segments[s].layers.self_attn.q_proj.weight[i]` is `self_attn.q_proj.weight` below
-`model.layers.{start + i}`; `config.names` knows what other families call it.
+of layers that differ (a rule may keep the first in bf16) is a segment of its own. What weights there are, and of which
+shape, is declared (`families.declaration`): `segments[s].layers.self_attn.q_proj.weight[i]` is the weight of the module
+`self_attn.q_proj` in layer `start + i`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -20,59 +21,53 @@ from flax import nnx
 from podquant.config.scheme import Scheme
 from podquant.errors import UnsupportedModelError
 from podquant.families.config import ModelConfig
+from podquant.families.declaration import Declaration, DeclaredWeight, axis_sizes
 from podquant.families.layout import Layout
 from podquant.model.attention import Attention, KVCache, Positions, soft_cap
 from podquant.model.embedding import Embedding
 from podquant.model.linear import Linear, RMSNorm
 from podquant.model.matmul import Numerics
-from podquant.model.mla import LatentAttention, projections_of
+from podquant.model.mla import LatentAttention
 from podquant.model.mlp import MLP
-from podquant.model.moe import MoE, expert_names, modules_of
-from podquant.model.parameter import ExpertWeight
+from podquant.model.moe import MoE
+from podquant.model.parameter import ExpertWeight, Module
 
 SchemeOf = Callable[[str], Scheme | None]
 """From a module's name on disk to how it is quantized."""
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
+_INPUT_NORMS = ("input_layernorm", "post_attention_layernorm")
+_OUTPUT_NORMS = ("attention_output_norm", "mlp_output_norm")
 
 
 class DecoderLayer(nnx.Module):
     """Attention and MLP, or experts, each beside a residual, with norms in front of them, behind them or both.
 
-    `layers` of them, from `start` on, are stacked.
+    Args:
+        config: the model.
+        modules: of the run of layers that are stacked, by name.
+        numerics: what it computes in.
+        layout: its sizes on the mesh.
+        start: the index of the first of the layers.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        schemes: Mapping[str, Scheme | None],
-        numerics: Numerics,
-        layout: Layout,
-        layers: int,
-        start: int,
+        self, config: ModelConfig, modules: Mapping[str, Module], numerics: Numerics, layout: Layout, start: int
     ) -> None:
-        attention = {name: schemes[f"self_attn.{name}"] for name in _attention_names(config)}
-        mlp = {name.removeprefix("mlp."): scheme for name, scheme in schemes.items() if name.startswith("mlp.")}
-
-        def norm() -> RMSNorm:
-            return RMSNorm(config.hidden_size, config.norm_eps, numerics, layers, offset=config.norm_offset)
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(modules[name], config.norm_eps, numerics, config.norm_offset)
 
         self.residual_scale = config.residual_scale
         if config.input_norms:
-            self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+            self.input_layernorm, self.post_attention_layernorm = map(norm, _INPUT_NORMS)
         if config.output_norms:
-            self.attention_output_norm, self.mlp_output_norm = norm(), norm()
-        self.self_attn: Attention | LatentAttention
-        if config.latent is None:
-            self.self_attn = Attention(config, attention, numerics, layout.num_kv_heads, layers)
-        else:
-            self.self_attn = LatentAttention(config, attention, numerics, layers)
+            self.attention_output_norm, self.mlp_output_norm = map(norm, _OUTPUT_NORMS)
+        attention = Attention if config.latent is None else LatentAttention
+        self.self_attn: Attention | LatentAttention = attention(config, modules, numerics)
         self.mlp: MLP | MoE
         if config.has_experts(start):
-            self.mlp = MoE(config, mlp, numerics, (layout.tp_size, layout.ep_size), layers, start)
+            self.mlp = MoE(config, modules, numerics, (layout.tp_size, layout.ep_size), start)
         else:
-            self.mlp = MLP(config, mlp, numerics, layers)
+            self.mlp = MLP(config, modules, numerics)
 
     def __call__(
         self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
@@ -130,33 +125,37 @@ class Decoder(nnx.Module):
 
     Args:
         config: the model.
+        declaration: its weights.
         layout: its sizes on the mesh, from `plan_layout`.
         scheme_of: how each module is quantized, by its name on disk.
         numerics: what it computes in.
     """
 
-    def __init__(self, config: ModelConfig, layout: Layout, scheme_of: SchemeOf, numerics: Numerics) -> None:
-        names = config.names
+    def __init__(
+        self,
+        config: ModelConfig,
+        declaration: Declaration,
+        layout: Layout,
+        scheme_of: SchemeOf,
+        numerics: Numerics,
+    ) -> None:
         self.embedding_scale, self.logit_scale = config.embedding_scale, config.logit_scale
         self.logit_cap = config.logit_cap
-        self.embed_tokens = Embedding(layout.vocab_size, config.hidden_size, scheme_of(names.embed_tokens), numerics)
+        modules = partial(modules_in, config, declaration, layout, scheme_of)
+        outside = modules(None)
+        self.embed_tokens = Embedding(outside["embed_tokens"], numerics)
         self.segments = nnx.List(
             Segment(
                 start,
                 config.windows[start:stop],
-                DecoderLayer(config, dict(schemes), numerics, layout, stop - start, start),
+                DecoderLayer(config, modules((start, stop)), numerics, layout, start),
                 config.layer_ropes[start:stop],
             )
-            for start, stop, schemes in _segments(config, scheme_of)
+            for start, stop in _runs(declaration, scheme_of, config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, numerics, offset=config.norm_offset)
+        self.norm = RMSNorm(outside["norm"], config.norm_eps, numerics, config.norm_offset)
         if not config.tied_embeddings:
-            self.lm_head = Linear(
-                (layout.vocab_size, config.hidden_size),
-                ("vocab", "embed"),
-                scheme=scheme_of(names.lm_head),
-                numerics=numerics,
-            )
+            self.lm_head = Linear(outside["lm_head"], numerics)
 
     def hidden(self, token_ids: jax.Array, cache: KVCache, at: Positions) -> tuple[jax.Array, KVCache]:
         """Run int32 ids [B, T] through all layers: the normalised residual stream [B * T, D], and the cache."""
@@ -176,39 +175,55 @@ class Decoder(nnx.Module):
         return soft_cap(logits, self.logit_cap)
 
 
-def _attention_names(config: ModelConfig) -> tuple[str, ...]:
-    return _ATTENTION if config.latent is None else projections_of(config.latent)
+def modules_in(
+    config: ModelConfig,
+    declaration: Declaration,
+    layout: Layout,
+    scheme_of: SchemeOf,
+    layers: tuple[int, int] | None,
+) -> Mapping[str, Module]:
+    """The modules of a run of layers, as the first one has them, or (None) those outside the layers.
+
+    Raises:
+        UnsupportedModelError: experts of a layer are not quantized alike.
+    """
+    layer = None if layers is None else layers[0]
+    sizes = {**axis_sizes(config), "kv_heads": layout.num_kv_heads * config.head_dim, "vocab": layout.vocab_size}
+    return {
+        name: Module(name, weights, sizes, _scheme(weights["weight"], scheme_of), layers)
+        for name, weights in declaration.modules[layer].items()
+    }
 
 
-def _segments(config: ModelConfig, scheme_of: SchemeOf) -> list[tuple[int, int, tuple[tuple[str, Scheme | None], ...]]]:
-    segments = []
+def _runs(declaration: Declaration, scheme_of: SchemeOf, num_layers: int) -> Iterator[tuple[int, int]]:
+    """The layers in runs whose modules have the same weights, quantized alike."""
+
+    def what(layer: int) -> list[tuple[object, ...]]:
+        return [
+            (
+                name,
+                *((each.name, each.axes, each.shape) for each in weights.values()),
+                _scheme(weights["weight"], scheme_of),
+            )
+            for name, weights in declaration.modules[layer].items()
+        ]
+
     start = 0
-    for schemes, run in groupby(_layer_schemes(config, scheme_of, layer) for layer in range(config.num_layers)):
+    for _, run in groupby(range(num_layers), what):
         stop = start + len(list(run))
-        segments.append((start, stop, schemes))
+        yield start, stop
         start = stop
-    return segments
 
 
-def _layer_schemes(config: ModelConfig, scheme_of: SchemeOf, layer: int) -> tuple[tuple[str, Scheme | None], ...]:
-    """The modules of a layer and how each is quantized: layers alike have the same."""
-    moe = config.moe if config.has_experts(layer) else None
-    names = [f"self_attn.{name}" for name in _attention_names(config)] + (
-        modules_of(moe) if moe else [f"mlp.{n}" for n in _MLP]
-    )
-    return tuple((name, _scheme(config, scheme_of, layer, name)) for name in names)
-
-
-def _scheme(config: ModelConfig, scheme_of: SchemeOf, layer: int, name: str) -> Scheme | None:
-    if config.moe is None or not name.startswith("mlp.experts."):
-        return scheme_of(config.names.in_layer(layer, name).module)
-    names = expert_names(name, config.moe.num_experts)
-    modules = [config.names.in_layer(layer, each).module for each in names]
-    scheme = scheme_of(modules[0])
-    for module in modules:
+def _scheme(weight: DeclaredWeight, scheme_of: SchemeOf) -> Scheme | None:
+    if weight.kind == "norm":
+        return None
+    first, *others = (rows.module for rows in weight.places)
+    scheme = scheme_of(first)
+    for module in others:
         if scheme_of(module) != scheme:
             raise UnsupportedModelError(
-                f"{module} is not quantized as {modules[0]} is; the experts of a layer are computed together: quantize "
-                "them alike, by the `moe:` section and without naming some in `ignored_layers`"
+                f"{module} is not quantized as {first} is; the experts of a layer are computed together: quantize them "
+                "alike, by the `moe:` section and without naming some in `ignored_layers`"
             )
     return scheme

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from podquant.config.scheme import Scheme
 from podquant.model.axes import TP
 from podquant.model.linear import Linear
 from podquant.model.matmul import Numerics
+from podquant.model.parameter import Module
 
 
 class Embedding(nnx.Module):
@@ -18,15 +18,13 @@ class Embedding(nnx.Module):
     The table is a `Linear`: a tied model projects with the same codes and scales that it looks up.
 
     Args:
-        vocab_size: V on the devices: a multiple of the number of shards.
-        hidden_size: D.
-        scheme: how it is quantized, None for not.
+        module: its declaration; V on the devices is a multiple of the number of shards.
         numerics: what the model computes in.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, scheme: Scheme | None, numerics: Numerics) -> None:
-        self.hidden_size = hidden_size
-        self.table = Linear((vocab_size, hidden_size), ("vocab", "embed"), scheme=scheme, numerics=numerics)
+    def __init__(self, module: Module, numerics: Numerics) -> None:
+        self.hidden_size = module.shape[1]
+        self.table = Linear(module, numerics)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """Look up int32 ids [...]: [..., D] in the model's dtype. One all-reduce."""

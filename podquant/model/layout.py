@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
+from podquant.families.declaration import DeclaredWeight, axis_sizes, declare
 from podquant.families.layout import Layout, plan_layout
 from podquant.model.attention import CHUNK_TOKENS, CacheLayout, cache_layout
-from podquant.model.axes import spec_of
+from podquant.model.axes import LOCAL, RULES, TP, spec_of
 from podquant.model.decoder import Decoder, SchemeOf
 from podquant.model.matmul import Numerics
 from podquant.model.parameter import Weight
@@ -31,18 +32,48 @@ _REPLICATED = PartitionSpec()
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of weights, as the programs take it.
+    """One array of weights, as the programs take it, and what is declared of it.
 
     Attributes:
         path: attribute names and indices from the decoder to it.
         shape, dtype: on the devices, over all shards.
         axes: logical axis of each dimension.
+        name: of the parameter: `weight`, `weight_scale`, `bias`.
+        weights: what fills it, of each layer that is stacked in it; of scales, the weights that they scale.
+        copies: how many shards have a copy of each row, where it is cut along its rows.
+        shards: that share out a tensor on disk: all of the mesh; of routed experts those of a group.
     """
 
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     axes: tuple[str, ...]
+    name: str
+    weights: tuple[DeclaredWeight, ...]
+    copies: int
+    shards: int
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is laid out by shard and expert, in front of the axes that a tensor on disk has."""
+        return "shards" in self.axes
+
+    @property
+    def num_stacked(self) -> int:
+        """Axes in front of those that a tensor on disk has: of layers, shards and experts."""
+        return int("layers" in self.axes) + 2 * self.is_experts
+
+    @property
+    def cut(self) -> int | None:
+        """The axis of a tensor on disk that is shared out; None: every shard has all of it."""
+        own = self.axes[self.num_stacked :]
+        return next((number for number, axis in enumerate(own) if RULES[axis] == TP or axis in LOCAL), None)
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard, where they are shared out."""
+        rows = self.shape[self.num_stacked]
+        return rows if self.is_experts else rows // self.shards
 
 
 @dataclass(frozen=True)
@@ -79,6 +110,9 @@ class Model:
         ep_size: groups of its devices among which routed experts are shared out.
 
     Attributes:
+        declaration: all its weights.
+        leaves: its arrays, in the order in which programs take them.
+        modules: for each module, of all layers stacked in it, the indices of its leaves by name.
         schemes: those its modules are quantized by.
 
     Raises:
@@ -90,6 +124,7 @@ class Model:
     ) -> None:
         self.config = config
         self.numerics = numerics
+        self.declaration = declare(config)
         self.schemes: set[Scheme] = set()
         self.mesh = mesh
         self.layout: Layout = plan_layout(config, mesh.size, ep_size)
@@ -100,12 +135,26 @@ class Model:
                 self.schemes.add(scheme)
             return scheme
 
-        abstract = nnx.eval_shape(lambda: Decoder(config, self.layout, scheme_seen, numerics))
+        abstract = nnx.eval_shape(lambda: Decoder(config, self.declaration, self.layout, scheme_seen, numerics))
         self.graph, state = nnx.split(abstract)
         self._tree = jax.tree.structure(state)
-        self.leaves = tuple(_leaf(path, weight) for path, weight in nnx.to_flat_state(state))
-        self.segments = tuple((s.start, s.start + len(s.windows)) for s in abstract.segments)
+        flat = nnx.to_flat_state(state)
+        self.leaves = tuple(self._leaf(path, weight) for path, weight in flat)
+        modules: dict[tuple[object, ...], dict[str, int]] = {}
+        for index, (leaf, (_, weight)) in enumerate(zip(self.leaves, flat, strict=True)):
+            modules.setdefault((weight.slot.module, weight.slot.layers), {})[leaf.name] = index
+        self.modules = tuple(modules.values())
         self._check_divides()
+
+    def _leaf(self, path: Any, weight: Any) -> Leaf:
+        assert isinstance(weight, Weight)
+        value, slot = weight.get_value(), weight.slot
+        layers = (None,) if slot.layers is None else range(*slot.layers)
+        declared = tuple(self.declaration.modules[layer][slot.module][slot.name] for layer in layers)
+        copies = self.layout.num_kv_heads // self.config.num_kv_heads if declared[0].axes[0] == "kv_heads" else 1
+        shards = self.layout.tp_size // (self.layout.ep_size if declared[0].kind == "expert" else 1)
+        axes, dtype = tuple(weight.axes), np.dtype(value.dtype)
+        return Leaf(tuple(path), tuple(value.shape), dtype, axes, str(path[-1]), declared, copies, shards)
 
     @cached_property
     def shardings(self) -> tuple[NamedSharding, ...]:
@@ -114,11 +163,7 @@ class Model:
 
     def _check_divides(self) -> None:
         """Refuse scale blocks that would straddle shards, or be padded before the last one."""
-        unpadded = {"heads": self.config.num_heads * self.config.head_dim, "ffn": self.config.ffn_size}
-        if self.config.latent is not None:
-            unpadded |= self.config.latent.axis_sizes(self.config.num_heads)
-        if self.config.moe:
-            unpadded["shared_ffn"] = self.config.moe.shared_ffn_size
+        unpadded = {axis: size for axis, size in axis_sizes(self.config).items() if axis not in ("kv_heads", "vocab")}
         for leaf, sharding in zip(self.leaves, self.shardings, strict=True):
             for size, axis, mesh_axis in zip(leaf.shape, leaf.axes, sharding.spec, strict=True):
                 true = unpadded.get(axis, size)
@@ -151,9 +196,3 @@ class Model:
         )
         last = jax.ShapeDtypeStruct((shape.num_slots + 1,), jnp.int32, sharding=NamedSharding(self.mesh, _REPLICATED))
         return keys, values, last
-
-
-def _leaf(path: Any, weight: Any) -> Leaf:
-    assert isinstance(weight, Weight)
-    value = weight.get_value()
-    return Leaf(tuple(path), tuple(value.shape), np.dtype(value.dtype), tuple(weight.axes))

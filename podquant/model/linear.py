@@ -6,42 +6,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from podquant.config.scheme import Scheme
-from podquant.model.axes import RULES, TP
+from podquant.model.axes import RULES, TP, block_axis
 from podquant.model.collectives import sum_over_shards
 from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
-from podquant.model.parameter import declare
+from podquant.model.parameter import Module
 
 
 class Linear(nnx.Module):
-    """`y = x W^T + b` with W [out, in], cut along `axes`.
+    """`y = x W^T + b` with W [out, in].
 
     Cut along its output axis it is column-parallel: every shard computes its own outputs. Cut along its input axis it
     is row-parallel: the shards' partial products are added, see `sum_over_shards`.
 
     Args:
-        shape: (out, in) on the devices, over all shards.
-        axes: logical axes of (out, in).
-        scheme: how it is quantized, None for not.
+        module: its declaration; a bias is added if it declares one.
         numerics: what the model computes in.
-        bias: whether it carries one.
-        layers: how many are stacked, see `declare`.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        axes: tuple[str, str],
-        *,
-        scheme: Scheme | None,
-        numerics: Numerics,
-        bias: bool = False,
-        layers: int | None = None,
-    ) -> None:
-        out, width = shape
-        self.form: Form = form_of(scheme, numerics)
+    def __init__(self, module: Module, numerics: Numerics) -> None:
+        (out, width), (rows, columns) = module.shape, module.axes
+        self.form: Form = form_of(module.scheme, numerics)
         self.dtype = numerics.dtype
-        self.row_parallel = RULES[axes[1]] == TP
+        self.row_parallel = RULES[columns] == TP
         # A token that is cut among shards gets a scale from each in bfloat16: finer, and without a collective in front
         # of the product. In float32, where parity is the point, it gets one, as on a single device; and where the
         # products are integers their sum is exact: the same bits for any number of shards and hosts.
@@ -52,12 +38,12 @@ class Linear(nnx.Module):
         if self.form.block is not None:
             blocks = -(-width // self.form.block[1])
             width = width if blocks == 1 else blocks * self.form.block[1]
-        self.weight = declare((out, width), self.form.weight_dtype, axes, layers)
-        if scheme is not None:
-            block_axis = "one" if blocks == 1 else {"embed": "block"}.get(axes[1], f"{axes[1]}_block")
-            self.weight_scale = declare((out, blocks), "float32", (axes[0], block_axis), layers)
-        if bias:
-            self.bias = declare((out,), numerics.dtype, (axes[0],), layers)
+        self.weight = module.parameter("weight", self.form.weight_dtype, (out, width))
+        if module.scheme is not None:
+            axes = (rows, block_axis(columns, blocks))
+            self.weight_scale = module.parameter("weight", "float32", (out, blocks), axes)
+        if "bias" in module.weights:
+            self.bias = module.parameter("bias", numerics.dtype)
 
     def prepare(self, x: jax.Array) -> Operand:
         """Bring `x` [M, in] into the form this layer's product needs."""
@@ -98,19 +84,11 @@ class RMSNorm(nnx.Module):
     Over an axis that is cut among the shards, the mean is that of all of it: one small collective.
     """
 
-    def __init__(
-        self,
-        size: int,
-        eps: float,
-        numerics: Numerics,
-        layers: int | None = None,
-        axis: str = "embed",
-        offset: float = 0.0,
-    ) -> None:
+    def __init__(self, module: Module, eps: float, numerics: Numerics, offset: float = 0.0) -> None:
         self.eps = eps
         self.offset = offset
-        self.is_cut = RULES[axis] == TP
-        self.weight = declare((size,), numerics.dtype, (axis,), layers)
+        self.is_cut = RULES[module.axes[0]] == TP
+        self.weight = module.parameter("weight", numerics.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis; same shape and dtype."""

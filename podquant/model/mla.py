@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from podquant.config.scheme import Scheme
 from podquant.families.config import ModelConfig
 from podquant.families.latent import LatentConfig
 from podquant.model.attention import KVCache, Positions, attend, write
+from podquant.model.axes import block_axis
 from podquant.model.linear import Linear, RMSNorm, project
 from podquant.model.matmul import Numerics
-from podquant.model.parameter import declare
+from podquant.model.parameter import Module
 from podquant.model.rope import rotate
 from podquant.quantize.activations import quantize_per_token
 
@@ -36,43 +36,28 @@ _NORM_EPS = 1e-6
 """Of the two inner norms: the modeling files of all these models leave it at this, whatever `rms_norm_eps` says."""
 
 
-def projections_of(latent: LatentConfig) -> tuple[str, ...]:
-    """The names on disk of the quantizable modules of one layer's attention."""
-    queries = ("q_proj",) if latent.q_rank is None else ("q_a_proj", "q_b_proj")
-    return (*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-
-
 class LatentAttention(nnx.Module):
     """Projections to and from latent attention over a paged cache of latents.
 
     Args:
         config: the model; `config.latent` is set.
-        schemes: for each of `projections_of`, how it is quantized.
+        modules: of the layer, by name.
         numerics: what the model computes in.
-        layers: how many are stacked.
     """
 
-    def __init__(
-        self, config: ModelConfig, schemes: Mapping[str, Scheme | None], numerics: Numerics, layers: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, modules: Mapping[str, Module], numerics: Numerics) -> None:
         assert config.latent is not None
         self.latent = latent = config.latent
-        sizes = {**latent.axis_sizes(config.num_heads), "embed": config.hidden_size}
-
-        def linear(name: str, out: str, into: str, bias: bool = False) -> Linear:
-            shape, axes = (sizes[out], sizes[into]), (out, into)
-            return Linear(shape, axes, scheme=schemes[name], numerics=numerics, bias=bias, layers=layers)
-
         if latent.q_rank is None:
-            self.q_proj = linear("q_proj", "query_heads", "embed")
+            self.q_proj = Linear(modules["self_attn.q_proj"], numerics)
         else:
-            self.q_a_proj = linear("q_a_proj", "q_rank", "embed", config.o_bias)
-            self.q_a_layernorm = RMSNorm(latent.q_rank, _NORM_EPS, numerics, layers, "q_rank")
-            self.q_b_proj = linear("q_b_proj", "query_heads", "q_rank")
-        self.kv_a_proj_with_mqa = linear("kv_a_proj_with_mqa", "latent", "embed", config.o_bias)
-        self.kv_a_layernorm = RMSNorm(latent.kv_rank, _NORM_EPS, numerics, layers, "kv_rank")
-        self.kv_b_proj = Expansion(latent, config.num_heads, schemes["kv_b_proj"], numerics, layers)
-        self.o_proj = linear("o_proj", "embed", "value_heads", config.o_bias)
+            self.q_a_proj = Linear(modules["self_attn.q_a_proj"], numerics)
+            self.q_a_layernorm = RMSNorm(modules["self_attn.q_a_layernorm"], _NORM_EPS, numerics)
+            self.q_b_proj = Linear(modules["self_attn.q_b_proj"], numerics)
+        self.kv_a_proj_with_mqa = Linear(modules["self_attn.kv_a_proj_with_mqa"], numerics)
+        self.kv_a_layernorm = RMSNorm(modules["self_attn.kv_a_layernorm"], _NORM_EPS, numerics)
+        self.kv_b_proj = Expansion(latent, modules["self_attn.kv_b_proj"], numerics)
+        self.o_proj = Linear(modules["self_attn.o_proj"], numerics)
         # XLA:CPU has fast float32 dots of any shape, and none in bf16 for a single row.
         self.score_dtype = "float32" if numerics.platform == "cpu" else numerics.dtype
 
@@ -124,9 +109,8 @@ class Expansion(nnx.Module):
     for any shape, in float32, where every code and every bfloat16 is exact.
     """
 
-    def __init__(
-        self, latent: LatentConfig, num_heads: int, scheme: Scheme | None, numerics: Numerics, layers: int
-    ) -> None:
+    def __init__(self, latent: LatentConfig, module: Module, numerics: Numerics) -> None:
+        (rows, _), scheme = module.shape, module.scheme
         self.nope_dim, self.rank = latent.nope_dim, latent.kv_rank
         self.head_rows = latent.nope_dim + latent.value_dim
         self.dtype = numerics.dtype
@@ -136,11 +120,10 @@ class Expansion(nnx.Module):
         self.blocks = 1 if block is None else -(-self.rank // block[1])
         width = self.rank if block is None or self.blocks == 1 else self.blocks * block[1]
         stored = scheme.weight_dtype if scheme and numerics.platform != "cpu" else self.product_dtype
-        rows = num_heads * self.head_rows
-        self.weight = declare((rows, width), stored, ("key_value_heads", "kv_rank"), layers)
+        self.weight = module.parameter("weight", stored, (rows, width))
         if scheme is not None:
-            axes = ("key_value_heads", "one" if self.blocks == 1 else "kv_rank_block")
-            self.weight_scale = declare((rows, self.blocks), "float32", axes, layers)
+            axes = (module.axes[0], block_axis(module.axes[1], self.blocks))
+            self.weight_scale = module.parameter("weight", "float32", (rows, self.blocks), axes)
 
     def quantized(self, context: jax.Array) -> jax.Array:
         """Latents [M, rank] as the product with kv_b_proj sees them: the same, or rounded to codes per token."""

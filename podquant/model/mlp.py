@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from podquant.config.scheme import Scheme
 from podquant.families.config import ModelConfig
 from podquant.model.axes import TP
 from podquant.model.linear import Linear, project
 from podquant.model.matmul import Numerics
+from podquant.model.parameter import Module
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -27,30 +27,18 @@ class MLP(nnx.Module):
 
     Args:
         config: the model.
-        schemes: for each projection's name, how it is quantized.
+        modules: of the layer, by name.
         numerics: what the model computes in.
-        layers: how many are stacked.
-        width: F; None: the model's.
+        block: what its projections are below.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        schemes: dict[str, Scheme | None],
-        numerics: Numerics,
-        layers: int,
-        width: int | None = None,
+        self, config: ModelConfig, modules: Mapping[str, Module], numerics: Numerics, block: str = "mlp"
     ) -> None:
         self.activation = config.activation
-
-        def linear(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Linear:
-            return Linear(shape, axes, scheme=schemes[name], numerics=numerics, bias=config.mlp_bias, layers=layers)
-
-        axis = "ffn" if width is None else "shared_ffn"
-        width = config.ffn_size if width is None else width
-        self.gate_proj = linear("gate_proj", (width, config.hidden_size), (axis, "embed"))
-        self.up_proj = linear("up_proj", (width, config.hidden_size), (axis, "embed"))
-        self.down_proj = linear("down_proj", (config.hidden_size, width), ("embed", axis))
+        self.gate_proj = Linear(modules[f"{block}.gate_proj"], numerics)
+        self.up_proj = Linear(modules[f"{block}.up_proj"], numerics)
+        self.down_proj = Linear(modules[f"{block}.down_proj"], numerics)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[M, D] to [M, D]."""

@@ -16,19 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig, MoEConfig
-from podquant.model.axes import TP
+from podquant.model.axes import TP, block_axis
 from podquant.model.collectives import sum_over_shards
 from podquant.model.linear import Linear
 from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
 from podquant.model.mlp import ACTIVATIONS, MLP
-from podquant.model.parameter import ExpertWeight, declare
+from podquant.model.parameter import ExpertWeight, Module
 from podquant.model.routing import route
 from podquant.quantize.activations import token_absmax
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _LEAST_TILE, _MOST_TILE = 8, 256
 """Rows of a tile: the first fills a register's rows and keeps XLA:CPU on its fast path, the second a matrix unit."""
@@ -37,16 +34,10 @@ _LEAST_TILE, _MOST_TILE = 8, 256
 class Router(Linear):
     """The projection of tokens to scores of experts, in float32 unless a rule names it."""
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, scheme: Scheme | None, platform: str, layers: int) -> None:
-        super().__init__(
-            (moe.num_experts, config.hidden_size),
-            ("experts", "embed"),
-            scheme=scheme,
-            numerics=Numerics("float32", platform),
-            layers=layers,
-        )
-        if moe.correction_bias:
-            self.e_score_correction_bias = declare((moe.num_experts,), "float32", ("experts",), layers)
+    def __init__(self, module: Module, platform: str) -> None:
+        super().__init__(module, Numerics("float32", platform))
+        if "e_score_correction_bias" in module.weights:
+            self.e_score_correction_bias = module.parameter("e_score_correction_bias", "float32")
 
     def scores(self, x: jax.Array) -> jax.Array:
         """[M, D] to float32 [M, E]."""
@@ -60,28 +51,16 @@ class ExpertLinear(nnx.Module):
     its shards a part of their inner width F.
 
     Args:
-        shape: (out, in) of one expert, whole.
-        cut: the axis of it that is F: 0 (gate, up) or 1 (down).
+        module: its declaration, whose axis of F is cut.
         num_experts: E.
         shards: (tp_size, ep_size).
-        scheme: how it is quantized.
         numerics: what the model computes in.
-        layers: how many are stacked.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        cut: int,
-        num_experts: int,
-        shards: tuple[int, int],
-        *,
-        scheme: Scheme | None,
-        numerics: Numerics,
-        layers: int,
-    ) -> None:
+    def __init__(self, module: Module, num_experts: int, shards: tuple[int, int], numerics: Numerics) -> None:
         tp_size, ep_size = shards
-        self.form: Form = form_of(scheme, numerics)
+        self.form: Form = form_of(module.scheme, numerics)
+        shape, cut = module.shape, module.weights["weight"].cut
         out, width = (size // (tp_size // ep_size) if axis == cut else size for axis, size in enumerate(shape))
         blocks = 1
         if self.form.block is not None:
@@ -93,15 +72,14 @@ class ExpertLinear(nnx.Module):
                     "per channel"
                 )
             width = width if blocks == 1 else blocks * self.form.block[1]
-        axes = ("local_ffn", "embed") if cut == 0 else ("embed", "local_ffn")
-
-        def stacked(size: tuple[int, int], dtype: str, names: tuple[str, str]) -> ExpertWeight:
-            whole = (layers, tp_size, num_experts // ep_size, *size)
-            return ExpertWeight(jnp.zeros(whole, dtype), axes=("layers", "shards", "local_expert", *names))
-
-        self.weight = stacked((out, width), self.form.weight_dtype, axes)
-        if scheme is not None:
-            self.weight_scale = stacked((out, blocks), "float32", (axes[0], "local_block" if blocks > 1 else "one"))
+        rows, columns = ("local_ffn" if axis == "expert_ffn" else axis for axis in module.axes)
+        stack, names = (tp_size, num_experts // ep_size), ("shards", "local_expert")
+        self.weight = module.parameter(
+            "weight", self.form.weight_dtype, (*stack, out, width), (*names, rows, columns), ExpertWeight
+        )
+        if module.scheme is not None:
+            axes = (*names, rows, block_axis(columns, blocks))
+            self.weight_scale = module.parameter("weight", "float32", (*stack, out, blocks), axes, ExpertWeight)
 
     def product(self, operand: Operand, layer: jax.Array, expert: jax.Array) -> jax.Array:
         """Of rows with one expert of this shard's: [rows, out] float32."""
@@ -153,24 +131,19 @@ class Experts(nnx.Module):
         self,
         config: ModelConfig,
         moe: MoEConfig,
-        schemes: Mapping[str, Scheme | None],
+        modules: Mapping[str, Module],
         numerics: Numerics,
         shards: tuple[int, int],
-        layers: int,
     ) -> None:
         self.activation = config.activation
         self.dtype = numerics.dtype
         self.num_experts = moe.num_experts
         self.shards = shards
 
-        def linear(name: str, shape: tuple[int, int], cut: int) -> ExpertLinear:
-            return ExpertLinear(
-                shape, cut, moe.num_experts, shards, scheme=schemes[name], numerics=numerics, layers=layers
-            )
+        def linear(name: str) -> ExpertLinear:
+            return ExpertLinear(modules[f"mlp.experts.{name}"], moe.num_experts, shards, numerics)
 
-        self.gate_proj = linear("gate_proj", (moe.ffn_size, config.hidden_size), 0)
-        self.up_proj = linear("up_proj", (moe.ffn_size, config.hidden_size), 0)
-        self.down_proj = linear("down_proj", (config.hidden_size, moe.ffn_size), 1)
+        self.gate_proj, self.up_proj, self.down_proj = linear("gate_proj"), linear("up_proj"), linear("down_proj")
 
     def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, layer: jax.Array) -> jax.Array:
         """What this shard adds to the result.
@@ -244,36 +217,29 @@ class MoE(nnx.Module):
 
     Args:
         config: the model; its `moe` says how it routes.
-        schemes: how each projection is quantized: `gate`, `experts.up_proj`, `shared_experts.up_proj`, ...
+        modules: of the layer, by name.
         numerics: what the model computes in.
         shards: (tp_size, ep_size).
-        layers: how many are stacked.
-        start: the first one's index in the model.
+        start: index in the model of the first of the layers that are stacked.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        schemes: Mapping[str, Scheme | None],
+        modules: Mapping[str, Module],
         numerics: Numerics,
         shards: tuple[int, int],
-        layers: int,
         start: int,
     ) -> None:
         assert config.moe is not None
         self.how = config.moe
         self.start = start
-        self.gate = Router(config, self.how, schemes["gate"], numerics.platform, layers)
-        routed = {name: schemes[f"experts.{name}"] for name in PROJECTIONS}
-        self.experts = Experts(config, self.how, routed, numerics, shards, layers)
+        self.gate = Router(modules["mlp.gate"], numerics.platform)
+        self.experts = Experts(config, self.how, modules, numerics, shards)
         if self.how.shared_ffn_size:
-            shared = {name: schemes[f"shared_experts.{name}"] for name in PROJECTIONS}
-            self.shared_experts = MLP(config, shared, numerics, layers, self.how.shared_ffn_size)
+            self.shared_experts = MLP(config, modules, numerics, "mlp.shared_experts")
         if self.how.shared_gate:
-            scheme = schemes["shared_expert_gate"]
-            self.shared_expert_gate = Linear(
-                (1, config.hidden_size), ("one", "embed"), scheme=scheme, numerics=numerics, layers=layers
-            )
+            self.shared_expert_gate = Linear(modules["mlp.shared_expert_gate"], numerics)
 
     def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
         """[M, D] to [M, D]; `layer` is an index in the model."""
@@ -287,20 +253,6 @@ class MoE(nnx.Module):
                 shared = shared * jax.nn.sigmoid(gate.product(gate.prepare(x)))
             y = y + shared
         return sum_over_shards(y.astype(x.dtype))
-
-
-def modules_of(moe: MoEConfig) -> list[str]:
-    """What the modules of an MLP with experts are called in the decoder; a projection of all experts is one."""
-    names = ["mlp.gate", *(f"mlp.experts.{name}" for name in PROJECTIONS)]
-    if moe.shared_ffn_size:
-        names += [f"mlp.shared_experts.{name}" for name in PROJECTIONS]
-    return [*names, "mlp.shared_expert_gate"] if moe.shared_gate else names
-
-
-def expert_names(name: str, num_experts: int) -> list[str]:
-    """The modules of the single experts: `mlp.experts.up_proj` is `mlp.experts.0.up_proj` and so on."""
-    head, _, projection = name.rpartition(".")
-    return [f"{head}.{expert}.{projection}" for expert in range(num_experts)]
 
 
 def _tile_rows(choices: int, num_experts: int) -> int:

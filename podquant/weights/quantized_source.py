@@ -142,14 +142,6 @@ class QuantizedSource:
     def scheme_of(self, module: str) -> Scheme | None:
         return self._schemes.get(module)
 
-    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
-        if weight := self._codes.get(tensor):
-            return weight.shape
-        if weight := self._scales.get(tensor):
-            return weight.scales_shape
-        info = self._checkpoint.tensors.get(tensor)
-        return info.shape if info else None
-
     def itemsize_of(self, tensor: str) -> int:
         """As on disk; a scale that all rows share takes nothing there for each of them."""
         if weight := self._codes.get(tensor):
@@ -162,9 +154,7 @@ class QuantizedSource:
         return False
 
     def column_bounds(self, tensor: str) -> tuple[int, ...]:
-        shape = self.shape_of(tensor)
-        assert shape is not None  # the caller has checked
-        return (0, shape[1])
+        return (0, self.tensors[tensor].shape[1])
 
     def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
         if weight := self._codes.get(tensor):

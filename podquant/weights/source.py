@@ -81,9 +81,6 @@ class WeightSource(Protocol):
     def scheme_of(self, module: str) -> Scheme | None:
         """How a module's weight comes: quantized under a scheme, or plain."""
 
-    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
-        """A tensor's shape, None if there is no such tensor."""
-
     def itemsize_of(self, tensor: str) -> int:
         """Bytes of an element on disk."""
 
@@ -159,10 +156,6 @@ class CheckpointSource:
         decision = self.resolution.decisions.get(module) if self.resolution else None
         return decision.scheme if decision else None
 
-    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
-        info = self._checkpoint.tensors.get(tensor)
-        return info.shape if info else None
-
     def itemsize_of(self, tensor: str) -> int:
         return self._checkpoint.tensors[tensor].dtype.itemsize
 
@@ -233,10 +226,6 @@ class ArtifactSource:
     def scheme_of(self, module: str) -> Scheme | None:
         tensor = self._artifact.tensors.get(weight_of(module))
         return tensor.scheme if tensor else None
-
-    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
-        entry = self._artifact.tensors.get(tensor)
-        return entry.shape if entry else None
 
     def itemsize_of(self, tensor: str) -> int:
         return self._artifact.tensors[tensor].dtype.itemsize

@@ -1,24 +1,22 @@
-"""Which rows of which tensor each device's process reads, in which order: a plan that every process makes alike.
+"""Which rows of which tensors each device's process reads, in which order: a plan that every process makes alike.
 
-A window is a block of rows for each device of the mesh. Every byte is in the block of one device; where a device needs
-others than those read for it, `runtime.place` moves them between the devices.
+A window is a block for each device of the mesh: rows of one tensor, or of some routed experts. Every byte is in the
+block of one device; where a device needs others than those read for it, `placement` moves them between the devices.
+What is read follows from what is declared and from sizes alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
 
 import numpy as np
 
-from podquant.artifact.naming import weight_of
-from podquant.families.config import ModelConfig
-from podquant.families.disk import Place
-from podquant.model.axes import TP
+from podquant.families.declaration import Rows
 from podquant.model.layout import Leaf, Model
 from podquant.weights.source import WeightSource
 
@@ -49,75 +47,76 @@ class Spread(Enum):
     """What a device's block of a window is.
 
     OWN_ROWS: rows of its own shard, cut along axis 0. OWN_COLUMNS: rows of its own shard, cut along axis 1, as the
-    source is. SPLIT: its share of the window's rows, whole. ONE: the whole tensor for one device, nothing for others.
+    source is. SPLIT: its share of the window's rows, whole. EXPERTS: its share of the experts of its group, rows and
+    all. ONE: the whole tensor for one device, nothing for others.
     """
 
     OWN_ROWS = auto()
     OWN_COLUMNS = auto()
     SPLIT = auto()
+    EXPERTS = auto()
     ONE = auto()
 
 
 @dataclass(frozen=True)
-class Strips:
-    """Which rows of a tensor on disk are a weight's: `run` of every `pitch`, from `offset` on."""
-
-    offset: int
-    run: int
-    pitch: int
-
-    def ranges(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Where rows `[first, last)` of the weight are."""
-        found = []
-        while first < last:
-            strip, row = divmod(first, self.run)
-            count = min(last - first, self.run - row)
-            start = self.offset + strip * self.pitch + row
-            found.append((start, start + count))
-            first += count
-        return found
-
-
-@dataclass(frozen=True)
 class Stream:
-    """A tensor on disk, and the leaves its rows fill.
+    """What fills one layer of a leaf: a tensor on disk, or one for each routed expert; of scales, as of codes.
 
     Attributes:
-        module, tensor: their names on disk.
-        strips: those of its rows that are wanted, where it holds several of the model's weights.
+        name: of the tensors, below the names of modules.
+        places: where the rows of each expert are; a weight that is no expert's is the only one.
         leaves: indices into `Model.leaves`: one, or weight and scales of a module that is quantized while it is read.
         layer: where in stacked leaves.
-        quantizes: whether it is.
         spread: how its windows are read.
-        shape: of what is wanted of it, a row of block scales counting as many times as the block has rows.
+        shape: of an expert's, a row of block scales counting as many times as the block has rows.
+        scale_columns: of the scales that quantizing gives.
         step: rows that are read together.
         repeat: rows that a row on disk stands for.
-        shard_rows: rows of a shard, under OWN_ROWS.
+        shard_rows: rows of a shard, where they are shared out.
         itemsize: bytes of an element on disk.
+        group: devices that share out an expert, side by side in the mesh.
+        experts: of such a group.
     """
 
-    module: str
-    tensor: str
-    strips: Strips
+    name: str
+    places: tuple[Rows, ...]
     leaves: tuple[int, ...]
     layer: int
-    quantizes: bool
     spread: Spread
     shape: tuple[int, ...]
+    scale_columns: int
     step: int
     repeat: int
     shard_rows: int
     itemsize: int
+    group: int
+    experts: int
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it is quantized while it is read."""
+        return len(self.leaves) > 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `[first, last)` of a weight."""
+
+    place: Rows
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
 class Window:
-    """A block of rows for each device.
+    """A block for each device: rows of an expert, or of several.
 
     Attributes:
         stream: of what.
-        number: of the window in its stream, from 0.
-        stride: rows from one window's first to that of the next.
+        slot: the first expert, counted in its group.
+        count: experts in a block.
+        number: of the rows, from 0.
+        stride: from one number's first row to that of the next.
         rows: of each block; blocks at the end of the tensor are filled up with zeros.
         num_rows: of the blocks joined, without such filling, under SPLIT and ONE.
         owner: the device that reads, under ONE.
@@ -125,6 +124,8 @@ class Window:
     """
 
     stream: Stream
+    slot: int
+    count: int
     number: int
     stride: int
     rows: int
@@ -133,20 +134,28 @@ class Window:
     num_devices: int
 
     @property
-    def row(self) -> int:
-        """The first row, of the tensor or (OWN_ROWS) of each shard."""
-        return self.number * self.stride
+    def num_experts(self) -> int:
+        """Experts of a group that it fills."""
+        share = self.stream.group if self.stream.spread is Spread.EXPERTS else 1
+        return min(self.count * share, self.stream.experts - self.slot)
 
-    def rows_of(self, device: int) -> tuple[int, int]:
-        """Rows of the weight that are read for a device; the first is not before the last if there are none."""
-        first = self.row
-        if self.stream.spread is Spread.OWN_ROWS:
-            first += device * self.stream.shard_rows
-        elif self.stream.spread is Spread.SPLIT:
-            first += device * self.rows
-        elif self.stream.spread is Spread.ONE and device != self.owner:
-            first = self.stream.shape[0]
-        return first, min(first + self.rows, self.stream.shape[0])
+    def parts_of(self, device: int) -> list[Part | None]:
+        """What is read for a device, a part for each place of its block; None where there are no such rows."""
+        stream = self.stream
+        group, rank = divmod(device, stream.group)
+        first, slot = self.number * self.stride, self.slot
+        if stream.spread is Spread.OWN_ROWS:
+            first += rank * stream.shard_rows
+        elif stream.spread is Spread.SPLIT:
+            first += rank * self.rows
+        elif stream.spread is Spread.EXPERTS:
+            slot += rank * self.count
+        last = min(first + self.rows, stream.shape[0])
+        if first >= last or (stream.spread is Spread.ONE and device != self.owner):
+            return [None] * self.count
+        places = stream.places[group * stream.experts :][: stream.experts]
+        found: list[Part | None] = [Part(place, first, last) for place in places[slot : slot + self.count]]
+        return found + [None] * (self.count - len(found))
 
     def columns_of(self, device: int) -> tuple[int, int] | None:
         """Columns that are read for a device; None for all."""
@@ -155,21 +164,23 @@ class Window:
         width = self.stream.shape[1] // self.num_devices
         return device * width, (device + 1) * width
 
-    @property
-    def block_shape(self) -> tuple[int, ...]:
-        """Of a device's block of the tensor, before it is quantized."""
+    def shape_of(self, position: int) -> tuple[int, ...]:
+        """Of a device's block, [experts, rows, ...]: of the first of the stream's leaves, or of scales with them."""
+        if position > 0:
+            return self.count, self.rows, self.stream.scale_columns
         columns = self.columns_of(0)
-        return (self.rows, *(self.stream.shape[1:] if columns is None else (columns[1],)))
+        return (self.count, self.rows, *(self.stream.shape[1:] if columns is None else (columns[1],)))
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of all devices."""
-        total, repeat = 0, self.stream.repeat
+        rows, repeat = 0, self.stream.repeat
         for device in range(self.num_devices):
-            for first, last in self.stream.strips.ranges(*self.rows_of(device)):
-                # a row of block scales that two weights share is counted with the first
-                total += -(-last // repeat) - -(-first // repeat)
-        return total * math.prod(self.block_shape[1:]) * self.stream.itemsize
+            for part in filter(None, self.parts_of(device)):
+                for first, last in part.place.ranges(part.first, part.last):
+                    # a row of block scales that two weights share is counted with the first
+                    rows += -(-last // repeat) - -(-first // repeat)
+        return rows * math.prod(self.shape_of(0)[2:]) * self.stream.itemsize
 
 
 def plan_windows(model: Model, source: WeightSource, limits: Limits) -> Iterator[Window]:
@@ -177,163 +188,79 @@ def plan_windows(model: Model, source: WeightSource, limits: Limits) -> Iterator
 
     Args:
         model: laid out over its mesh.
-        source: has every tensor, see `disk_shape`.
+        source: has every weight, see `source.check_source`.
         limits: how large they may be.
     """
-    turns = count()
-    for path, leaves in modules_of(model).items():
-        yield from module_windows(model, source, path, leaves, limits, turns)
+    turns = count()  # to give the tensors that one process reads whole to each in turn
+    for leaves in model.modules:
+        num_layers = len(model.leaves[leaves["weight"]].weights)
+        for layer in range(num_layers):
+            for name, index in leaves.items():
+                module = model.leaves[index].weights[layer].places[0].module
+                if name != "weight_scale" or not source.quantizes(module):
+                    stream = _stream(model, source, leaves, name, layer, limits)
+                    windows = _expert_windows if model.leaves[index].is_experts else _row_windows
+                    yield from windows(model, stream, limits, next(turns))
 
 
-def module_windows(
-    model: Model,
-    source: WeightSource,
-    path: tuple[str | int, ...],
-    leaves: dict[str, int],
-    limits: Limits,
-    turns: Iterator[int],
-) -> Iterator[Window]:
-    """The windows of one module, and of all layers stacked in it.
-
-    Args:
-        path, leaves: an item of `modules_of`.
-        turns: counts the tensors, to give those that one process reads whole to each in turn.
-    """
-    for layer, place in enumerate(disk_places(model, path)):
-        for stream in _streams(model, source, place, layer, leaves, limits):
-            yield from _windows(model, stream, limits, next(turns))
-
-
-def modules_of(model: Model) -> dict[tuple[str | int, ...], dict[str, int]]:
-    """The modules of a model by path, each with the indices of its leaves by name."""
-    modules: dict[tuple[str | int, ...], dict[str, int]] = {}
-    for index, leaf in enumerate(model.leaves):
-        modules.setdefault(leaf.path[:-1], {})[str(leaf.path[-1])] = index
-    return modules
-
-
-def disk_places(model: Model, path: tuple[str | int, ...]) -> list[Place]:
-    """Where on disk a module of the decoder is: in one place, or in one for each layer stacked in it."""
-    names = model.config.names
-    if path[0] == "segments":
-        module = ".".join(map(str, path[3:]))
-        return [names.in_layer(layer, module) for layer in range(*model.segments[int(path[1])])]
-    return [Place(names.outside(str(path[0])), (str(path[0]),), 0)]
-
-
-def disk_names(model: Model, path: tuple[str | int, ...]) -> list[str]:
-    """The modules on disk that a module of the decoder is in: one, or one for each layer stacked in it."""
-    return [place.module for place in disk_places(model, path)]
-
-
-def _part_rows(model: Model, leaf: Leaf, place: Place) -> list[int]:
-    """Rows of each of the weights that are one tensor on disk, of which `leaf` is one; of their codes, if of scales."""
-    name = "weight" if leaf.path[-1] == "weight_scale" else leaf.path[-1]
-    found = {each.path: each for each in model.leaves}
-    paths = [(*leaf.path[:3], *part.split("."), name) for part in place.parts]
-    return [disk_shape(model.config, found[path])[0] for path in paths]
-
-
-def disk_shape(config: ModelConfig, leaf: Leaf) -> tuple[int, ...]:
-    """The shape a weight has on disk, from its axes: without padding, copies or stacking."""
-    sizes = {
-        "vocab": config.vocab_size,
-        "embed": config.hidden_size,
-        "heads": config.num_heads * config.head_dim,
-        "kv_heads": config.num_kv_heads * config.head_dim,
-        "ffn": config.ffn_size,
-        "head_dim": config.head_dim,
-        **(config.latent.axis_sizes(config.num_heads) if config.latent else {}),
-        "one": 1,
-    }
-    if config.moe:
-        sizes |= {"experts": config.moe.num_experts, "shared_ffn": config.moe.shared_ffn_size}
-    return tuple(sizes[axis] for axis in leaf.axes if axis != "layers")
-
-
-def copies_of(model: Model, leaf: Leaf) -> int:
-    """How many devices have a copy of each row of a leaf that is cut along its rows."""
-    is_kv = leaf.axes[int(is_stacked(leaf))] == "kv_heads"
-    return model.layout.num_kv_heads // model.config.num_kv_heads if is_kv else 1
-
-
-def cut_axis(model: Model, index: int) -> int | None:
-    """The axis, not counting layers, along which a leaf is cut; None if every device has all of it."""
-    spec = model.shardings[index].spec[int(is_stacked(model.leaves[index])) :]
-    return spec.index(TP) if TP in spec else None
-
-
-def is_stacked(leaf: Leaf) -> bool:
-    """Whether the first axis is that of the layers."""
-    return leaf.axes[0] == "layers"
-
-
-def _streams(
-    model: Model, source: WeightSource, place: Place, layer: int, leaves: dict[str, int], limits: Limits
-) -> Iterator[Stream]:
-    module = place.module
-    quantizes = source.quantizes(module)
+def _stream(
+    model: Model, source: WeightSource, leaves: Mapping[str, int], name: str, layer: int, limits: Limits
+) -> Stream:
+    leaf = model.leaves[leaves[name]]
+    weight = leaf.weights[layer]
+    module = weight.places[0].module
     scheme = source.scheme_of(module)
-    block_rows = scheme.weight_block_size[0] if scheme and scheme.weight_block_size else 1
-    for name, index in leaves.items():
-        is_scale = name == "weight_scale"
-        if is_scale and quantizes:
-            continue
-        together = (index, leaves["weight_scale"]) if quantizes and name == "weight" else (index,)
-        tensor = f"{module}.{name}"
-        shape = source.shape_of(tensor)
-        assert shape is not None  # the caller has checked
-        if is_scale:
-            weight = source.shape_of(weight_of(module))
-            assert weight is not None
-            shape = (weight[0], *shape[1:])
-        strips = Strips(0, shape[0], shape[0])
-        if len(place.parts) > 1:
-            rows = _part_rows(model, model.leaves[index], place)
-            shape = (rows[place.part], *shape[1:])
-            count = model.config.num_kv_heads if place.by_head else 1
-            strips = Strips(sum(rows[: place.part]) // count, shape[0] // count, sum(rows) // count)
-        step = block_rows if is_scale or len(together) == 2 else 1
-        size = math.prod(shape) * max(source.itemsize_of(tensor), model.leaves[index].dtype.itemsize)
-        # What is small and no matrix of weights: a request to storage and a collective cost more than its bytes.
-        small = (is_scale or len(shape) == 1) and size <= limits.whole_bytes
-        spread = Spread.ONE if small and model.mesh.size > 1 else _spread(model, source, index, tensor, shape, step)
-        yield Stream(
-            module=module,
-            tensor=tensor,
-            strips=strips,
-            leaves=together,
-            layer=layer,
-            quantizes=len(together) == 2,
-            spread=spread,
-            shape=shape,
-            step=step,
-            repeat=step if is_scale else 1,
-            shard_rows=model.leaves[index].shape[int(is_stacked(model.leaves[index]))] // model.mesh.size,
-            itemsize=source.itemsize_of(tensor),
-        )
+    block = scheme.weight_block_size if scheme else None
+    is_scale, quantizes = name == "weight_scale", name == "weight" and source.quantizes(module)
+    tensor = f"{module}.{name}"
+    shape = (weight.shape[0], *source.tensors[tensor].shape[1:])
+    step = block[0] if block is not None and (is_scale or quantizes) else 1
+    itemsize = source.itemsize_of(tensor)
+    return Stream(
+        name=name,
+        places=weight.places,
+        leaves=(leaves[name], leaves["weight_scale"]) if quantizes else (leaves[name],),
+        layer=layer,
+        spread=_spread(model, source, leaf, tensor, shape, step, limits),
+        shape=shape,
+        scale_columns=1 if block is None else -(-shape[-1] // block[1]),
+        step=step,
+        repeat=step if is_scale else 1,
+        shard_rows=leaf.shard_rows,
+        itemsize=itemsize,
+        group=leaf.shards,
+        experts=len(weight.places) * leaf.shards // model.mesh.size if leaf.is_experts else 1,
+    )
 
 
-def _spread(model: Model, source: WeightSource, index: int, tensor: str, shape: tuple[int, ...], step: int) -> Spread:
-    leaf, size = model.leaves[index], model.mesh.size
+def _spread(
+    model: Model, source: WeightSource, leaf: Leaf, tensor: str, shape: tuple[int, ...], step: int, limits: Limits
+) -> Spread:
+    size, widest = model.mesh.size, max(source.itemsize_of(tensor), leaf.dtype.itemsize)
+    whole_blocks = leaf.cut == 0 and leaf.shard_rows % step == 0
+    if leaf.is_experts:
+        # Rows of different experts, of which each device keeps some, cannot be read in part.
+        large = shape[0] > limits.window_bytes // (_most_devices(model) * shape[1] * widest)
+        return Spread.OWN_ROWS if large and whole_blocks and leaf.shards > 1 else Spread.EXPERTS
     if size == 1:
         return Spread.OWN_ROWS
-    axis = cut_axis(model, index)
-    if axis == 0:
-        whole_blocks = leaf.shape[int(is_stacked(leaf))] // size % step == 0
-        return Spread.OWN_ROWS if whole_blocks and copies_of(model, leaf) == 1 else Spread.SPLIT
-    if axis == 1 and shape[1] % size == 0:
+    # What is small and no matrix of weights: a request to storage and a collective cost more than its bytes.
+    if (leaf.name == "weight_scale" or len(shape) == 1) and math.prod(shape) * widest <= limits.whole_bytes:
+        return Spread.ONE
+    if whole_blocks and leaf.copies == 1:
+        return Spread.OWN_ROWS
+    if leaf.cut == 1 and shape[1] % size == 0:
         bounds = {device * (shape[1] // size) for device in range(size)}
         if bounds <= set(source.column_bounds(tensor)):
             return Spread.OWN_COLUMNS
     return Spread.SPLIT
 
 
-def _windows(model: Model, stream: Stream, limits: Limits, turn: int) -> Iterator[Window]:
+def _row_windows(model: Model, stream: Stream, limits: Limits, turn: int) -> Iterator[Window]:
     size = model.mesh.size
     if stream.spread is Spread.ONE:
         rows = stream.shape[0]
-        yield Window(stream, 0, rows, rows, rows, turn % size, size)
+        yield Window(stream, 0, 1, 0, rows, rows, rows, turn % size, size)
         return
     share = size if stream.spread is Spread.SPLIT else 1
     extent = stream.shard_rows if stream.spread is Spread.OWN_ROWS else stream.shape[0]
@@ -344,22 +271,43 @@ def _windows(model: Model, stream: Stream, limits: Limits, turn: int) -> Iterato
     for number, row in enumerate(range(0, extent, rows * share)):
         left = extent - row
         block = min(rows, _up(-(-left // share), stream.step) if share > 1 else left)
-        yield Window(stream, number, rows * share, block, min(left, block * share), 0, size)
+        yield Window(stream, 0, 1, number, rows * share, block, min(left, block * share), 0, size)
+
+
+def _expert_windows(model: Model, stream: Stream, limits: Limits, turn: int) -> Iterator[Window]:
+    leaf = model.leaves[stream.leaves[0]]
+    own_rows = stream.spread is Spread.OWN_ROWS
+    widest = max(stream.itemsize, leaf.dtype.itemsize)
+    most = limits.window_bytes // (_most_devices(model) * stream.shape[1] * widest)
+    extent = stream.shard_rows if own_rows else stream.shape[0]
+    step = math.lcm(stream.step, limits.tile_rows)
+    in_parts = own_rows or leaf.cut != 0 or stream.group == 1
+    rows = max(step, most // step * step) if in_parts and extent > most else extent
+    slots = 1 if own_rows else stream.group
+    count = max(1, min(most // extent, -(-stream.experts // slots))) if rows == extent else 1
+    for slot in range(0, stream.experts, count * slots):
+        for number, row in enumerate(range(0, extent, rows)):
+            block = min(rows, extent - row)
+            yield Window(stream, slot, count, number, rows, block, block, 0, model.mesh.size)
 
 
 def _most_rows(model: Model, stream: Stream, limits: Limits) -> int:
     """Rows a block may have: whole tiles and whole scale blocks."""
-    size = model.mesh.size
-    processes = Counter(device.process_index for device in model.mesh.devices.flat)
+    size, leaf = model.mesh.size, model.leaves[stream.leaves[0]]
     columns = math.prod(stream.shape[1:])
     if stream.spread is Spread.OWN_COLUMNS:
         columns //= size
-    widest = max(stream.itemsize, *(model.leaves[index].dtype.itemsize for index in stream.leaves[:1]))
-    most = limits.window_bytes // (max(processes.values()) * columns * widest)
-    if stream.spread is Spread.SPLIT and cut_axis(model, stream.leaves[0]) != 1:
+    widest = max(stream.itemsize, leaf.dtype.itemsize)
+    most = limits.window_bytes // (_most_devices(model) * columns * widest)
+    if stream.spread is Spread.SPLIT and leaf.cut != 1:
         most = min(most, limits.gathered_bytes // (size * columns * widest))
     step = math.lcm(stream.step, limits.tile_rows)
     return max(step, most // step * step)
+
+
+def _most_devices(model: Model) -> int:
+    """Of a process."""
+    return max(Counter(device.process_index for device in model.mesh.devices.flat).values())
 
 
 def _up(value: int, step: int) -> int:

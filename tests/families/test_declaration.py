@@ -38,17 +38,17 @@ def test_kinds_are_those_that_names_tell(name: str) -> None:
 
 def test_a_weight_knows_its_axes_and_its_place() -> None:
     weights = declared("llama").modules
-    up, down = weights[1, "mlp.up_proj"]["weight"], weights[1, "mlp.down_proj"]["weight"]
+    up, down = weights[1]["mlp.up_proj"]["weight"], weights[1]["mlp.down_proj"]["weight"]
     assert (up.axes, up.shape, up.cut) == (("ffn", "embed"), (160, 64), 0)
     assert (down.axes, down.shape, down.cut) == (("embed", "ffn"), (64, 160), 1)
     assert up.places == (Rows("model.layers.1.mlp.up_proj", (160, 64), 0, 160, 160),)
-    assert weights[None, "norm"]["weight"].cut is None
-    assert weights[None, "lm_head"]["weight"].kind == "lm_head"
+    assert weights[None]["norm"]["weight"].cut is None
+    assert weights[None]["lm_head"]["weight"].kind == "lm_head"
 
 
 def test_weights_that_share_a_tensor_have_rows_of_it() -> None:
     weights = declared("phi3").modules
-    q, k, v = (weights[2, f"self_attn.{name}_proj"]["weight"].places for name in "qkv")
+    q, k, v = (weights[2][f"self_attn.{name}_proj"]["weight"].places for name in "qkv")
     module, shape = "model.layers.2.self_attn.qkv_proj", (128, 48)
     assert (q, k, v) == (
         (Rows(module, shape, 0, 64, 128),),
@@ -65,7 +65,7 @@ def test_rows_that_take_turns() -> None:
 
 def test_experts_are_one_weight_in_as_many_places() -> None:
     weights = declared("mixtral").modules
-    down = weights[2, "mlp.experts.down_proj"]["weight"]
+    down = weights[2]["mlp.experts.down_proj"]["weight"]
     assert [rows.module for rows in down.places] == [
         f"model.layers.2.block_sparse_moe.experts.{number}.w2" for number in range(8)
     ]

@@ -17,10 +17,12 @@ from jax.sharding import PartitionSpec
 
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
+from podquant.families.declaration import DeclaredWeight
 from podquant.model.axes import spec_of
 from podquant.model.linear import Linear, RMSNorm, project
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import make_mesh
+from podquant.model.parameter import Module
 from podquant.quantize.qarray import QArray
 from podquant.quantize.weights import quantize_weight
 
@@ -96,13 +98,25 @@ def run(linear: Linear, values: dict[str, Array], tp: int, xs: list[Array]) -> l
     return [np.asarray(y).astype(np.float64) for y in jax.jit(mapped)(arrays, xs)]
 
 
+def module_of(
+    axes: tuple[str, ...], shape: tuple[int, ...], scheme: Scheme | None = None, *, bias: bool = False
+) -> Module:
+    """A module outside the layers, as families declare one."""
+    names = {"weight": axes, "bias": axes[:1]} if bias else {"weight": axes}
+    weights = {
+        name: DeclaredWeight(None, "m", name, its_axes, shape[: len(its_axes)], "dense", ())
+        for name, its_axes in names.items()
+    }
+    return Module("m", weights, dict(zip(axes, shape, strict=True)), scheme)
+
+
 def layer(
     parallel: str, scheme: Scheme | None, dtype: str, *, bias: bool = True
 ) -> tuple[Linear, dict[str, Array], Array, Array]:
     """A layer, its arrays as they lie on the devices, and the weight and bias it stands for in float64."""
     axes, shape = PARALLEL[parallel]
     numerics = Numerics(dtype, "cpu")
-    linear = nnx.eval_shape(lambda: Linear(shape, axes, scheme=scheme, numerics=numerics, bias=bias))
+    linear = nnx.eval_shape(lambda: Linear(module_of(axes, shape, scheme, bias=bias), numerics))
     weight = weight_of(shape)
     narrow = BY_NAME[dtype].numpy
     offsets = np.random.default_rng(6).standard_normal(shape[0], np.float32).astype(narrow)
@@ -201,8 +215,8 @@ def test_layers_alike_share_one_quantized_activation() -> None:
 
     def program(x: jax.Array) -> list[jax.Array]:
         axes = ("heads", "embed")
-        same = [Linear((8, 16), axes, scheme=scheme, numerics=numerics) for _ in range(3)]
-        other = Linear((8, 16), axes, scheme=None, numerics=numerics)
+        same = [Linear(module_of(axes, (8, 16), scheme), numerics) for _ in range(3)]
+        other = Linear(module_of(axes, (8, 16)), numerics)
         return project(x, *same, other)
 
     jaxpr = str(jax.make_jaxpr(program)(jnp.zeros((2, 16), jnp.float32)))
@@ -210,15 +224,13 @@ def test_layers_alike_share_one_quantized_activation() -> None:
 
 
 def test_a_layer_without_bias_has_none() -> None:
-    linear = nnx.eval_shape(
-        lambda: Linear((8, 16), ("heads", "embed"), scheme=None, numerics=Numerics("float32", "cpu"))
-    )
+    linear = nnx.eval_shape(lambda: Linear(module_of(("heads", "embed"), (8, 16)), Numerics("float32", "cpu")))
     assert not hasattr(linear, "bias")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rms_norm(dtype: str) -> None:
-    norm = RMSNorm(64, 1e-5, Numerics(dtype, "cpu"))
+    norm = RMSNorm(module_of(("embed",), (64,)), 1e-5, Numerics(dtype, "cpu"))
     random = np.random.default_rng(2)
     weight, x = (random.standard_normal(shape, np.float32).astype(BY_NAME[dtype].numpy) for shape in ((64,), (3, 64)))
     norm.weight.set_value(jnp.asarray(weight))

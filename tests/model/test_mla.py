@@ -16,14 +16,17 @@ from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
 from podquant.errors import CheckpointError
 from podquant.families.config import FULL_ATTENTION, ConfigReader, ModelConfig, RopeConfig, read_rope
+from podquant.families.declaration import declare
 from podquant.families.deepseek import read_latent
 from podquant.families.latent import LatentConfig
+from podquant.families.layout import plan_layout
 from podquant.families.registry import read_model_config
 from podquant.model.attention import CHUNK_TOKENS, KVCache, Positions, cache_layout
 from podquant.model.axes import spec_of
+from podquant.model.decoder import modules_in
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import make_mesh
-from podquant.model.mla import LatentAttention, projections_of
+from podquant.model.mla import LatentAttention
 from podquant.model.rope import rotation
 from podquant.quantize.weights import quantize_weight
 
@@ -53,18 +56,11 @@ def config_with(latent: LatentConfig) -> ModelConfig:
 def weights_of(latent: LatentConfig) -> dict[str, Array]:
     """Weights by module, [out, in], and norms."""
     random = np.random.default_rng(7)
-    sizes = {**latent.axis_sizes(HEADS), "embed": HIDDEN}
-    shapes = {
-        "q_proj": ("query_heads", "embed"),
-        "q_a_proj": ("q_rank", "embed"),
-        "q_b_proj": ("query_heads", "q_rank"),
-        "kv_a_proj_with_mqa": ("latent", "embed"),
-        "kv_b_proj": ("key_value_heads", "kv_rank"),
-        "o_proj": ("embed", "value_heads"),
-    }
-    found = {name: [sizes[axis] for axis in shapes[name]] for name in projections_of(latent)}
-    weights = {name: random.standard_normal(shape, np.float32) * shape[1] ** -0.5 for name, shape in found.items()}
-    norms = {"kv_a_layernorm": latent.kv_rank} | ({"q_a_layernorm": latent.q_rank} if latent.q_rank else {})
+    declared = declare(config_with(latent)).modules[0]
+    found = {name.removeprefix("self_attn."): each["weight"] for name, each in declared.items() if "self_attn" in name}
+    shapes = {name: each.shape for name, each in found.items() if each.kind != "norm"}
+    weights = {name: random.standard_normal(shape, np.float32) * shape[1] ** -0.5 for name, shape in shapes.items()}
+    norms = {name: each.shape for name, each in found.items() if each.kind == "norm"}
     return weights | {name: random.uniform(0.5, 1.5, size).astype(np.float32) for name, size in norms.items()}
 
 
@@ -134,8 +130,8 @@ def run(
 ) -> Array:
     """The layer on [T, D], in steps of so many tokens, into a cache in pages of 8: [T, D]."""
     config, mesh = config_with(latent), make_mesh("cpu", tp)
-    schemes = dict.fromkeys(projections_of(latent), scheme)
-    module = nnx.eval_shape(lambda: LatentAttention(config, schemes, Numerics("float32", "cpu"), 1))
+    modules = modules_in(config, declare(config), plan_layout(config, tp), lambda module: scheme, (0, 1))
+    module = nnx.eval_shape(lambda: LatentAttention(config, modules, Numerics("float32", "cpu")))
     graph, state = nnx.split(module)
     tree, flat = jax.tree.structure(state), nnx.to_flat_state(state)
     values = [

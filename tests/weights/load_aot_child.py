@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
@@ -28,7 +28,7 @@ from podquant.model.layout import Model
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import choose_devices
 from podquant.weights.placement import placing
-from podquant.weights.windows import Limits, Window, disk_names, disk_shape, plan_windows
+from podquant.weights.windows import Limits, Window, plan_windows
 
 LLAMA_3_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,28 +47,26 @@ COLLECTIVES = re.compile(
 )
 
 
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+
+
 class Shapes:
     """An artifact at tp 1, as far as plans need one."""
 
     def __init__(self, model: Model, scheme: Scheme) -> None:
         self._scheme = scheme
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.tensors: dict[str, _Tensor] = {}
         for leaf in model.leaves:
-            for module in disk_names(model, leaf.path[:-1]):
-                name, shape = f"{module}.{leaf.path[-1]}", leaf.shape[1:] if leaf.axes[0] == "layers" else leaf.shape
-                if leaf.path[-1] == "weight_scale":
-                    rows = disk_shape(model.config, leaf.__class__(leaf.path, leaf.shape, leaf.dtype, leaf.axes[:-1]))
-                    self._shapes[name] = (*rows, shape[-1])
-                else:
-                    self._shapes[name] = disk_shape(model.config, leaf)
+            for weight in leaf.weights:
+                rows, *columns = weight.shape
+                if leaf.name == "weight_scale":
+                    columns = [leaf.shape[-1]]
+                self.tensors[f"{weight.places[0].module}.{leaf.name}"] = _Tensor((rows, *columns))
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How a weight is quantized."""
-        return self._scheme if f"{module}.weight_scale" in self._shapes else None
-
-    def shape_of(self, tensor: str) -> tuple[int, ...] | None:
-        """On disk."""
-        return self._shapes.get(tensor)
+        return self._scheme if f"{module}.weight_scale" in self.tensors else None
 
     def itemsize_of(self, tensor: str) -> int:
         """Of int8 codes, float32 scales and bfloat16 norms."""
@@ -80,20 +78,20 @@ class Shapes:
 
     def column_bounds(self, tensor: str) -> tuple[int, ...]:
         """Not cut."""
-        return (0, self._shapes[tensor][1])
+        return (0, self.tensors[tensor].shape[1])
 
 
 def _facts(model: Model, window: Window) -> dict[str, Any]:
     """Compile a window's program and say what the compiler made of it; bytes are of one chip."""
     index = window.stream.leaves[0]
     leaf, sharding = model.leaves[index], model.shardings[index]
-    block = window.block_shape
+    block = window.shape_of(0)
     joined = (model.mesh.size * block[0], *block[1:])
     program: Any = placing(model, index, window)
     lowered = program.lower(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.ShapeDtypeStruct(joined, leaf.dtype, sharding=NamedSharding(model.mesh, PartitionSpec(TP))),
-        jax.ShapeDtypeStruct((3,), np.int32, sharding=NamedSharding(model.mesh, PartitionSpec())),
+        jax.ShapeDtypeStruct((4,), np.int32, sharding=NamedSharding(model.mesh, PartitionSpec())),
     )
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
@@ -121,7 +119,8 @@ def main(topology: str, dtype: str) -> None:
     found: dict[str, Window] = {}
     for window in plan_windows(model, Shapes(model, scheme), Limits()):  # type: ignore[arg-type]
         if window.stream.layer == 0:
-            found.setdefault(f"{window.stream.tensor} {window.rows} {window.num_rows}", window)
+            tensor = f"{window.stream.places[0].module}.{window.stream.name}"
+            found.setdefault(f"{tensor} {window.rows} {window.num_rows}", window)
     json.dump({name: _facts(model, window) for name, window in found.items()}, sys.stdout)
 
 

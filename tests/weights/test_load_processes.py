@@ -27,7 +27,6 @@ from podquant.conversion.run import convert
 from podquant.errors import PodquantError
 from podquant.model.layout import Model
 from podquant.weights.load import load_weights
-from podquant.weights.windows import copies_of
 from tests.benchmarks.convert import make_checkpoint
 from tests.storage.gcs.emulator import GcsEmulator
 from tests.weights.load_child import Case, digest, key, load_case, open_case
@@ -106,7 +105,7 @@ def expected_shards(case: Case, uri: str) -> dict[str, str]:
 
 def _laid_out(model: Model, leaf: Any, whole: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """With copies of key/value heads, and the vocabulary filled up with zeros."""
-    copies = copies_of(model, leaf)
+    copies = leaf.copies
     if copies > 1:
         heads = whole.reshape(whole.shape[0], model.config.num_kv_heads, model.config.head_dim, *whole.shape[2:])
         whole = np.repeat(heads, copies, axis=1).reshape(leaf.shape)
