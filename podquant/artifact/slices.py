@@ -1,4 +1,6 @@
-"""Which tensors are cut for tensor parallelism, where, and in which files the slices lie: by name and shape only.
+"""Which tensors are cut for tensor parallelism, where, and in which files the slices lie: as their family declares.
+
+Tensors that no family declares are cut by name and shape alone.
 
 Knows nothing of rules, dtypes or bytes, so a tensor is cut alike whether it is quantized or not.
 """
@@ -11,12 +13,13 @@ from functools import lru_cache
 
 from podquant.artifact.manifest import Piece
 from podquant.artifact.naming import folder_of, module_of
+from podquant.families.declaration import DiskTensor
 from podquant.families.modules import kind_of
 
-ROW_PARALLEL = frozenset(
+_ROW_PARALLEL = frozenset(
     {"o_proj", "out_proj", "wo", "dense", "down_proj", "w2", "c_proj", "dense_4h_to_h", "fc2", "fc_out"}
 )
-"""Last parts of the names of modules that take what the module before them put out in slices: cut along the input."""
+"""Last parts of the names of undeclared modules that take what the one before them put out in slices, mostly."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,29 @@ class Cut:
         return start, tuple(last - first if axis == self.axis else size for axis, size in enumerate(shape))
 
 
-def cut_of(tensor: str, shape: Sequence[int], tp_size: int) -> Cut | None:
+def cut_of(tensor: str, shape: Sequence[int], tp_size: int, declared: DiskTensor | None = None) -> Cut | None:
     """How a tensor is cut; None for one that is not.
+
+    Args:
+        declared: what the model's family says of it; None: the name must do.
 
     Cut are the weights of linears, embedding and lm_head: matrices `[out, in]` that are not a router's. Row-parallel
     ones along `in`, all others along `out` (of embedding and lm_head: the vocabulary), into slices of
     `⌈size / tp_size⌉`; the last ones are smaller, or empty, where `tp_size` does not divide the size.
     """
     module = module_of(tensor)
-    if tp_size == 1 or module is None or len(shape) != 2 or 0 in shape or kind_of(module) == "router":
+    if tp_size == 1 or module is None or len(shape) != 2 or 0 in shape:
         return None
-    axis = 1 if module.rpartition(".")[2] in ROW_PARALLEL else 0
+    axis = _axis_of(module) if declared is None else declared.cut
+    if axis is None:
+        return None
     return Cut(axis, _bounds(shape[axis], -(-shape[axis] // tp_size), tp_size))
+
+
+def _axis_of(module: str) -> int | None:
+    if kind_of(module) == "router":
+        return None
+    return 1 if module.rpartition(".")[2] in _ROW_PARALLEL else 0
 
 
 def cut_of_scales(cut: Cut | None, scales: Sequence[int], block: tuple[int, int] | None) -> Cut | None:

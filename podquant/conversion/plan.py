@@ -21,8 +21,9 @@ from podquant.conversion.memory import worker_nbytes
 from podquant.conversion.source import Contents, read_contents
 from podquant.conversion.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
-from podquant.errors import ConfigError, UnsupportedModelError
-from podquant.families.registry import unsupported_architecture
+from podquant.errors import CheckpointError, ConfigError, UnsupportedModelError
+from podquant.families.declaration import DiskTensor, declare
+from podquant.families.registry import read_model_config, unsupported_architecture
 from podquant.quantize.qarray import scales_shape
 
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, _UNITS_AT_LEAST = 64 << 20, 1 << 30, 32
@@ -171,12 +172,13 @@ def _without_lost_code(checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[st
 def _plan_tensors(
     checkpoint: Checkpoint, contents: Contents, modules: Mapping[str, ModuleRule], tp_size: int
 ) -> Sequence[TensorPlan]:
+    declared = _declared(checkpoint) if tp_size > 1 else {}
     module_by_name = {info.name: module for module, info in contents.modules.items()}
     tensors = []
     for name, info in contents.tensors.items():
         module = module_by_name.get(name)
         scheme = None if module is None else modules[module].scheme
-        cut = cut_of(name, info.shape, tp_size)
+        cut = cut_of(name, info.shape, tp_size, declared.get(name))
         outputs: tuple[Output, ...] = (Output(name, info.dtype, info.shape, cut),)
         if module is not None and scheme is not None:
             _check_quantizable(checkpoint, info, modules[module])
@@ -188,6 +190,14 @@ def _plan_tensors(
             )
         tensors.append(TensorPlan(info, scheme, outputs))
     return tensors
+
+
+def _declared(checkpoint: Checkpoint) -> Mapping[str, DiskTensor]:
+    """The tensors that config.json declares; none of a model that podquant cannot run: it is planned, too."""
+    try:
+        return declare(read_model_config(checkpoint.config, checkpoint.tensors)).tensors
+    except CheckpointError:
+        return {}
 
 
 def _check_quantizable(checkpoint: Checkpoint, info: TensorInfo, decided: ModuleRule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from podquant.artifact.slices import Cut, cut_of, cut_of_scales, pieces_of
+from podquant.families.declaration import DiskTensor
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,13 @@ def test_the_name_decides(name: str, axis: int | None) -> None:
     cut = cut_of(name, (8, 12), 4)
     assert (None if cut is None else cut.axis) == axis
     assert cut_of(name, (8, 12), 1) is None
+
+
+@pytest.mark.parametrize(("declared", "axis"), [(0, 0), (1, 1), (None, None)])
+def test_what_the_family_declares_comes_before_the_name(declared: int | None, axis: int | None) -> None:
+    """`w2` is the gate of the first Qwens, and what Mixtral's experts put out."""
+    cut = cut_of("transformer.h.0.mlp.w2.weight", (8, 12), 4, DiskTensor("", (8, 12), "dense", declared))
+    assert (None if cut is None else cut.axis) == axis
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (8, 12, 2), (0, 8), (8, 0)])

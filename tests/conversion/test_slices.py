@@ -14,6 +14,9 @@ import pytest
 from podquant.artifact.merge import merge_artifact
 from podquant.artifact.reader import Artifact
 from podquant.artifact.verify import verify_artifact
+from podquant.checkpoint.index import Checkpoint
+from podquant.config.rules import load_quantization_config
+from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
 from podquant.errors import ArtifactError, StorageError
 
@@ -158,3 +161,19 @@ def test_merging_holds_a_window_whatever_the_tensor(make_source: Callable[..., A
     assert len(watched) > 50
     assert max(watched) - min(watched) < 24 << 20
     assert json.loads((tmp_path / "merged/podquant.json").read_text())["tp_size"] == 1
+
+
+def test_slices_are_cut_as_the_family_computes(tmp_path: Path) -> None:
+    """First-generation Qwen: `mlp.w2`, its gate, goes along its output, and only `c_proj` along its input."""
+    checkpoint = Checkpoint.open(str(Path(__file__).parents[1] / "data/goldens/qwen1"))
+    rules = load_quantization_config("int8.yaml")
+    plan = plan_conversion(checkpoint, rules, source_name="golden", tp_size=2)
+    checkpoint.close()
+    cuts = {output.name: output.cut for unit in plan.units for output in unit.outputs}
+    axes = {name: cuts[f"transformer.h.1.{name}.weight"] for name in ("mlp.w1", "mlp.w2", "mlp.c_proj", "attn.c_proj")}
+    assert {name: cut and cut.axis for name, cut in axes.items()} == {
+        "mlp.w1": 0,
+        "mlp.w2": 0,
+        "mlp.c_proj": 1,
+        "attn.c_proj": 1,
+    }
