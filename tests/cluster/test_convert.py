@@ -23,10 +23,10 @@ from podquant.config.rules import load_quantization_config
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
 from tests.cluster.conftest import RayCluster
+from tests.matrix import MATRIX
 from tests.storage.gcs.emulator import GcsEmulator
 
 JOB = Path(__file__).parents[2] / "jobs" / "convert.py"
-MATRIX = pytest.mark.matrix
 NUM_UNITS = 5
 RULES = ("--quantization-config-path", "int8.yaml")
 

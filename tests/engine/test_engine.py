@@ -22,6 +22,7 @@ from podquant.engine.request import FinishReason, Output, Request, SamplingParam
 from podquant.engine.scheduler import Decode, Prefill
 from podquant.engine.start import start_engine
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
+from tests.matrix import MATRIX
 
 pytestmark = pytest.mark.slow
 
@@ -89,11 +90,11 @@ def idle(engine: LocalEngine) -> bool:
 @pytest.mark.parametrize(
     ("name", "rules"),
     [
-        ("llama", None),
-        ("llama3-rope", "int8.yaml"),
+        pytest.param("llama", None, marks=MATRIX),
+        pytest.param("llama3-rope", "int8.yaml", marks=MATRIX),
         ("mistral-window", "int8_w8a8_keep_embedding.yaml"),
         ("qwen2", "fp8_w8a8_keep_embedding.yaml"),
-        ("qwen2-mha", "fp8_keep_embedding.yaml"),
+        pytest.param("qwen2-mha", "fp8_keep_embedding.yaml", marks=MATRIX),
         ("qwen3", "int8_keep_embedding.yaml"),
         ("qwen1-long", None),  # trained on 8 tokens: what is past them depends on how long the whole prompt is
     ],

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from podquant.engine.sampling import Sampled, Sampling, sample
 from podquant.model.mesh import make_mesh
+from tests.matrix import MATRIX
 
 VOCAB = 13
 PADDED = 16
@@ -93,7 +94,7 @@ def test_draws_follow_the_exact_distribution(how: dict[str, Any]) -> None:
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=MATRIX), 3, pytest.param(8, marks=MATRIX)])
 def test_shards_change_nothing(batch: int) -> None:
     logits = np.random.default_rng(batch).normal(0.0, 2.0, (batch, VOCAB)).astype(np.float32)
     how: dict[str, Any] = {

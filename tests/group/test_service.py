@@ -28,6 +28,7 @@ from podquant.engine.options import EngineOptions
 from podquant.engine.request import Request, SamplingParams
 from podquant.engine.start import start_engine
 from tests.group.hosts import Service, cmdline, is_alive, wait_until
+from tests.matrix import half
 from tests.storage.hub.emulator import HubEmulator
 from tests.storage.kinds import fine_tune
 
@@ -147,9 +148,7 @@ def running(service: Service) -> int:
     return int(service.http.get("/status").json()["num_running"])
 
 
-@pytest.mark.parametrize(
-    ("number", "what"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
-)
+@pytest.mark.parametrize(("number", "what"), half([1, 0], [signal.SIGKILL, signal.SIGSTOP]))
 def test_a_process_that_is_lost(service: Service, expected: list[list[int]], number: int, what: signal.Signals) -> None:
     """Its requests end with an error in time, /health says so, and the group serves again by itself."""
     lost = service.member(number)

@@ -25,6 +25,7 @@ from podquant.model.mesh import make_mesh
 from podquant.model.parameter import Module
 from podquant.quantize.qarray import QArray
 from podquant.quantize.weights import quantize_weight
+from tests.matrix import half
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -163,31 +164,34 @@ def check(
             assert np.linalg.norm(got - expected) <= 3e-5 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def label(value: Any) -> str:
+    return value.label if isinstance(value, Scheme) else str(value)
+
+
+@pytest.mark.parametrize(("parallel", "dtype", "tp"), half(list(PARALLEL), ["float32", "bfloat16"], [1, 4]), ids=label)
 def test_a_plain_weight(parallel: str, dtype: str, tp: int) -> None:
     check(parallel, None, dtype, tp, of_terms=1e-6)
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("scheme", WITH_ACTIVATIONS + [blocked(s) for s in WITH_ACTIVATIONS], ids=lambda s: s.label)
+@pytest.mark.parametrize(
+    ("parallel", "scheme", "tp"),
+    half(list(PARALLEL), WITH_ACTIVATIONS + [blocked(s) for s in WITH_ACTIVATIONS], [1, 4]),
+    ids=label,
+)
 def test_quantized_activations_are_exact_to_the_definition(parallel: str, scheme: Scheme, tp: int) -> None:
     check(parallel, scheme, "float32", tp, of_terms=5e-7)
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("scheme", WITH_ACTIVATIONS[:2], ids=lambda s: s.label)
+@pytest.mark.parametrize(("parallel", "scheme", "tp"), half(list(PARALLEL), WITH_ACTIVATIONS[:2], [1, 4]), ids=label)
 def test_quantized_activations_in_bfloat16_have_a_scale_from_each_shard(parallel: str, scheme: Scheme, tp: int) -> None:
     check(parallel, scheme, "bfloat16", tp, of_terms=1e-6)
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY + [blocked(s) for s in WEIGHT_ONLY], ids=lambda s: s.label)
+@pytest.mark.parametrize(
+    ("parallel", "scheme", "dtype", "tp"),
+    half(list(PARALLEL), WEIGHT_ONLY + [blocked(s) for s in WEIGHT_ONLY], ["float32", "bfloat16"], [1, 4]),
+    ids=label,
+)
 def test_weight_only_is_near_exact(parallel: str, scheme: Scheme, dtype: str, tp: int) -> None:
     # Two int8 parts are within 1.6e-5 of the token's largest magnitude.
     check(parallel, scheme, dtype, tp, of_terms=1e-6, of_largest=1.6e-5 if scheme.weight_dtype == "int8" else 0)

@@ -28,6 +28,7 @@ from podquant.errors import PodquantError
 from podquant.model.layout import Model
 from podquant.weights.load import load_weights
 from tests.benchmarks.convert import make_checkpoint
+from tests.matrix import half
 from tests.storage.gcs.emulator import GcsEmulator
 from tests.weights.load_child import Case, digest, key, load_case, open_case
 
@@ -112,8 +113,7 @@ def _laid_out(model: Model, leaf: Any, whole: np.ndarray[Any, Any]) -> np.ndarra
     return np.pad(whole, [(0, n - m) for n, m in zip(leaf.shape, whole.shape, strict=True)])
 
 
-@pytest.mark.parametrize("tp", TP_SIZES)
-@pytest.mark.parametrize("rules", ["int8.yaml", "fp8_w8a8.yaml", "blocks.yaml"])
+@pytest.mark.parametrize(("rules", "tp"), half(["int8.yaml", "fp8_w8a8.yaml", "blocks.yaml"], TP_SIZES))
 def test_any_artifact_and_the_checkpoint_fit_any_mesh(
     artifacts: Places, rules_of: Callable[[str], str], rules: str, tp: int
 ) -> None:
