@@ -15,7 +15,8 @@ from typing import Any
 
 from podquant.checkpoint.header import TensorInfo
 from podquant.errors import CheckpointError, UnsupportedModelError
-from podquant.families.experts import ExpertNames, count_key, expert_names
+from podquant.families.experts import ExpertNames, count_key
+from podquant.families.registry import expert_names
 
 _FUSED_BLOCK = "mlp"
 """What the experts of a layer are below where they are fused, whatever the family calls it otherwise."""

@@ -37,6 +37,7 @@ class Family:
         spelled: keys of config.json that it spells otherwise → how.
         defaults: values of keys that are left out, where they are not a Llama's.
         names: what its modules are called on disk.
+        experts: it has routed experts, and fuses those of a layer, if at all, as `checkpoint.experts` knows.
         more: fields of `ModelConfig` that it sets, from config.json and what is read of it already.
     """
 
@@ -48,6 +49,7 @@ class Family:
     spelled: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     names: DiskNames = field(default_factory=DiskNames)
+    experts: bool = False
     more: Callable[[ConfigReader, ModelConfig], Mapping[str, Any]] = lambda reader, config: {}
 
 

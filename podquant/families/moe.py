@@ -12,7 +12,7 @@ from podquant.errors import CheckpointError
 from podquant.families.config import ConfigReader, ModelConfig, MoEConfig, read_rope
 from podquant.families.deepseek import read_latent
 from podquant.families.disk import DiskNames
-from podquant.families.experts import EXPERT_NAMES, count_key
+from podquant.families.experts import count_key
 from podquant.families.family import Family, Sliding, qwen_sliding, read_sliding
 
 
@@ -134,13 +134,15 @@ _LATENT: Mapping[str, Any] = {"spelled": {"head_dim": "qk_rope_head_dim"}, "defa
 
 MOE: Mapping[str, Family] = {
     "MixtralForCausalLM": Family(
+        experts=True,
         qkv_bias=False,
         o_bias=False,
         sliding=read_sliding,
-        names=DiskNames(renames=EXPERT_NAMES["MixtralForCausalLM"].renames),
+        names=DiskNames(renames={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
         more=_mixtral,
     ),
     "Qwen2MoeForCausalLM": Family(
+        experts=True,
         qkv_bias=True,
         o_bias=False,
         sliding=qwen_sliding,
@@ -148,11 +150,14 @@ MOE: Mapping[str, Family] = {
         more=_qwen2_moe,
     ),
     "Qwen3MoeForCausalLM": Family(
+        experts=True,
         qk_norm=True,
         sliding=lambda reader: Sliding(qwen_sliding(reader).window),  # all layers slide, or none
         more=_qwen3_moe,
     ),
-    "Glm4MoeForCausalLM": Family(o_bias=False, rope=lambda reader: read_rope(reader, partial=0.5), more=_glm4_moe),
-    "DeepseekV2ForCausalLM": Family(**_LATENT, more=_deepseek_v2),
-    "DeepseekV3ForCausalLM": Family(**_LATENT, more=_deepseek_v3),
+    "Glm4MoeForCausalLM": Family(
+        experts=True, o_bias=False, rope=lambda reader: read_rope(reader, partial=0.5), more=_glm4_moe
+    ),
+    "DeepseekV2ForCausalLM": Family(experts=True, **_LATENT, more=_deepseek_v2),
+    "DeepseekV3ForCausalLM": Family(experts=True, **_LATENT, more=_deepseek_v3),
 }

@@ -13,6 +13,7 @@ from podquant.dtypes import SOURCE_DTYPES
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.config import ConfigReader, ModelConfig, read_windows
 from podquant.families.dense import DENSE
+from podquant.families.experts import ExpertNames
 from podquant.families.family import Family, qwen_sliding, read_sliding
 from podquant.families.gemma import GEMMA
 from podquant.families.internlm import INTERNLM
@@ -66,6 +67,18 @@ def _unsupported(name: str, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
     )
+
+
+def expert_names(config: Mapping[str, Any]) -> ExpertNames | None:
+    """What the routed experts of config.json's family are called on disk; None of a family that has none."""
+    family = family_of(config)
+    if family is None or not family.experts:
+        return None
+    places = [
+        family.names.in_layer(0, f"mlp.experts.0.{name}").module for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    block = places[0].removeprefix(f"{family.names.layers}.0.").partition(".experts.")[0]
+    return ExpertNames(block, *(place.rpartition(".")[2] for place in places))
 
 
 def is_tied(config: Mapping[str, Any], names: Iterable[str], where: str = "config.json") -> bool:

@@ -12,8 +12,8 @@ from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
-from podquant.families.experts import EXPERT_NAMES
-from podquant.families.registry import read_model_config
+from podquant.families.experts import ExpertNames
+from podquant.families.registry import expert_names, read_model_config
 from podquant.storage.publication import open_publication
 from podquant.weights.source import open_source
 from tests.checkpoint.fused import fused_copy
@@ -23,8 +23,11 @@ from tests.weights.quantized_checkpoints import read_file, write_file
 
 
 def test_the_names_of_every_familys_experts_are_known() -> None:
-    configs = [read_model_config(json.loads(path.read_text()), ()) for path in GOLDENS.glob("*/config.json")]
-    assert {config.architecture for config in configs if config.moe} == EXPERT_NAMES.keys()
+    for path in GOLDENS.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        assert (expert_names(config) is not None) == (read_model_config(config, ()).moe is not None), path
+    mixtral = expert_names({"architectures": ["MixtralForCausalLM"]})
+    assert mixtral == ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 
 
 def one_by_one_copy(golden: Path, fused: Path, place: Path) -> Path:
