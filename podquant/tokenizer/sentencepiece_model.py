@@ -16,8 +16,8 @@ _PIECE, _TYPE = 1, 3
 """Fields of ModelProto.SentencePiece."""
 _ROLES = {"bos_token": (46, "<s>"), "eos_token": (47, "</s>")}
 """Fields of TrainerSpec, and their values where absent."""
-_ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 3, 4
-"""Fields of NormalizerSpec; both are true where absent."""
+_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 2, 3, 4
+"""Fields of NormalizerSpec; the latter two are true where absent."""
 
 
 class PieceType(IntEnum):
@@ -39,12 +39,14 @@ class SentencepieceModel:
         pieces: text and type of each, by id.
         adds_prefix: whether a space is put before every text.
         removes_spaces: whether spaces at both ends, and all but one of several, are dropped.
+        normalizes: whether characters are replaced by others, or dropped.
         roles: the pieces for unknown text, beginning and end, such as `bos_token` → `<s>`.
     """
 
     pieces: tuple[tuple[str, PieceType], ...]
     adds_prefix: bool
     removes_spaces: bool
+    normalizes: bool
     roles: dict[str, str]
 
     @classmethod
@@ -66,6 +68,7 @@ class SentencepieceModel:
             tuple(pieces),
             normalizer.get(_ADD_DUMMY_PREFIX, 1) != 0,
             normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1) != 0,
+            bool(normalizer.get(_CHARSMAP)),
             _roles(trainer, pieces),
         )
 

@@ -12,6 +12,7 @@ from podquant.tokenizer.chat_template import ChatTemplate
 from podquant.tokenizer.chatml import ChatML, Mark
 from podquant.tokenizer.detokenize import Detokenizer
 from podquant.tokenizer.files import TokenizerFiles
+from podquant.tokenizer.length import check_length
 from podquant.tokenizer.vocabulary import Vocabulary
 from podquant.tokenizer.vocabulary_json import load_json
 from podquant.tokenizer.vocabulary_merges import load_merges
@@ -74,8 +75,13 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens written out in `text` become those tokens."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Token ids; special tokens written out in `text` become those tokens.
+
+        Raises TooManyTokensError where bytes or beginning of a long text show that it has more than `most`.
+        """
+        if most is not None:
+            self._check_length(text, most)
         return self._vocabulary.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -120,12 +126,21 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> list[int]:
-        """The tokens of a chat; raises as `apply_chat_template` does."""
+        """The tokens of a chat; raises as `apply_chat_template` and `encode` do."""
         if isinstance(self._chat, ChatML):
+            if most is not None:
+                self._check_length(self._chat.render(messages, tools), most)
             return self._chat.encode(messages, tools, add_generation_prompt=add_generation_prompt)
         text = self.apply_chat_template(messages, tools, add_generation_prompt=add_generation_prompt, extra=extra)
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False, most=most)
+
+    def _check_length(self, text: str, most: int) -> None:
+        def count(beginning: str) -> int:
+            return len(self._vocabulary.encode(beginning, add_special_tokens=False))
+
+        check_length(text, most, self._vocabulary.longest, count)
 
 
 def _load_vocabulary(files: TokenizerFiles, model_type: str | None) -> tuple[Vocabulary, TokenizerFiles]:

@@ -15,13 +15,16 @@ class Vocabulary(Protocol):
     Attributes:
         special_ids: tokens without text.
         num_ids: one more than the largest id that a plain text can give; added tokens may lie above.
+        longest: bytes of text that one token stands for at the most; None where a token may stand for any length, or
+            text is dropped.
     """
 
     special_ids: frozenset[int]
     num_ids: int
+    longest: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids; added tokens written out in `text` become those tokens."""
+        """Token ids; added tokens written out in `text` become those tokens. Long texts do not hold Python's lock."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -14,7 +16,11 @@ from podquant.tokenizer.added_tokens import AddedToken
 from podquant.tokenizer.detokenize import Detokenizer, WindowDetokenizer
 from podquant.tokenizer.files import TokenizerFiles
 
+_MANY = 1000
+"""Ids whose decoding takes longer than handing Python's lock to another thread and back."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -52,16 +58,24 @@ class JsonVocabulary:
         self._prefix, self._suffix = (list(prefix), list(suffix)) if adds_none else ([], [])
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.num_ids = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+        self.num_ids = max(vocabulary.values(), default=-1) + 1
+        self.longest = _longest(tokenizer, vocabulary)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # unlike `encode`, which gives the same ids, it lets other threads run
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Vocabulary`."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        text: str
+        if len(ids) > _MANY:
+            (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)  # lets other threads run
+        else:
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
     def token_id(self, content: str) -> int | None:
@@ -88,6 +102,52 @@ class JsonVocabulary:
     def detokenizer(self, skipped: AbstractSet[int], prompt_ids: Iterable[int]) -> Detokenizer:
         """See `Vocabulary`."""
         return WindowDetokenizer(self, skipped, prompt_ids)
+
+
+_KEEPS_ALL = {"ByteLevel", "Digits", "Metaspace", "UnicodeScripts"}
+"""Ways of splitting a text that drop nothing of it; others do so unless their behaviour is another than `Removed`."""
+
+_COMPOSES = {"NFC": 4, "NFKC": 4}
+"""What a text in one of these forms may have had in bytes: U+0390 (2) may have been 7, U+1D7CE (4) becomes 1."""
+
+
+def _longest(tokenizer: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> int | None:
+    """See `Vocabulary`."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    splitters = _steps(tokenizer.pre_tokenizer, "pretokenizers")
+    by_bytes = any(each["type"] == "ByteLevel" for each in splitters) and vocabulary.keys() >= _BYTE_OF_CHARACTER.keys()
+    falls_back = getattr(tokenizer.model, "byte_fallback", False) and vocabulary.keys() >= _BYTE_TOKENS
+    drops = any(
+        each["type"] not in _KEEPS_ALL and each.get("behavior", "Removed") == "Removed" for each in splitters
+    ) or any(token.lstrip or token.rstrip for token in added)
+    factor = 1
+    for each in _steps(tokenizer.normalizer, "normalizers"):
+        if each["type"] in _COMPOSES:
+            factor *= _COMPOSES[each["type"]]
+        elif each["type"] == "Replace":
+            replaced = each["pattern"].get("String")
+            drops = drops or replaced is None or len(each["content"].encode()) < len(replaced.encode())
+        elif each["type"] != "Prepend":
+            drops = True
+    if drops or not (by_bytes or falls_back):
+        return None
+    sizes = map(len, vocabulary) if by_bytes else (len(content.encode()) for content in vocabulary)
+    return factor * max(*sizes, *(len(token.content.encode()) for token in added), 1)
+
+
+def _steps(component: Any, key: str) -> list[dict[str, Any]]:
+    """What a normalizer or pre-tokenizer does, one after the other, as tokenizer.json has it."""
+    if component is None:
+        return []
+    state: dict[str, Any] = json.loads(component.__getstate__())
+    found, left = [], [state]
+    while left:
+        step = left.pop(0)
+        if step["type"] == "Sequence":
+            left = [*step[key], *left]
+        else:
+            found.append(step)
+    return found
 
 
 def _flag_special(tokenizer: tokenizers.Tokenizer, special: Collection[str]) -> None:

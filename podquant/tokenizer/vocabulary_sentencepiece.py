@@ -94,6 +94,7 @@ class SentencepieceVocabulary:
         self._added = {token.content: token.token_id for token in added}
         self._names = {token_id: content for content, token_id in self._added.items()}
         self._finder = Finder(added)
+        self.longest = self._longest(parsed, added)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """See `Vocabulary`."""
@@ -132,6 +133,16 @@ class SentencepieceVocabulary:
             if token_bytes(token):
                 break
         return ByteDetokenizer(token_bytes, skipped, prompt, _EACH_BYTE)
+
+    @staticmethod
+    def _longest(model: SentencepieceModel, added: Sequence[AddedToken]) -> int | None:
+        """See `Vocabulary`."""
+        falls_back = len(model.ids_of(PieceType.BYTE)) == 256
+        strips = model.removes_spaces or any(token.lstrip or token.rstrip for token in added)
+        if strips or model.normalizes or not falls_back:
+            return None
+        names = (*(piece for piece, _ in model.pieces), *(token.content for token in added))
+        return max(len(name.encode()) for name in names)
 
     def _encode(self, text: str, is_first: bool) -> list[int]:
         if not text:

@@ -28,6 +28,10 @@ _MOST_SPACE = 400_000
 """White space characters in a row that are split at once: from 1e6 on tiktoken's regex engine overflows its stack."""
 
 
+_COMPOSED = 4
+"""A text in Unicode's form C may have had so many times its bytes: U+0390 (2) may have been 7."""
+
+
 @dataclass(frozen=True)
 class TiktokenClass:
     """What the code of a tokenizer class says beyond its files.
@@ -94,6 +98,7 @@ class TiktokenVocabulary:
         self._bytes = {rank: token for token, rank in ranks.items()}
         self._bytes |= {token_id: content.encode() for content, token_id in added.items()}
         self.num_ids = max(ranks.values()) + 1
+        self.longest: int | None = max(map(len, self._bytes.values())) * (1 if kind.form is None else _COMPOSED)
         self.special_ids = frozenset(special_ids)
         self.chat_format = kind.chat_format
 
@@ -125,12 +130,10 @@ class TiktokenVocabulary:
     def _encode(self, text: str, added: set[str]) -> list[int]:
         if self._form is not None:
             text = unicodedata.normalize(self._form, text)
-        pieces = _pieces(text)
-        return [
-            token_id
-            for piece in pieces
-            for token_id in self._encoding.encode(piece, allowed_special=added, disallowed_special=())
-        ]
+        ids: list[int] = []
+        for piece in _pieces(text):
+            ids += self._encoding.encode(piece, allowed_special=added, disallowed_special=())
+        return ids
 
 
 def load_tiktoken(files: TokenizerFiles, path: Path) -> tuple[TiktokenVocabulary, TokenizerFiles]:

@@ -1,0 +1,41 @@
+"""Whether a text surely has too many tokens: told from its bytes or its beginning, before all of it is tokenized.
+
+Tokenizing takes a second or so for each megabyte. Knows nothing of vocabularies or of what a text is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+_CHARACTERS = 8
+"""More than an average token has in any language; a beginning of so many for each token allowed is tried first."""
+
+
+class TooManyTokensError(Exception):
+    """A text has more tokens than it may: at least `at_least`."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"a text of at least {at_least} tokens")
+        self.at_least = at_least
+
+
+def check_length(text: str, most: int, longest: int | None, count: Callable[[str], int]) -> None:
+    """Raises TooManyTokensError if a text surely has more than `most` tokens; others may still turn out to have more.
+
+    Args:
+        longest: bytes of text that one token stands for at the most; None if that is not known.
+        count: tokens of a text.
+    """
+    if longest is not None:
+        num_bytes = len(text) if text.isascii() else len(text.encode())
+        _refuse_more(-(-num_bytes // longest), most)
+    beginning = _CHARACTERS * (most + 1)
+    if len(text) > 2 * beginning:
+        num_tokens = count(text[:beginning])
+        # what follows may change how the end of the beginning is cut, and no more
+        _refuse_more(num_tokens - num_tokens // 8 - 16, most)
+
+
+def _refuse_more(at_least: int, most: int) -> None:
+    if at_least > most:
+        raise TooManyTokensError(at_least)
