@@ -60,8 +60,11 @@ class Limits:
                 )
         self._check_params(request.params)
 
-    def check_length(self, num_prompt: int, max_tokens: int, param: str) -> None:
-        """Raises RequestTooLongError, which blames `param` if the prompt alone is too long, else `max_tokens`."""
+    def check_length(self, num_prompt: int, max_tokens: int, param: str, *, is_exact: bool = True) -> None:
+        """Raises RequestTooLongError, which blames `param` if the prompt alone is too long, else `max_tokens`.
+
+        `is_exact`: whether the prompt has so many tokens, or at least so many.
+        """
         total = num_prompt + max_tokens
         if total > self.context_length:
             limit = f"This model's maximum context length is {self.context_length} tokens."
@@ -73,9 +76,10 @@ class Limits:
         else:
             return
         place = "messages" if param == "messages" else "prompt"
+        least = "" if is_exact else "at least "
         raise RequestTooLongError(
-            f"{limit} However, you requested {total} tokens ({num_prompt} in the {place}, {max_tokens} in the "
-            f"completion). Please reduce the length of the {place} or completion.",
+            f"{limit} However, you requested {least}{total} tokens ({least}{num_prompt} in the {place}, {max_tokens} "
+            f"in the completion). Please reduce the length of the {place} or completion.",
             param if num_prompt >= self.longest else "max_tokens",
         )
 

@@ -11,12 +11,13 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from podquant.engine.limits import Limits
 from podquant.engine.request import Output, Request, TokenLogprobs
 from podquant.server.gather import gather, usage, usage_of_event
 from podquant.server.generation import ClientGoneError
 from podquant.server.messages import Message
 from podquant.server.schemas import ChatBody
-from podquant.server.service import off_loop, require_tokenizer, require_unicode, service_of
+from podquant.server.service import off_loop, require_tokenizer, require_unicode, service_of, within
 from podquant.server.stream import EventStream, Template, event
 from podquant.server.token_text import TokenText
 from podquant.tokenizer.tokenizer import Tokenizer
@@ -29,7 +30,8 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
     """Answer a chat."""
     service = service_of(http)
     engine = service.require(body.model)
-    prompt_ids = tuple(await encode_chat(require_tokenizer(engine, "messages"), body.messages))
+    tokenizer = require_tokenizer(engine, "messages")
+    prompt_ids = tuple(await encode_chat(tokenizer, body.messages, engine.limits))
     writer = _Writer(str(service.model_name), service.tokens, body, prompt_ids)
     room = engine.limits.room(len(prompt_ids))
     requests = [Request(f"{writer.id}-{choice}", prompt_ids, body.params(choice, room)) for choice in range(body.n)]
@@ -43,14 +45,21 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
     return JSONResponse(writer.whole(outputs))
 
 
-async def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The prompt of a chat. Raises RequestError if the template refuses the messages."""
+async def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], limits: Limits | None = None) -> list[int]:
+    """The prompt of a chat. Raises RequestError if the template refuses the messages, or they exceed the limits."""
     chat = [message.as_template_sees_it() for message in messages]
     length = 0
     for text in _texts(chat):
         require_unicode(text, "messages")
         length += len(text)
-    return await off_loop(length, lambda: tokenizer.encode_chat(chat))
+
+    def work(most: int | None) -> list[int]:
+        ids = tokenizer.encode_chat(chat, most=most)
+        if limits is not None:
+            limits.check_length(len(ids), 1, "messages")
+        return ids
+
+    return await off_loop(length, lambda: within(limits, "messages", work))
 
 
 def _texts(value: Any) -> Iterator[str]:

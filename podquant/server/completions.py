@@ -60,7 +60,8 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
 async def _read(engine: Backend, prompt: str | list[int], *, add_special_tokens: bool) -> _Prompt:
     if not isinstance(prompt, str):
         return _Prompt(tuple(prompt), "")
-    ids = await encode(require_tokenizer(engine, "prompt"), prompt, add_special_tokens=add_special_tokens)
+    tokenizer = require_tokenizer(engine, "prompt")
+    ids = await encode(tokenizer, prompt, add_special_tokens=add_special_tokens, limits=engine.limits)
     if not ids:
         raise RequestError(
             "The prompt is empty, and this model's tokenizer begins no text with a token of its own; send a text.",

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from fastapi import Request as HttpRequest
 
 from podquant.engine.backend import Backend, EngineStats
+from podquant.engine.limits import Limits
 from podquant.engine.request import Request
 from podquant.errors import EngineStoppedError, RequestError
 from podquant.server.errors import ApiError
 from podquant.server.generation import Generation, Mailbox
 from podquant.server.metrics import Metrics
 from podquant.server.token_text import TokenText
+from podquant.tokenizer.length import TooManyTokensError
 from podquant.tokenizer.tokenizer import Tokenizer
 
 _LONG_TEXT = 4096
@@ -98,10 +100,31 @@ def require_tokenizer(engine: Backend, param: str) -> Tokenizer:
     return engine.tokenizer
 
 
-async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text, without holding up the event loop if it is long. RequestError if it is not Unicode."""
+async def encode(
+    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, limits: Limits | None = None
+) -> list[int]:
+    """Token ids of a text, without holding up the event loop if it is long.
+
+    Raises:
+        RequestError: the text is not Unicode.
+        RequestTooLongError: it surely exceeds the limits, if any; most often told before it is tokenized.
+    """
     require_unicode(text, "prompt")
-    return await off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def work(most: int | None) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens, most=most)
+
+    return await off_loop(len(text), lambda: within(limits, "prompt", work))
+
+
+def within(limits: Limits | None, param: str, work: Callable[[int | None], list[int]]) -> list[int]:
+    """What `work` gives when told the most tokens. RequestTooLongError, which blames `param`, if there are more."""
+    try:
+        return work(None if limits is None else limits.longest)
+    except TooManyTokensError as error:
+        assert limits is not None
+        limits.check_length(error.at_least, 1, param, is_exact=False)
+        raise
 
 
 def require_unicode(text: str, param: str) -> None:

@@ -155,3 +155,20 @@ def test_an_engine_that_fails_is_told(checkpoint: Path) -> None:
             assert client.post("/v1/completions", json=ASK).status_code == 503
     finally:
         engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "the river " * 300_000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the river " * 300_000}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the river " * 600}]}, "messages"),
+    ],
+)
+def test_a_prompt_beyond_the_context_is_refused_as_clients_expect(
+    client: httpx.Client, route: str, body: dict[str, object], param: str
+) -> None:
+    answer = client.post(route, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert "maximum context length is 512 tokens" in error["message"]
