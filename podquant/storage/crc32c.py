@@ -34,7 +34,7 @@ def _shifted(crc: int, nbytes: int) -> int:
 
 @cache
 def _shift_map(power: int) -> tuple[int, ...]:
-    """The map for 2**power bytes: what becomes of each of the 32 bits."""
+    """The map for 2**power bytes: where it sends each of the 32 bits."""
     if power == 0:
         step = tuple(_POLYNOMIAL if bit == 0 else 1 << (bit - 1) for bit in range(32))
         for _ in range(3):

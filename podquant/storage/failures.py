@@ -1,4 +1,4 @@
-"""Turns an error of the operating system into a `StorageError` to act on. Knows nothing of what the bytes mean."""
+"""Turns an operating system error into a `StorageError` with advice. Knows nothing of what the bytes mean."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def storage_error(action: str, path: Path, error: OSError, *, wanted: int | None
     """The error to raise when `action` ("write", "read", "create" …) on `path` failed with `error`.
 
     Args:
-        wanted: the bytes that the failed call had to move; the text then tells the bytes free as well.
+        wanted: the bytes that the failed call had to move; the message then says how many are free.
     """
     code = errno.errorcode.get(error.errno or 0, "unknown error")
     text = f"{path}: cannot {action}"
@@ -37,7 +37,7 @@ def storage_error(action: str, path: Path, error: OSError, *, wanted: int | None
 
 
 def _bytes_free(path: Path) -> int | None:
-    """Bytes an ordinary user may still write where `path` is or would be; None if the system does not tell."""
+    """Bytes an ordinary user may still write where `path` is or would be; None if the system does not say."""
     for place in (path, *path.parents):
         try:
             usage = os.statvfs(place)

@@ -1,5 +1,5 @@
-"""What reading over HTTP takes, whoever serves: an event loop in a thread of its own, ranges that go straight into the
-caller's memory and are taken up where they dropped, and when a server that refuses wants to be asked again.
+"""What reading over HTTP needs, whatever the server: an event loop in a thread, ranges that go straight into the
+caller's memory and resume where a connection dropped, and when a server that refuses wants to be asked again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from podquant.storage.retry import TransientError
 
 
 class LoopThread:
-    """An event loop that does the work of callers in any thread. `close()` ends it."""
+    """An event loop that runs coroutines for callers in any thread. `close()` ends it."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -26,7 +26,7 @@ class LoopThread:
         self._thread.start()
 
     def run[T](self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, done by this thread."""
+        """The result of `work`, run in this thread."""
         future = self.start(work)
         try:
             return future.result()
@@ -35,11 +35,11 @@ class LoopThread:
             raise
 
     def start[T](self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begin `work` in this thread."""
+        """Start `work` in this thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
-        """End all work, then the thread."""
+        """Cancel all work, then end the thread."""
         if self._thread.is_alive():
             self.run(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -56,7 +56,7 @@ class LoopThread:
 class RangeRead:
     """Bytes of a file from `offset` on, read into `view` by as many requests as it takes.
 
-    An answer from a file of another size than `size` is not taken; None takes any.
+    A response about a file of another size than `size` is rejected; None accepts any.
     """
 
     def __init__(self, view: memoryview, offset: int, size: int | None = None) -> None:
@@ -66,11 +66,11 @@ class RangeRead:
         self._done = 0
 
     def headers(self) -> dict[str, str]:
-        """What asks for the bytes that are still missing."""
+        """Headers that request the bytes still missing."""
         return {"Range": f"bytes={self._offset + self._done}-{self._offset + len(self._view) - 1}"}
 
     async def take(self, answer: aiohttp.ClientResponse) -> None:
-        """Take the bytes of a partial answer (206) to that; `TransientError` if they are others or fewer."""
+        """Read the body of a partial response (206); `TransientError` if its range differs or it is cut short."""
         wanted = self._offset + self._done, self._offset + len(self._view)
         start, stop, size = _content_range(answer)
         if (start, stop) != wanted:
@@ -83,21 +83,21 @@ class RangeRead:
             self._view[self._done : self._done + len(chunk)] = chunk
             self._done += len(chunk)
         if self._done < len(self._view):
-            raise TransientError(f"the answer ended at byte {self._offset + self._done:,} of {stop:,}")
+            raise TransientError(f"the response ended at byte {self._offset + self._done:,} of {stop:,}")
 
 
 def _content_range(answer: aiohttp.ClientResponse) -> tuple[int, int, str]:
-    """First byte, and the byte after the last, of a partial answer, and the size of the whole or "*"."""
+    """First byte and byte after the last of a partial response, and the size of the whole file or "*"."""
     text = answer.headers.get("Content-Range", "")
     part, _, size = text.removeprefix("bytes ").partition("/")
     first, _, last = part.partition("-")
     if not (first.isdigit() and last.isdigit()):
-        raise TransientError(f"an answer without its range (Content-Range: {text!r})")
+        raise TransientError(f"a response without its range (Content-Range: {text!r})")
     return int(first), int(last) + 1, size
 
 
 async def gathered[T](works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, done at once. It ends, also by an error, when none of them writes to memory any more."""
+    """The results of all, run concurrently. Returns, or raises, only when none of them writes to memory any more."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

@@ -1,6 +1,6 @@
 """Small documents beside a place that is being written, which tell a later run what is done. Knows nothing of content.
 
-They lie in a directory of their own, so that they come and go without touching what they speak of.
+They are in a directory of their own, so that they come and go without touching what they describe.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Records(Protocol):
 
     @property
     def uri(self) -> str:
-        """The directory, in full. It exists while it holds something."""
+        """The directory, in full. It exists while it is not empty."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a document, whole or not at all; the last one of a name counts."""
+        """Write a document atomically; it replaces an earlier one of that name."""
 
     def read(self) -> dict[str, bytes]:
         """Every document."""
 
     def remove(self, names: list[str]) -> None:
-        """Remove some; those that are not there are left out."""
+        """Remove some; names that do not exist are ignored."""
 
     def clear(self) -> None:
         """Remove all, and the directory."""

@@ -1,7 +1,7 @@
-"""Which failures are tried again, when, and for how long. Knows nothing of what is tried.
+"""Which failures are retried, when, and for how long. Knows nothing of the operations.
 
-Waits grow exponentially and are drawn at random, so that many hosts refused together do not come back together; a
-server that says when to come back (`Retry-After`) is not asked sooner.
+Waits grow exponentially and are drawn at random, so that hosts refused together do not retry together; a server that
+says when to come back (`Retry-After`) is not asked sooner.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-"""HTTP answers that may differ the next time; every other answer from 400 on is final."""
+"""HTTP statuses that are retried; every other status from 400 on is final."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait for what, in seconds."""
+    """How long to wait, in seconds."""
 
     connect: float = 10.0
     """For a connection to be made."""
     silence: float = 30.0
     """For the next byte, once connected."""
     deadline: float = 120.0
-    """For one operation with all its tries and waits."""
+    """For one operation, with all attempts and waits."""
     first_wait: float = 0.5
     longest_wait: float = 20.0
 
@@ -35,13 +35,13 @@ class Patience:
         return replace(self, deadline=min(self.deadline, seconds))
 
     def wait_after(self, tries: int, retry_after: float | None) -> float:
-        """Seconds to wait after so many failed tries: between half and the whole of a bound that doubles each time."""
+        """Seconds to wait after that many failed attempts: half to all of a bound that doubles each time."""
         bound = min(self.longest_wait, self.first_wait * 2.0 ** min(tries - 1, 30))
         return max(bound * random.uniform(0.5, 1.0), retry_after or 0.0)
 
 
 class TransientError(Exception):
-    """One try failed in a way that another may not. `retry_after`: seconds the server asked to wait, if it did."""
+    """An attempt failed in a way that may pass. `retry_after`: seconds the server asked to wait, if it did."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class TransientError(Exception):
 
 
 class GaveUpError(Exception):
-    """The deadline passed, or would before the next try; says how many tries there were and why the last one failed."""
+    """The deadline passed, or would before the next attempt; says how many there were and why the last one failed."""
 
 
 async def retried[T](attempt: Callable[[], Awaitable[T]], patience: Patience) -> T:

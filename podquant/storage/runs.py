@@ -1,7 +1,7 @@
-"""What was read of files, and whether it is what was written: checksums of ranges, joined until they cover a file.
+"""Checks that what was read is what was written, by combining checksums of ranges until they cover a file.
 
-A range of an object travels without a checksum, and a process reads only ranges; but the checksums of all ranges, of
-all processes, make that of the whole. Knows nothing of what the files hold.
+A range of an object comes without a checksum, and a process reads only ranges; but the checksums of all ranges, of all
+processes, combine to that of the whole file. Knows nothing of what the files hold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Run:
     """Bytes `[offset, offset + nbytes)` of a file, as they arrived: their CRC32C.
 
     Attributes:
-        apart: others read just these bytes too, so this is never joined with its neighbours.
+        apart: other processes read exactly these bytes too, so this is never joined with its neighbours.
     """
 
     file: str
@@ -45,7 +45,7 @@ class Whole:
     Attributes:
         size: in bytes.
         crc32c: of all of them.
-        head: what has been read of its beginning by every process; None: nothing.
+        head: what every process has read of its beginning; None: nothing.
     """
 
     size: int
@@ -54,7 +54,7 @@ class Whole:
 
 
 class RecordingStore:
-    """A `Store` that remembers how many bytes its ranged reads gave, and of some files their checksums.
+    """A `Store` that counts the bytes of its ranged reads, and keeps their checksums for some files.
 
     Args:
         store: where the bytes are. Closing this closes it.
@@ -71,12 +71,12 @@ class RecordingStore:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that ranged reads have given so far."""
+        """Bytes returned by ranged reads so far."""
         return self._bytes_read
 
     @property
     def runs(self) -> list[Run]:
-        """What was read of the files that are recorded, neighbours joined."""
+        """What was read of the recorded files, neighbours joined."""
         with self._lock:
             self._runs = joined(self._runs)
             return list(self._runs)
@@ -122,7 +122,7 @@ class RecordingStore:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """What this thread reads meanwhile is read elsewhere too, in the very same ranges."""
+        """Within, what this thread reads is read by other processes too, in exactly the same ranges."""
         self._thread.apart = True
         try:
             yield
@@ -134,7 +134,7 @@ class RecordingStore:
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """Runs by file and offset, those that touch as one, each that was read several times once."""
+    """Runs sorted by file and offset; adjacent ones are merged, repeated ones dropped."""
     groups: list[list[Run]] = []
     distinct = dict.fromkeys(run for run in runs if run.nbytes)
     for run in sorted(distinct, key=lambda run: (run.file, run.offset)):
@@ -154,7 +154,7 @@ def _join(group: list[Run]) -> Run:
 
 
 def gaps(file: str, whole: Whole, runs: Iterable[Run]) -> list[tuple[int, int]]:
-    """Offset and length of what no run has of a file.
+    """Offset and length of the parts of a file that no run covers.
 
     Args:
         file: its name.
@@ -173,9 +173,9 @@ def gaps(file: str, whole: Whole, runs: Iterable[Run]) -> list[tuple[int, int]]:
 
 
 def adds_up(file: str, whole: Whole, runs: Iterable[Run]) -> bool:
-    """Whether the runs cover a file and make the checksum it should have; overlaps are left out.
+    """Whether the runs cover a file and combine to its checksum; overlaps are ignored.
 
-    Bytes that were read apart, by several, must have been the same each time.
+    Bytes read `apart`, by several processes, must have been the same each time.
     """
     parts = [] if whole.head is None else [whole.head]
     end = whole.head.end if whole.head else 0

@@ -1,6 +1,6 @@
 """Where bytes are read from and written to: the two interfaces, and the one function that picks an implementation.
 
-Callers name a place by URI and hold a `Store` or a `Writer`; which kind of storage is behind it they never learn.
+Callers name a place by URI and hold a `Store` or a `Writer`; they never learn which kind of storage is behind it.
 Knows nothing of tensors, checkpoints or artifacts.
 """
 
@@ -28,26 +28,26 @@ class Store(Protocol):
 
     @property
     def window_bytes(self) -> int:
-        """Bytes to ask for at a time so that reading goes at the storage's own speed, and no more than that takes."""
+        """Bytes to ask for at a time: enough for the storage's full speed, and no more."""
 
     def size(self, name: str) -> int:
         """Bytes in one file."""
 
     def version(self, name: str) -> str:
-        """What tells one file from a changed one of that name, without reading it; compared, never interpreted."""
+        """Tells a file from a changed one of that name, without reading it; compared, never interpreted."""
 
     def content_id(self, name: str) -> str | None:
         """`kind:digits`, a checksum that the storage keeps of a file's bytes: equal wherever they are, whatever their
         name and age; None where it keeps none."""
 
     def known_crc32c(self, name: str) -> int | None:
-        """CRC32C of a whole file where the storage keeps it; None where it would have to be read."""
+        """CRC32C of a whole file if the storage keeps one, else None."""
 
     def read(self, name: str) -> bytes:
         """A whole file; for small ones."""
 
     def read_into(self, name: str, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` (writable, C-contiguous) with the bytes from `offset` on; fewer than it holds is an error."""
+        """Fill `buffer` (writable, C-contiguous) with the bytes from `offset` on; an error if there are fewer."""
 
     def close(self) -> None:
         """Release what reading holds open. Reading afterwards is an error."""
@@ -75,7 +75,7 @@ class Writer(Protocol):
         """End the file; a second call does nothing."""
 
     def abandon(self) -> None:
-        """Give up a file that is not closed: it never appears. Raises nothing; after `close()` it does nothing."""
+        """Discard a file that is not closed: it never appears. Raises nothing; after `close()` it does nothing."""
 
 
 def open_store(uri: str) -> Store:

@@ -1,8 +1,8 @@
-"""HTTP to Google Cloud Storage: one event loop in a thread, one session, retries, and errors to act on.
+"""HTTP to Google Cloud Storage: one event loop in a thread, one session, retries, and errors with advice.
 
 gcsfs finds the endpoint and the credentials, so `STORAGE_EMULATOR_HOST`, `FSSPEC_GCS_ENDPOINT_URL`, `FSSPEC_GCS_TOKEN`,
 `GOOGLE_APPLICATION_CREDENTIALS` and a TPU VM's own account mean what its users expect. The requests are our own: gcsfs
-(2026.10) reads no `Retry-After`, never checks a CRC32C, copies what it reads, and takes a lost answer for a refusal.
+(2026.10) ignores `Retry-After`, never checks a CRC32C, copies what it reads, and takes a lost response for a refusal.
 Knows nothing of what objects hold.
 """
 
@@ -41,7 +41,7 @@ _ADVICE: dict[int | None, str] = {
     "give the machine a service account.",
     403: "Give this account the role Storage Object User (to read only: Storage Object Viewer) on the bucket.",
     404: "Check the bucket and the path; a file may have been removed or changed since it was listed.",
-    412: "It is there already, or was changed by another.",
+    412: "It exists already, or another process changed it.",
 }
 
 Consume = Callable[[aiohttp.ClientResponse], Awaitable[Any]]
@@ -57,7 +57,7 @@ class GcsError(StorageError):
 
 
 class GcsTransientError(GcsError, TransientStorageError):
-    """The store gave no answer for as long as it was asked, or did not keep what it was sent."""
+    """The store did not answer within the deadline, or did not keep what it was sent."""
 
 
 class _RefusedError(Exception):
@@ -67,7 +67,7 @@ class _RefusedError(Exception):
 
 
 class GcsClient(LoopThread):
-    """Asks the store and answers callers in any thread. One serves a whole process; `close()` ends its thread."""
+    """Sends requests for callers in any thread. One serves a whole process; `close()` ends its thread."""
 
     def __init__(self, patience: Patience | None = None) -> None:
         self.patience = patience or Patience()
@@ -80,11 +80,11 @@ class GcsClient(LoopThread):
         self._slots = asyncio.Semaphore(_IN_FLIGHT)
 
     async def retry(self, action: str, place: str, attempt: Try, patience: Patience | None = None) -> Any:
-        """What `attempt` returns, tried as long as the patience allows; `GcsError` says `action` and `place`."""
+        """What `attempt` returns, retried as long as `patience` allows; a `GcsError` names `action` and `place`."""
         try:
             return await retried(attempt, patience or self.patience)
         except _RefusedError as error:
-            advice = _ADVICE.get(error.status, "Look up this answer in the documentation of Cloud Storage.")
+            advice = _ADVICE.get(error.status, "Look this status up in the documentation of Cloud Storage.")
             status = "" if error.status is None else f" (HTTP {error.status})"
             raise GcsError(f"{place}: cannot {action}: {error}{status}. {advice}", error.status) from error
         except GaveUpError as error:
@@ -102,7 +102,7 @@ class GcsClient(LoopThread):
         data: bytes | memoryview | None = None,
         accept: frozenset[int] = frozenset({200}),
     ) -> Any:
-        """One try: what `consume` makes of an accepted answer. To be called by an `attempt` given to `retry`."""
+        """One request: what `consume` makes of an accepted response. Called by an `attempt` given to `retry`."""
         full = URL(f"{url}?{urlencode(query)}" if query else url, encoded=True)
         async with self._slots:
             try:
@@ -117,7 +117,7 @@ class GcsClient(LoopThread):
             except aiohttp.ClientSSLError as error:
                 raise _RefusedError(None, f"no secure connection: {error}") from error
             except aiohttp.ClientConnectorDNSError as error:
-                if self._has_answered:  # the store has an address: asking for it fails for the moment
+                if self._has_answered:  # the store has an address, so this lookup failure is temporary
                     raise dropped(error) from error
                 raise _RefusedError(None, f"no address of {error.host}: {error.strerror}") from error
             except (aiohttp.ClientError, ConnectionError) as error:
@@ -126,7 +126,7 @@ class GcsClient(LoopThread):
     async def _with_credentials(self, headers: Mapping[str, str]) -> dict[str, str]:
         sent = {"Accept-Encoding": "identity", **headers}
         if self._files.credentials.credentials is not None:
-            # A token near its end is renewed by a blocking request.
+            # A token about to expire is renewed by a blocking request.
             await asyncio.to_thread(self._files.credentials.apply, sent)
         return sent
 
@@ -148,7 +148,7 @@ class GcsClient(LoopThread):
 
 
 class _Body(aiohttp.Payload):
-    """Bytes to send, a piece at a time: as many as the connection takes, and others' turns in between."""
+    """Bytes sent in pieces, as the connection takes them, with other tasks' turns in between."""
 
     def __init__(self, data: memoryview) -> None:
         super().__init__(data, content_type="application/octet-stream")
@@ -163,7 +163,7 @@ class _Body(aiohttp.Payload):
 
 
 class _Shared:
-    """The clients of this process: one for each endpoint. A forked child gets its own."""
+    """The clients of this process, one per endpoint. A forked child gets its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -194,12 +194,12 @@ def bucket_url(base: str, bucket: str) -> str:
 
 
 async def read_json(answer: aiohttp.ClientResponse) -> Any:
-    """An answer's JSON; one cut short is worth another try."""
+    """A response's JSON; one cut short is worth a retry."""
     body = await answer.read()
     try:
         return json.loads(body)
     except ValueError as error:
-        raise TransientError(f"an answer that is no JSON: {body[:80]!r}") from error
+        raise TransientError(f"a response that is not JSON: {body[:80]!r}") from error
 
 
 def _settings() -> dict[str, str]:
@@ -214,7 +214,7 @@ def _endpoint() -> str:
 
 
 def _token() -> dict[str, str]:
-    """No credentials go over plain HTTP, and none are looked for: emulators want none. Set ones are respected."""
+    """Over plain HTTP no credentials are looked for or sent: emulators need none. Configured ones are respected."""
     is_plain = _endpoint() != "" and not _endpoint().startswith("https://")
     return {"token": "anon"} if is_plain and "token" not in _settings() else {}
 

@@ -1,9 +1,10 @@
 """One writer at a time for one place in a bucket, among hosts. Knows nothing of what they write.
 
-The lock is an object that exists while the lock is held; creating it only where there is none decides who holds it. Its
-holder rewrites it again and again; when it has not been rewritten for a while its holder is dead, and another may take
-it over: it replaces the very generation it saw, so of several only one does. Who finds the lock taken watches it: a
-sign of life, and it gives up; none until the lease ends, and it goes on. Ages are by the store's clock alone.
+The lock is an object that exists while the lock is held; creating it only if it does not exist decides who holds it.
+Its holder rewrites it regularly, as a heartbeat. Once the lease has passed without one, the holder is dead and another
+process may take over: it replaces exactly the generation it saw, so only one of several succeeds. A process that finds
+the lock taken watches it: at a heartbeat it gives up, at the end of the lease it takes over. Ages are measured by the
+store's clock alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from podquant.storage.gcs.client import GcsError
 from podquant.storage.gcs.objects import Bucket, ObjectInfo
 
 LEASE_SECONDS = 30.0
-"""A lock that has not been rewritten for so long is its holder's no more."""
+"""A lock that has not been rewritten for this long may be taken over."""
 _BEATS = 12  # in a lease
 _LOOKS = 40
 _OWNER = "podquant-lock"
@@ -48,24 +49,24 @@ class GcsLock:
     def acquire(self, place: str) -> None:
         """Take the lock, or raise `StorageError` naming its holder once that is known to be alive.
 
-        Blocks for some seconds if it is, and for what is left of a lease if it died. `place` is what the lock protects.
+        Blocks for a few seconds if it is, and for the rest of the lease if it died. `place` is what the lock protects.
         """
         self._info = self._bucket.client.run(self._acquire(place))
         self._beating = self._bucket.client.start(self._beat())
 
     def check(self) -> None:
-        """Rewrite the lock now, so that the lease begins anew; `StorageError` if another has it."""
+        """Rewrite the lock now, which renews the lease; `StorageError` if another process has it."""
         if self._lost is None:
             with contextlib.suppress(GcsError):
                 self._bucket.client.run(self._renew())
                 return
         raise StorageError(
-            f"{self._bucket.uri(self._name)}: the lock of this run is gone: the run was out of touch with the store "
-            f"for more than {self._lease:g} s, and another may write in its place. Nothing was published: run again."
+            f"{self._bucket.uri(self._name)}: this run lost its lock: it could not reach the store for more than "
+            f"{self._lease:g} s, and another run may be writing there. Nothing was published: run again."
         ) from self._lost
 
     def release(self) -> None:
-        """Remove the lock if it is still ours; if the store cannot be reached, it expires."""
+        """Remove the lock if it is still ours; if the store cannot be reached, the lock expires."""
         if self._beating is not None:
             self._beating.cancel()
             self._beating = None
@@ -107,7 +108,7 @@ class GcsLock:
                 )
             if watched is None:
                 left = self._lease - age
-                _log.warning("%s: locked by %s: waiting for a sign of life, %.0f s at most", place, holder, left)
+                _log.warning("%s: locked by %s: waiting for a heartbeat, %.0f s at most", place, holder, left)
             watched = info
             await asyncio.sleep(self._lease / _LOOKS)
 

@@ -1,7 +1,7 @@
-"""What one does to the objects of a bucket: list, read ranges, create, replace if unchanged, copy, delete.
+"""Operations on the objects of a bucket: list, read ranges, create, replace if unchanged, copy, delete.
 
-An object that podquant writes carries in its metadata the write it came from, so that a write whose answer was lost is
-known for our own when it is met again. Knows nothing of directories, artifacts or locks.
+An object that podquant writes carries an id of that write in its metadata, so that a write whose response was lost is
+recognised as our own when it is found. Knows nothing of directories, artifacts or locks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FIELDS = "name,size,generation,crc32c,updated,metadata"
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """An object as the store describes it. `crc32c` is None where the store tells none."""
+    """An object as the store describes it. `crc32c` is None where the store gives none."""
 
     name: str
     size: int
@@ -74,7 +74,7 @@ class Bucket:
         return f"gs://{self.name}/{name}"
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        """Every object whose name starts with `prefix`: one request for each thousand, by default of the store."""
+        """Every object whose name starts with `prefix`; by the store's default, one request per thousand."""
         query: dict[str, str | int] = {"prefix": prefix, "fields": f"items({_FIELDS}),nextPageToken"}
         url = f"{bucket_url(self.client.base, self.name)}/o"
         while True:
@@ -121,15 +121,15 @@ class Bucket:
         )
 
     async def read_into(self, info: ObjectInfo, offset: int, view: memoryview) -> int:
-        """Fill `view` from `offset` on and return the bytes got: fewer than asked only where the object ends.
+        """Fill `view` from `offset` on and return the bytes read: fewer than asked for only where the object ends.
 
-        A connection that drops is taken up where it dropped.
+        A read whose connection drops resumes where it dropped.
         """
         wanted = min(len(view), max(0, info.size - offset))
         part = RangeRead(view[:wanted], offset)
 
         async def attempt() -> None:
-            # A whole object (200) where a range was asked for would be far too many bytes.
+            # A whole object (200) in response to a range request would be far too many bytes.
             await self.client.once("GET", url, part.take, query=query, headers=part.headers(), accept=frozenset({206}))
 
         query = {"alt": "media", "generation": info.generation}
@@ -150,7 +150,7 @@ class Bucket:
         """Write an object in one request, if it does not exist ("0") or still has the generation named.
 
         Raises:
-            GcsError: status 412 when another has written it; the store's CRC32C differs after several tries.
+            GcsError: status 412 when another process wrote it; the store's CRC32C differs after several attempts.
         """
         write = uuid.uuid4().hex
         described = {
@@ -195,7 +195,7 @@ class Bucket:
         return info
 
     async def check(self, info: ObjectInfo, size: int, crc32c: int) -> None:
-        """Delete a fresh object that the store describes with another size or CRC32C than was sent, and raise."""
+        """Delete a new object and raise if the store reports another size or CRC32C than was sent."""
         if info.size == size and info.crc32c == crc32c:
             return
         await self.delete(info)
@@ -206,7 +206,7 @@ class Bucket:
         )
 
     async def delete(self, info: ObjectInfo, patience: Patience | None = None) -> None:
-        """Remove this generation of an object; one that is gone, or another generation, is left alone."""
+        """Remove this generation of an object; one that is gone, or has another generation, is left alone."""
         url = object_url(self.client.base, self.name, info.name)
 
         async def attempt() -> None:
@@ -221,11 +221,11 @@ class Bucket:
         await self.client.retry("delete", self.uri(info.name), attempt, patience)
 
     async def delete_all(self, infos: Iterable[ObjectInfo], patience: Patience | None = None) -> None:
-        """Remove objects, several at once."""
+        """Remove objects concurrently."""
         await asyncio.gather(*(self.delete(info, patience) for info in infos))
 
     async def copy(self, source: ObjectInfo, name: str, *, metadata: Mapping[str, str]) -> None:
-        """Copy an object inside the bucket, without moving its bytes through here; replaces what is there."""
+        """Copy an object inside the bucket, without moving its bytes through this host; replaces what is there."""
         body = json.dumps({"metadata": dict(metadata)}).encode()
         url = f"{object_url(self.client.base, self.name, source.name)}/rewriteTo/" + object_url(
             "", self.name, name

@@ -1,8 +1,9 @@
-"""Writes a directory to a bucket so that others take it for whole only when it is. Knows nothing of what files hold.
+"""Writes a directory to a bucket so that readers can tell when it is complete. Knows nothing of what files hold.
 
-A bucket has no rename. Objects are written at their final names, each appearing whole and never over another; the last
-small file appears last, and only where there is none: while it is missing, there is no artifact. A lock object beside
-the target (`<target>.lock`) keeps a second run out; what a failed run left is known by its metadata, and removed.
+A bucket has no rename. Objects are written under their final names, each appearing whole and never replacing another;
+the last small file is written last, and only if it does not exist: while it is missing, there is no artifact. A lock
+object beside the target (`<target>.lock`) keeps a second run out; what a failed run left is recognised by its metadata,
+and removed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _CLEAN_UP_SECONDS = 30.0
 
 
 def is_folder(info: ObjectInfo) -> bool:
-    """Whether an object only makes a folder show, as the cloud console and gsutil make them: empty, `path/`."""
+    """Whether an object only marks a folder, as the cloud console and gsutil create them: empty, `path/`."""
     return info.size == 0 and info.name.endswith("/")
 
 
@@ -137,7 +138,7 @@ class GcsPublication:
         self._lock.check()
         last.close()
         try:
-            # Were this run stopped for longer than the lease just before, another would write here by now.
+            # If this run was suspended for longer than the lease just before, another may be writing here by now.
             self._lock.check()
         except StorageError:
             self._remove(last.name)
@@ -156,11 +157,13 @@ class GcsPublication:
 
     def _new(self, name: str, chunk_bytes: int) -> GcsWriter:
         if checked_name(name, self.uri) in self._writers | self._small:
-            raise StorageError(f"{self.uri}/{name}: cannot create: it is being written, or was. Choose another name.")
+            raise StorageError(
+                f"{self.uri}/{name}: cannot create: this run is writing it, or has. Choose another name."
+            )
         return self._staging.start(name, self._client, chunk_bytes)
 
     def _listed(self) -> list[ObjectInfo]:
-        """What is there, but for folder markers: they are the user's, and in nobody's way."""
+        """What is there, except for folder markers: they are the user's, and harmless."""
         infos = self._client.run(listed(self._bucket, f"{self._path}/"))
         return [info for info in infos if not is_folder(info)]
 
@@ -174,13 +177,13 @@ class GcsPublication:
         return info.metadata.get(TARGET_KEY) == self.uri
 
     def _is_taken(self, infos: list[ObjectInfo]) -> bool:
-        """Whether there is a whole publication, or anything that no publication to this place has left."""
+        """Whether there is a complete publication, or anything that a publication to this place has not left."""
         return any(LAST_KEY in info.metadata or info.metadata.get(TARGET_KEY) != self.uri for info in infos)
 
     def _check(self, writers: dict[str, GcsWriter], *, missing: str) -> None:
-        """Compare what is in the bucket with what was written, once more: another run may have meddled.
+        """Compare what is in the bucket with what was written once more: another run may have interfered.
 
-        What other processes wrote for this run they have compared themselves.
+        Other processes have checked themselves what they wrote for this run.
         """
         found = {info.name.removeprefix(f"{self._path}/"): info for info in self._listed()}
         for name, writer in writers.items():
@@ -188,7 +191,7 @@ class GcsPublication:
             if name == missing:
                 if info is not None:
                     raise StorageError(
-                        f"{self.uri}/{name}: already exists. Another job has written it: choose who may."
+                        f"{self.uri}/{name}: already exists. Another job has written it: let only one job write there."
                     )
                 continue
             got = "nothing" if info is None else f"{info.size:,} bytes with CRC32C {info.crc32c or 0:08x}"
@@ -200,7 +203,7 @@ class GcsPublication:
         strange = sorted(name for name, info in found.items() if not self._is_mine(info))
         if strange:
             raise StorageError(
-                f"{self.uri}: holds what this run has not written: {', '.join(strange)}. "
+                f"{self.uri}: holds files that this run did not write: {', '.join(strange)}. "
                 "Another job writes there: run again."
             )
 

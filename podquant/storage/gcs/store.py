@@ -16,18 +16,18 @@ from podquant.storage.names import checked_name
 from podquant.storage.places import SCHEME_GCS
 
 _RANGE_BYTES = 8 << 20
-"""Of one request; a larger read is several at once."""
+"""Of one request; a larger read is several concurrent ones."""
 
 
 class GcsStore:
     """The objects below one prefix; a `Store`.
 
-    The place is listed once, when the store is made (one request for each thousand objects), and read as it was then:
-    an object replaced or removed since is an error, never a mixture.
+    The place is listed once, when the store is opened (one request per thousand objects), and read as it was then: an
+    object replaced or removed since is an error, never a mixture.
     """
 
     def __init__(self, uri: str, client: GcsClient | None = None) -> None:
-        """`uri` (`gs://bucket/prefix`) must hold an object at least, else `StorageError`."""
+        """`uri` (`gs://bucket/prefix`) must hold at least one object, else `StorageError`."""
         bucket, prefix = split_uri(uri)
         client = client or shared_client()
         self._bucket = Bucket(client, bucket)
@@ -44,7 +44,7 @@ class GcsStore:
         return self._bucket.uri(self._prefix).rstrip("/")
 
     def list(self) -> dict[str, int]:
-        """As `Store.list`, of the time when the store was opened. No request."""
+        """As `Store.list`, as of when the store was opened. No request."""
         return {name: self._infos[name].size for name in sorted(self._infos)}
 
     @property

@@ -1,7 +1,7 @@
 """One object written front to back in bounded memory: a resumable upload, checked by CRC32C. A `Writer`.
 
-The object appears when it is closed, whole, or not at all. Two chunks are in memory at most: one being filled while the
-other is under way; a chunk is kept until the store says that it has it. Knows nothing of directories or artifacts.
+The object appears when it is closed, whole, or not at all. At most two chunks are in memory: one being filled while the
+other is in flight; a chunk is kept until the store confirms it. Knows nothing of directories or artifacts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _CHECKSUM_BYTES = 1 << 20  # copied, then checksummed, at a time: few enough to 
 class GcsWriter:
     """A `Writer` of one new object; never overwrites one.
 
-    Where an object with this name is already (another try of the same work was faster), what is written is compared
-    with it: the same bytes count as written, others are an error.
+    Where an object of this name exists already (another attempt at the same work was faster), what is written is
+    compared with it: equal bytes count as written, others are an error.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class GcsWriter:
         self._sent = 0  # bytes of the object in chunks handed over
         self._crc32c = 0
         self._session: str | None = None
-        self._under_way: Future[ObjectInfo | None] | None = None
+        self._in_flight: Future[ObjectInfo | None] | None = None
         self._is_there = False  # the object, written by another: nothing more is sent
         self._is_closed = False
         self._info: ObjectInfo | None = None
@@ -108,12 +108,12 @@ class GcsWriter:
         self._free()
 
     def abandon(self) -> None:
-        """Give up an object that is not closed; the store then forgets what it has of it."""
+        """Discard an object that is not closed; the store then drops what it has of it."""
         if self._is_closed and self._info is not None:
             return
         self._is_closed = True
-        if self._under_way is not None:
-            self._under_way.cancel()
+        if self._in_flight is not None:
+            self._in_flight.cancel()
         if self._session is not None:
             with contextlib.suppress(StorageError):
                 self._bucket.client.run(self._cancel(self._session))
@@ -135,9 +135,9 @@ class GcsWriter:
         info = self._bucket.client.run(self._bucket.stat(self._object))
         if (info.size, info.crc32c) != (self.nbytes, self._crc32c):
             raise GcsError(
-                f"{self._bucket.uri(self._object)}: another has written it with other content: expected "
+                f"{self._bucket.uri(self._object)}: another job has written it with other content: expected "
                 f"{self.nbytes:,} bytes with CRC32C {self._crc32c:08x}, got {info.size:,} with {info.crc32c or 0:08x}. "
-                "Make sure that one job writes there, remove what is there, and run again."
+                "Make sure that only one job writes there, remove what is there, and run again."
             )
         return info
 
@@ -146,16 +146,16 @@ class GcsWriter:
         self._filling = self._sending = np.empty(0, np.uint8)
 
     def _hand_over(self, *, is_last: bool) -> None:
-        """Wait for the chunk under way, then send the filled one behind the caller's back."""
+        """Wait for the chunk in flight, then send the filled one in the background."""
         self._wait()
         chunk = self._filling[: self._filled]
         self._filling, self._sending = self._sending, self._filling
         work = self._send(chunk, self._sent, is_last=is_last)
         self._sent, self._filled = self._sent + self._filled, 0
-        self._under_way = self._bucket.client.start(work)
+        self._in_flight = self._bucket.client.start(work)
 
     def _wait(self) -> ObjectInfo | None:
-        future, self._under_way = self._under_way, None
+        future, self._in_flight = self._in_flight, None
         if future is None:
             return None
         try:
@@ -165,7 +165,7 @@ class GcsWriter:
             raise
 
     async def _send(self, chunk: npt.NDArray[np.uint8], offset: int, *, is_last: bool) -> ObjectInfo | None:
-        """Send a chunk until the store has all of it; the object's description after the last one, if it is ours."""
+        """Send a chunk until the store has all of it; returns the object after the last one, if it is ours."""
         if self._session is None and not self._is_there:
             self._session = await self._begin()
         session = self._session
@@ -176,7 +176,7 @@ class GcsWriter:
         stored = offset
         is_known = True  # whether `stored` is what the store has
 
-        async def attempt() -> ObjectInfo | None:  # a loop: calling itself, it would keep the chunk alive in a cycle
+        async def attempt() -> ObjectInfo | None:  # a loop: recursion would keep the chunk alive in a cycle
             nonlocal stored, is_known
             while True:
                 if is_known:
@@ -198,7 +198,7 @@ class GcsWriter:
                         f"{self._bucket.uri(self._object)}: the store has {answer:,} bytes of an upload that has sent "
                         f"{offset:,} to {stop:,}. Another writes to the same upload: run again."
                     )
-                stored, is_known = answer, True  # no failure: the store took a part, or was asked what it has
+                stored, is_known = answer, True  # not a failure: the store took a part, or was asked what it has
                 if stored == stop and not is_last:
                     return None
 
@@ -207,14 +207,14 @@ class GcsWriter:
         )
 
     async def _begin(self) -> str | None:
-        """The address to send chunks to; None, and `_is_there`, where the object exists."""
+        """The address to send chunks to; None, with `_is_there` set, if the object exists."""
         client = self._bucket.client
         body = json.dumps({"name": self._object, "metadata": self._metadata}).encode()
 
         async def consume(answer: aiohttp.ClientResponse) -> str:
             await answer.read()
             if "Location" not in answer.headers:
-                raise TransientError("an upload without its address")
+                raise TransientError("an upload session without its address")
             return answer.headers["Location"]
 
         async def attempt() -> str:
@@ -250,12 +250,12 @@ class GcsWriter:
 
 
 async def _progress(answer: aiohttp.ClientResponse) -> ObjectInfo | int:
-    """Bytes that the store has, or the object it has made of them."""
+    """The bytes that the store has, or the object it made of them."""
     body = await answer.read()
     if answer.status != 308:
         try:
             return ObjectInfo.parse(json.loads(body))
         except (ValueError, KeyError) as error:
-            raise TransientError(f"an answer that describes no object: {body[:80]!r}") from error
+            raise TransientError(f"a response that describes no object: {body[:80]!r}") from error
     stored = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("Range", ""))
     return int(stored[1]) + 1 if stored else 0

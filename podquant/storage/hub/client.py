@@ -2,7 +2,7 @@
 
 huggingface_hub finds the endpoint and the token, so `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what
 they mean there. The requests are our own: the library (1.33) reads ranges only through a file system that asks the hub
-anew for each, copies them, and waits for no `Retry-After`. Knows nothing of what files hold.
+again for each, copies them, and ignores `Retry-After`. Knows nothing of what files hold.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _READ_BUFFER = 1 << 20  # bytes; fewer wake-ups of the event loop than aiohttp's
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5  # a renamed model, the hub's cache of small files, its CDN
 _OPEN_SECONDS = 30.0
-"""For the listing with all its tries: somebody waits for it."""
+"""For the listing, with all attempts: somebody waits for it."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 _RESET = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
-"""In the header `RateLimit` of an answer 429: nothing remains (r), for t seconds. Sent for `Retry-After`."""
+"""In the header `RateLimit` of a 429 response: nothing remains (r), for t seconds. Sent in place of `Retry-After`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Commit:
 
 
 class _RefusedError(Exception):
-    """A final answer (`status` 0: none); `code` is the hub's word for it, or empty."""
+    """A final response (`status` 0: none); `code` is the hub's word for it, or empty."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"{message} (HTTP {status})" if status else message)
@@ -75,9 +75,9 @@ type _Take = Callable[[aiohttp.ClientResponse], Awaitable[Any]]
 
 
 class HubClient(LoopThread):
-    """Asks the hub and answers callers in any thread. One serves a whole process; `close()` ends its thread.
+    """Sends requests for callers in any thread. One serves a whole process; `close()` ends its thread.
 
-    It remembers what commits hold, since they never change, and where files lie on the hub's CDN, until that refuses.
+    It remembers what commits hold, since they never change, and where files are on the hub's CDN, until that refuses.
     """
 
     def __init__(self, endpoint: str | None = None, patience: Patience | None = None) -> None:
@@ -91,7 +91,7 @@ class HubClient(LoopThread):
         self._links: dict[str, URL] = {}
 
     async def commit(self, model: str, revision: str) -> Commit:
-        """What a branch, tag or commit of a model is now; one request, none for a commit that was asked for before.
+        """The commit that a branch, tag or commit of a model is now; one request, none for a commit seen before.
 
         Raises:
             StorageError: no such model or revision, no access, or no connection.
@@ -111,13 +111,13 @@ class HubClient(LoopThread):
             raise TransientStorageError(str(refusal(model, revision, UNREACHABLE, str(error)))) from error
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(
-                f"{url}: expected a listing with the size and id of each file, got another answer ({error!r}). "
+                f"{url}: expected a listing with the size and id of each file, got something else ({error!r}). "
                 "Check HF_ENDPOINT."
             ) from error
         return self._commits.setdefault((model, commit.sha), commit)
 
     async def read_into(self, commit: Commit, file: HubFile, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset` on. A connection that drops is taken up where it dropped."""
+        """Fill `view` from `offset` on. A read whose connection drops resumes where it dropped."""
         place = f"{commit.uri}/{file.name}: cannot read at offset {offset:,}"
         url = f"{self.endpoint}/{commit.model}/resolve/{commit.sha}/{quote(file.name)}"
         part = RangeRead(view, offset, file.size)
@@ -135,7 +135,7 @@ class HubClient(LoopThread):
             ) from error
 
     async def _read(self, url: str, part: RangeRead) -> None:
-        """One try. A link to the CDN, signed for an hour or so, is followed until it is refused."""
+        """One attempt. A link to the CDN, signed for about an hour, is used until it is refused."""
         if (link := self._links.get(url)) is not None:
             try:
                 if not isinstance(await self._get(link, part.headers(), part.take, 206), URL):
@@ -146,7 +146,7 @@ class HubClient(LoopThread):
         await self._ask(url, part.headers(), part.take, 206)
 
     async def _ask(self, url: str, headers: Mapping[str, str], take: _Take, status: int) -> Any:
-        """As `_get`, of a URL of the hub, wherever it sends us. The token is for the hub only."""
+        """As `_get` of a URL of the hub, following redirects. The token is sent to the hub only."""
         at = hub = URL(url, encoded=True)
         for _ in range(_MOST_REDIRECTS):
             credentials = build_hf_headers() if at.origin() == hub.origin() else {}
@@ -159,7 +159,7 @@ class HubClient(LoopThread):
         raise _RefusedError(0, "", f"more than {_MOST_REDIRECTS} redirects")
 
     async def _get(self, url: URL, headers: Mapping[str, str], take: _Take, status: int) -> Any:
-        """One request: what `take` makes of an answer with `status`, or the URL that is to be asked instead."""
+        """One request: what `take` makes of a response with `status`, or the URL it redirects to."""
         async with self._slots:
             try:
                 sent = {**headers, "Accept-Encoding": "identity"}
@@ -231,12 +231,12 @@ async def _read_json(answer: aiohttp.ClientResponse) -> Any:
     try:
         return json.loads(body)
     except ValueError as error:
-        raise TransientError(f"an answer that is no JSON: {body[:80]!r}") from error
+        raise TransientError(f"a response that is not JSON: {body[:80]!r}") from error
 
 
 async def _refusal(answer: aiohttp.ClientResponse) -> Exception:
     if answer.ok:
-        return _RefusedError(answer.status, "", "the whole file was sent where a range was asked for")
+        return _RefusedError(answer.status, "", "the whole file was sent in response to a range request")
     body = await answer.read()
     message = answer.headers.get("X-Error-Message") or answer.reason or body[:200].decode(errors="replace")
     message = message.strip().rstrip(".") or "no reason given"
@@ -246,5 +246,5 @@ async def _refusal(answer: aiohttp.ClientResponse) -> Exception:
         return TransientError(f"{message} (HTTP {answer.status})", wait)
     code = answer.headers.get("X-Error-Code", "")
     if answer.status == 401 and not code and "Invalid credentials" not in message:
-        code = "RepoNotFound"  # for a model that is not there the hub asks for a token, as huggingface_hub knows
+        code = "RepoNotFound"  # the hub asks for a token where there is no such model, as huggingface_hub knows
     return _RefusedError(answer.status, code, message)

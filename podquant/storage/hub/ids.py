@@ -1,4 +1,4 @@
-"""Hugging Face ids: which files of a model matter, why one cannot be had, and its download.
+"""Hugging Face ids: which files of a model matter, why a model is unavailable, and its download.
 
 Knows nothing of what is in it. `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean to huggingface_hub.
 """
@@ -53,10 +53,10 @@ REASONS = {
     "RepoNotFound": "it is not found: check the name, or set HF_TOKEN if it is private.",
     "RevisionNotFound": "it has no revision {revision!r}: check --revision.",
     NOT_CACHED: "it is not in the cache and cannot be downloaded: check the connection and HF_HUB_OFFLINE.",
-    UNREACHABLE: "it cannot be reached: {why}. Check the connection and HF_ENDPOINT; with HF_HUB_OFFLINE=1 it is taken "
+    UNREACHABLE: "it cannot be reached: {why}. Check the connection and HF_ENDPOINT; with HF_HUB_OFFLINE=1 it is read "
     "from the cache.",
 }
-"""By the hub's own word in the header `X-Error-Code`, and two of ours."""
+"""By the hub's code in the header `X-Error-Code`, and two of ours."""
 
 _CODES = {
     GatedRepoError: "GatedRepo",  # before the error of which it is a kind
@@ -103,7 +103,7 @@ def check_id(model: str) -> None:
 
 
 def refusal(model: str, revision: str | None, code: str, why: str = "") -> StorageError:
-    """The error for a model that cannot be had; `why` is told where `code` is none of `REASONS`."""
+    """The error for a model that is unavailable; `why` is included where `code` is not one of `REASONS`."""
     reason = REASONS.get(code, "it could not be downloaded: {why}").format(revision=revision, why=why)
     return StorageError(f"{model}: no such directory, and as a Hugging Face id {reason}")
 

@@ -18,17 +18,17 @@ from podquant.storage.names import checked_name
 from podquant.storage.places import SCHEME_HUB
 
 _RANGE_BYTES = 8 << 20
-"""Of one request; a larger read is several at once."""
+"""Of one request; a larger read is several concurrent ones."""
 
 
 class HubStore:
     """The files of a model that matter to podquant; a `Store`.
 
-    The revision is made a commit once, when the store is made, and `uri` names that: opened anywhere, it is the same.
+    The revision is resolved to a commit once, when the store is opened, and `uri` names it: it is the same anywhere.
 
     The hub keeps a SHA-256 of each large file and a SHA-1 of each small one. `read`, of a whole file, checks it. Ranges
-    cannot be checked against either: of what `read_into` gives, only place and length and the size of the file are
-    checked, beyond what TLS checks in transit.
+    cannot be checked against either: for `read_into` only offset, length and the size of the file are checked, beyond
+    what TLS checks in transit.
     """
 
     def __init__(self, uri: str, client: HubClient | None = None) -> None:
@@ -48,7 +48,7 @@ class HubStore:
         return self._commit.uri
 
     def list(self) -> dict[str, int]:
-        """As `Store.list`, of the files that a download would bring. No request."""
+        """As `Store.list`, of the files that a download would fetch. No request."""
         return {name: file.size for name, file in self._commit.files.items()}
 
     @property
@@ -80,7 +80,7 @@ class HubStore:
         if found != expected:
             raise TransientStorageError(
                 f"{self.uri}/{name}: expected content with {kind} {expected}, got {found}. "
-                "It was changed on its way: run again."
+                "It was corrupted in transit: run again."
             )
         return bytes(data)
 
@@ -95,7 +95,7 @@ class HubStore:
         if offset + len(view) > file.size:
             raise StorageError(
                 f"{self.uri}/{name}: the file ends early: wanted {len(view):,} bytes at offset {offset:,}, "
-                f"got {max(0, file.size - offset):,}. It is truncated: it has to be uploaded again."
+                f"got {max(0, file.size - offset):,}. It is truncated: it must be uploaded again."
             )
         self._client.run(self._read_ranges(self._client, file, offset, view))
 

@@ -1,6 +1,6 @@
-"""Open files of this process, a bounded number of them: one that is not in use is closed when another needs its place.
+"""A bounded pool of open files: one that is not in use is closed when another needs its place.
 
-A conversion for a thousand ranks writes a thousand files in turns, an artifact may have tens of thousands; systems
+A conversion for a thousand ranks writes a thousand files in turn, an artifact may have tens of thousands; systems
 allow a process as few as 1024 descriptors. Knows nothing of what is read or written.
 """
 

@@ -1,4 +1,4 @@
-"""Two directories of one file system change places, at once where the system can do that.
+"""Swaps two directories of one file system, atomically where the system can.
 
 Knows nothing of what they hold.
 """

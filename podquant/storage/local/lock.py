@@ -1,7 +1,7 @@
 """One writer at a time for one place, among the processes that share a file system. Knows nothing of what they write.
 
-The kernel drops the lock (`flock`) with the process that holds it, however that ended, so there is no stale lock to
-guess about. The file that carries it says who holds it.
+The kernel releases the lock (`flock`) when the process that holds it ends, however it ends, so no lock is ever stale.
+The lock's file says who holds it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes a directory that others see whole or not at all. Knows nothing of what the files hold.
+"""Writes a directory that appears whole or not at all. Knows nothing of what the files hold.
 
 Files go to `<target>.partial`, beside the target and so on its file system; publishing is one rename, and where it
 replaces a directory one exchange of names. A lock (`<target>.partial.lock`) keeps a second run out; what a killed run

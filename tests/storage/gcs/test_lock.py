@@ -78,7 +78,7 @@ def test_a_lock_is_waited_for_until_its_lease_ends(
     begin = time.monotonic()
     lock.acquire(PLACE)
     assert time.monotonic() - begin > 1.0
-    assert f"{PLACE}: locked by another job: waiting for a sign of life" in caplog.text
+    assert f"{PLACE}: locked by another job: waiting for a heartbeat" in caplog.text
     lock.release()
     assert emulator.data("b") == {}
 
@@ -89,7 +89,7 @@ def test_a_holder_learns_that_its_lock_was_taken_over_and_leaves_it_alone(
     lock = GcsLock(bucket, "out.lock")
     lock.acquire(PLACE)
     emulator.put("b", "out.lock", b"theirs")
-    with pytest.raises(StorageError, match=r"gs://b/out.lock: the lock of this run is gone: .* Nothing was published"):
+    with pytest.raises(StorageError, match=r"gs://b/out.lock: this run lost its lock: .* Nothing was published"):
         lock.check()
     lock.release()
     assert emulator.data("b") == {"out.lock": b"theirs"}

@@ -189,7 +189,7 @@ def test_a_run_that_lost_its_lock_publishes_nothing(emulator: GcsEmulator, clien
     with new(client) as publication:
         fill(publication)
         emulator.put("b", "out.lock", b"theirs")
-        with pytest.raises(StorageError, match="the lock of this run is gone"):
+        with pytest.raises(StorageError, match="this run lost its lock"):
             publication.publish()
     assert emulator.data("b") == {"out.lock": b"theirs"}
 
@@ -199,7 +199,7 @@ def test_a_run_that_loses_its_lock_with_the_last_write_takes_it_back(emulator: G
         fill(publication)
         # The second write of the lock during publish() is refused as if another had taken it over.
         emulator.fail("status", r"ifGenerationMatch=17", status=412, skip=1)
-        with pytest.raises(StorageError, match="the lock of this run is gone"):
+        with pytest.raises(StorageError, match="this run lost its lock"):
             publication.publish()
         assert "out/manifest" not in emulator.data("b")
     assert {name for name in emulator.data("b") if name.startswith("out/")} == set()
@@ -220,7 +220,7 @@ def test_a_file_that_another_added_is_noticed(emulator: GcsEmulator, client: Gcs
     with new(client) as publication:
         fill(publication)
         emulator.put("b", "out/theirs", b"1")
-        with pytest.raises(StorageError, match=r"gs://b/out: holds what this run has not written: theirs"):
+        with pytest.raises(StorageError, match=r"gs://b/out: holds files that this run did not write: theirs"):
             publication.publish()
         emulator.put("b", "out/manifest", b"1")
         with pytest.raises(StorageError, match=r"gs://b/out/manifest: already exists"):
@@ -240,7 +240,7 @@ def test_an_open_file_or_no_small_file_cannot_be_published(client: GcsClient) ->
 def test_a_name_is_written_once_and_stays_inside(client: GcsClient) -> None:
     with new(client) as publication:
         publication.writer("a").close()
-        with pytest.raises(StorageError, match=r"gs://b/out/a: cannot create: it is being written, or was"):
+        with pytest.raises(StorageError, match=r"gs://b/out/a: cannot create: this run is writing it, or has"):
             publication.write_small("a", b"1")
         with pytest.raises(StorageError, match=r"'\.\./a' is not a name inside this directory"):
             publication.writer("../a")

@@ -168,7 +168,7 @@ def test_equal_bytes_that_are_there_already_count_as_written(emulator: GcsEmulat
 @pytest.mark.parametrize("size", [1000, len(DATA)])
 def test_other_bytes_are_never_overwritten(emulator: GcsEmulator, bucket: Bucket, size: int) -> None:
     emulator.put("b", "out/a", b"theirs")
-    expected = f"gs://b/out/a: another has written it with other content: expected {size:,} bytes with CRC32C "
+    expected = f"gs://b/out/a: another job has written it with other content: expected {size:,} bytes with CRC32C "
     with pytest.raises(StorageError, match=re.escape(expected)):
         write(new(bucket), DATA[:size])
     assert emulator.data("b") == {"out/a": b"theirs"}
@@ -178,7 +178,7 @@ def test_an_object_that_appears_while_ours_is_sent(emulator: GcsEmulator, bucket
     writer = new(bucket)
     writer.write(DATA)
     emulator.put("b", "out/a", b"theirs")
-    with pytest.raises(StorageError, match="another has written it with other content"):
+    with pytest.raises(StorageError, match="another job has written it with other content"):
         writer.close()
     assert emulator.data("b") == {"out/a": b"theirs"}
 
