@@ -9,7 +9,7 @@ from contextlib import closing
 
 from podquant.app.progress import progress
 from podquant.app.report import manifest_lines, quality_lines, size_text
-from podquant.artifact.export import Form, export_artifact
+from podquant.artifact.export import ExportFormat, export_artifact
 from podquant.artifact.manifest import Manifest
 from podquant.artifact.merge import merge_artifact
 from podquant.artifact.reader import Artifact, read_manifest
@@ -35,7 +35,7 @@ def merge(artifact: str, out: str) -> list[str]:
     return [f"{out}: {source.tp_size} slices put together, {len(manifest.files)} files"]
 
 
-def export(artifact: str, out: str, *, form: Form | None, portable: bool) -> list[str]:
+def export(artifact: str, out: str, *, form: ExportFormat | None, portable: bool) -> list[str]:
     """Write a checkpoint that podquant serves too, as one that is quantized already; returns what was done.
 
     Args:

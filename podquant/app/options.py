@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from podquant.config.job import Kind
+from podquant.config.job import FlagType
 from podquant.errors import ConfigError
 
 API_KEY_VARIABLE = "PODQUANT_API_KEY"
@@ -153,12 +153,12 @@ OF_THE_HOSTS = ("model_path", "quantization_config_path", "revision", "nnodes", 
 """Fields that a job decides otherwise than by its section `serve`."""
 
 
-def flag_kinds() -> dict[str, Kind]:
+def flag_kinds() -> dict[str, FlagType]:
     """The flags that a job file's section `serve` may hold, and what each takes."""
     return {name: kind for name, kind in option_kinds().items() if name not in OF_THE_HOSTS}
 
 
-def option_kinds() -> dict[str, Kind]:
+def option_kinds() -> dict[str, FlagType]:
     """What each field of `ServeOptions` takes, besides None."""
     kinds = typing.get_type_hints(ServeOptions)
     return {option.name: _kind(kinds[option.name]) for option in dataclasses.fields(ServeOptions)}
@@ -169,11 +169,11 @@ def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _kind(hint: Any) -> Kind:
+def _kind(hint: Any) -> FlagType:
     """The type behind a field's annotation: of what it may be besides None."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is Literal:
         return tuple(typing.get_args(hint))
-    kind: Kind = hint
+    kind: FlagType = hint
     return kind

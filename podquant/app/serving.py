@@ -17,7 +17,7 @@ from podquant.group.hosts import Roll
 from podquant.group.other_host import serve_host
 from podquant.group.service import GroupService, Members
 from podquant.server.app import attach_engine, create_app
-from podquant.server.listener import Listener
+from podquant.server.http_server import HttpServer
 
 _LAST_WORDS_SECONDS = 5.0
 """For clients to read what is left once every request has ended."""
@@ -65,17 +65,17 @@ def serve(
     """
     name = http.served_model_name or options.model_path
     app = create_app(None, api_key=http.api_key, served_model_name=name, with_metrics=http.with_metrics)
-    listener = Listener(app, http.host, http.port, access_log=http.access_log)
-    listener.start()
+    server = HttpServer(app, http.host, http.port, access_log=http.access_log)
+    server.start()
     try:
-        with _backend(options, members, http.drain_seconds, listener.close, on_load) as backend:
+        with _backend(options, members, http.drain_seconds, server.close, on_load) as backend:
             attach_engine(app, backend)
-            on_ready(listener.url)
+            on_ready(server.url)
             while not is_stopped.wait(0.2):
                 pass
     finally:
-        listener.close()
-        listener.join(_LAST_WORDS_SECONDS)
+        server.close()
+        server.join(_LAST_WORDS_SECONDS)
 
 
 def serve_other_host(options: EngineOptions, members: Members, number: int, is_stopped: threading.Event) -> None:

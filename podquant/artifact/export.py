@@ -29,8 +29,8 @@ from podquant.storage.publication import Publication, open_publication
 from podquant.storage.runs import RecordingStore, adds_up
 from podquant.storage.space import require_space
 
-Form = Literal["pack-quantized", "fp8-block"]
-FORMS: tuple[Form, ...] = ("pack-quantized", "fp8-block")
+ExportFormat = Literal["pack-quantized", "fp8-block"]
+EXPORT_FORMATS: tuple[ExportFormat, ...] = ("pack-quantized", "fp8-block")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[int], None]
@@ -70,7 +70,7 @@ def export_artifact(
     uri: str,
     target: str,
     *,
-    form: Form | None = None,
+    form: ExportFormat | None = None,
     portable: bool = False,
     on_bytes: Progress = lambda count: None,
 ) -> Exported:
@@ -112,7 +112,7 @@ def export_artifact(
     return Exported(len(files), nbytes, section)
 
 
-def _decide(artifact: Artifact, form: Form | None, portable: bool) -> dict[str, ModuleRule]:
+def _decide(artifact: Artifact, form: ExportFormat | None, portable: bool) -> dict[str, ModuleRule]:
     """The modules as they will be: without a scheme where they are written back."""
     modules = {
         name: replace(module, scheme=None) if portable and kind_of(name) in ("embedding", "lm_head") else module
@@ -145,7 +145,7 @@ def _decide(artifact: Artifact, form: Form | None, portable: bool) -> dict[str, 
 
 
 def _section(
-    artifact: Artifact, modules: Mapping[str, ModuleRule], form: Form | None, tied: bool
+    artifact: Artifact, modules: Mapping[str, ModuleRule], form: ExportFormat | None, tied: bool
 ) -> dict[str, Any] | None:
     if form == "fp8-block":
         block = next(module.scheme.weight_block_size for module in modules.values() if module.scheme is not None)
@@ -170,7 +170,7 @@ def _section(
     return section
 
 
-def _files(artifact: Artifact, modules: Mapping[str, ModuleRule], form: Form | None) -> dict[str, list[_Part]]:
+def _files(artifact: Artifact, modules: Mapping[str, ModuleRule], form: ExportFormat | None) -> dict[str, list[_Part]]:
     """The tensors of each file, those with the largest elements first, so that all stay aligned to them."""
     scales = {tensor.scales for tensor in artifact.tensors.values() if tensor.scales is not None}
     files: dict[str, list[_Part]] = {}
@@ -184,7 +184,7 @@ def _files(artifact: Artifact, modules: Mapping[str, ModuleRule], form: Form | N
 
 
 def _parts(
-    artifact: Artifact, name: str, tensor: TensorEntry, modules: Mapping[str, ModuleRule], form: Form | None
+    artifact: Artifact, name: str, tensor: TensorEntry, modules: Mapping[str, ModuleRule], form: ExportFormat | None
 ) -> Sequence[_Part]:
     copied = _Part(name, tensor.dtype, tensor.shape, name)
     if tensor.scheme is None or tensor.scales is None:

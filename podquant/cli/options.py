@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from podquant.app.options import API_KEY_VARIABLE, ServeOptions, option_kinds, option_name
-from podquant.config.job import Kind
+from podquant.config.job import FlagType
 from podquant.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def read_options(arguments: argparse.Namespace) -> ServeOptions:
     return ServeOptions(**values)
 
 
-def _argument(option: dataclasses.Field[Any], kind: Kind) -> dict[str, Any]:
+def _argument(option: dataclasses.Field[Any], kind: FlagType) -> dict[str, Any]:
     """argparse's view of a field."""
     argument: dict[str, Any] = {"default": option.default, "help": option.metadata["help"]}
     if option.default not in (None, "", False) and kind is not bool:

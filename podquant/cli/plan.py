@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from podquant.cli.source import add_source_arguments, num_threads, positive
+from podquant.cli.arguments import add_source_arguments, num_threads, positive
 from podquant.errors import ConfigError
 
 

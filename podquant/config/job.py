@@ -71,7 +71,7 @@ class ConvertJob:
     name: str = "command line"
 
 
-Kind = type[bool] | type[int] | type[float] | type[str] | tuple[str, ...]
+FlagType = type[bool] | type[int] | type[float] | type[str] | tuple[str, ...]
 """What a flag of the server takes: a type, or one of some words."""
 
 
@@ -115,7 +115,7 @@ def load_convert_job(path_or_bare_name: str) -> ConvertJob:
     return _convert_job(root, root.mapping(_JOB_KEYS), path.name)
 
 
-def load_serve_job(path_or_bare_name: str, flags: Mapping[str, Kind]) -> ServeJob:
+def load_serve_job(path_or_bare_name: str, flags: Mapping[str, FlagType]) -> ServeJob:
     """Reads a job file that serves a model (`serve.yaml`).
 
     Args:
@@ -141,7 +141,7 @@ def load_serve_job(path_or_bare_name: str, flags: Mapping[str, Kind]) -> ServeJo
     )
 
 
-def load_quantize_and_serve_job(path_or_bare_name: str, flags: Mapping[str, Kind]) -> tuple[ConvertJob, ServeJob]:
+def load_quantize_and_serve_job(path_or_bare_name: str, flags: Mapping[str, FlagType]) -> tuple[ConvertJob, ServeJob]:
     """Reads a job file that converts and then serves what it made (`quantize_and_serve.yaml`); as the two others."""
     path = find_config(path_or_bare_name, what="job file", folder="jobs")
     root = load_yaml(path)
@@ -201,14 +201,14 @@ def _cluster(node: Node | None) -> ClusterOptions:
     )
 
 
-def _serve_flags(node: Node | None, flags: Mapping[str, Kind]) -> dict[str, bool | int | float | str]:
+def _serve_flags(node: Node | None, flags: Mapping[str, FlagType]) -> dict[str, bool | int | float | str]:
     if node is None or node.is_null:
         return {}
     found = node.mapping(tuple(flags))
     return {name: _value(value, flags[name]) for name, value in found.items() if not value.is_null}
 
 
-def _value(node: Node, kind: Kind) -> bool | int | float | str:
+def _value(node: Node, kind: FlagType) -> bool | int | float | str:
     if isinstance(kind, tuple):
         return node.choice(kind, f"one of {', '.join(kind)}", {})
     if kind is bool:

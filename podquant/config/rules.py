@@ -18,7 +18,7 @@ from podquant.config.shipped import find_config
 from podquant.config.yamlfile import Node, load_yaml
 from podquant.dtypes import QUANTIZED_DTYPES
 from podquant.errors import ConfigError
-from podquant.families.modules import Kind, Spelling, kind_of, router_neighbours, spell, unspell
+from podquant.families.modules import ModuleKind, Spelling, kind_of, router_neighbours, spell, unspell
 
 _QUANTIZED = ", ".join(QUANTIZED_DTYPES)
 SCHEME_KEYS = {
@@ -85,7 +85,7 @@ class Rule:
                 return spelling
         return None
 
-    def takes(self, module: str, kind: Kind) -> Spelling | None:
+    def takes(self, module: str, kind: ModuleKind) -> Spelling | None:
         """As `matches`, but a router is taken only by a pattern that names it.
 
         It names the router if it matches none of the names that a projection in the router's place would have: `.*` and
@@ -182,7 +182,7 @@ class QuantizationConfig:
         idle = [rule for rule in (*self.ignored, *self.rules) if rule not in at_work]
         return Resolution(decisions, tuple(_unmatched(rule, decisions, embedding) for rule in idle))
 
-    def _decide(self, module: str, kind: Kind) -> tuple[Scheme | None, str, Rule | None]:
+    def _decide(self, module: str, kind: ModuleKind) -> tuple[Scheme | None, str, Rule | None]:
         for rule in self.ignored:
             if spelling := rule.matches(module):
                 return None, f"{rule.label} ({spelling})", rule

@@ -17,8 +17,8 @@ from podquant.artifact.slices import cut_of, cut_of_scales
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import QuantizationConfig, UnmatchedRule
+from podquant.conversion.contents import Contents, read_contents
 from podquant.conversion.memory import worker_nbytes
-from podquant.conversion.source import Contents, read_contents
 from podquant.conversion.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import CheckpointError, ConfigError, UnsupportedModelError

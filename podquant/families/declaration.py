@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from podquant.families.config import ModelConfig, MoEConfig
 from podquant.families.latent import LatentConfig
-from podquant.families.modules import Kind
+from podquant.families.modules import ModuleKind
 
 AXES: Mapping[str, bool] = {
     "vocab": True,  # embedding rows, logits
@@ -100,7 +100,7 @@ class DeclaredWeight:
     name: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
-    kind: Kind
+    kind: ModuleKind
     places: tuple[Rows, ...]
 
     @property
@@ -121,7 +121,7 @@ class DiskTensor(NamedTuple):
 
     module: str
     shape: tuple[int, ...]
-    kind: Kind
+    kind: ModuleKind
     cut: int | None
 
 
@@ -171,7 +171,7 @@ class _Spec(NamedTuple):
 
     module: str
     axes: tuple[str, ...]
-    kind: Kind = "dense"
+    kind: ModuleKind = "dense"
     name: str = "weight"
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-Kind = Literal["dense", "embedding", "lm_head", "router", "expert", "norm"]
+ModuleKind = Literal["dense", "embedding", "lm_head", "router", "expert", "norm"]
 Spelling = Literal["dotted", "slash", "bracket"]
 
 _EMBEDDINGS = frozenset({"embed_tokens", "tok_embeddings", "wte"})
@@ -18,7 +18,7 @@ _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _INDEX = re.compile(r"\.(\d+)(?![^.])")
 
 
-def kind_of(module: str) -> Kind:
+def kind_of(module: str) -> ModuleKind:
     """The kind of a module.
 
     * `expert`: a routed expert, below `experts` (`mlp.experts.7.up_proj`, or the fused `mlp.experts.gate_up_proj`).

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from podquant.engine.limits import Limits
 from podquant.engine.request import Output, Request, TokenLogprobs
-from podquant.server.gather import gather, usage, usage_of_event
+from podquant.server.collect import collect, usage, usage_of_event
 from podquant.server.generation import ClientGoneError
 from podquant.server.messages import Message
 from podquant.server.schemas import ChatBody
@@ -39,7 +39,7 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
     if body.stream:
         return EventStream(generation, writer)
     try:
-        outputs = await gather(generation, len(requests))
+        outputs = await collect(generation, len(requests))
     except ClientGoneError:
         return Response(status_code=499)
     return JSONResponse(writer.whole(outputs))

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from podquant.engine.backend import Backend
 from podquant.engine.request import Output, Request, TokenLogprobs
 from podquant.errors import RequestError
-from podquant.server.gather import gather, usage, usage_of_event
+from podquant.server.collect import collect, usage, usage_of_event
 from podquant.server.generation import ClientGoneError
 from podquant.server.schemas import CompletionBody
 from podquant.server.service import encode, require_tokenizer, service_of
@@ -51,7 +51,7 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     if body.stream:
         return EventStream(generation, writer)
     try:
-        outputs = await gather(generation, len(requests))
+        outputs = await collect(generation, len(requests))
     except ClientGoneError:
         return Response(status_code=499)
     return JSONResponse(writer.whole(outputs))

@@ -11,7 +11,7 @@ import pytest
 from podquant.config.job import (
     ClusterOptions,
     ConvertJob,
-    Kind,
+    FlagType,
     is_hugging_face_id,
     load_convert_job,
     load_quantize_and_serve_job,
@@ -181,7 +181,7 @@ def test_a_directory_that_exists_is_no_hugging_face_id(tmp_path: Path, monkeypat
         load(tmp_path, HUB)
 
 
-FLAGS: dict[str, Kind] = {"port": int, "host": str, "tp_size": int, "enable_metrics": bool, "drain_seconds": float}
+FLAGS: dict[str, FlagType] = {"port": int, "host": str, "tp_size": int, "enable_metrics": bool, "drain_seconds": float}
 FLAGS |= {"device": ("tpu", "cpu")}
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from podquant.families.modules import Kind, kind_of, router_neighbours, spell, unspell
+from podquant.families.modules import ModuleKind, kind_of, router_neighbours, spell, unspell
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from podquant.families.modules import Kind, kind_of, router_neighbours, spell, u
         ("", "dense"),
     ],
 )
-def test_kind_of(module: str, kind: Kind) -> None:
+def test_kind_of(module: str, kind: ModuleKind) -> None:
     assert kind_of(module) == kind
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from podquant.checkpoint.index import Checkpoint
-from podquant.conversion.source import read_contents
+from podquant.conversion.contents import read_contents
 from podquant.errors import CheckpointError
 from podquant.families.registry import is_tied
 from tests.weights.test_load import GOLDENS, as_internlm2, load, to_artifact

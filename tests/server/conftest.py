@@ -19,7 +19,7 @@ from podquant.engine.engine import LocalEngine
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import start_engine
 from podquant.server.app import create_app
-from podquant.server.listener import Listener
+from podquant.server.http_server import HttpServer
 from podquant.tokenizer.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "data" / "goldens" / "llama"
@@ -83,13 +83,13 @@ def tokenizer_of(engine: LocalEngine) -> Tokenizer:
 @contextmanager
 def serving(engine: LocalEngine | None, **more: Any) -> Iterator[str]:
     """The URL of a server over an engine."""
-    listener = Listener(create_app(engine, **({"served_model_name": MODEL} | more)), "127.0.0.1", 0)
-    listener.start()
+    server = HttpServer(create_app(engine, **({"served_model_name": MODEL} | more)), "127.0.0.1", 0)
+    server.start()
     try:
-        yield listener.url
+        yield server.url
     finally:
-        listener.close()
-        listener.join(10)
+        server.close()
+        server.join(10)
 
 
 @pytest.fixture(scope="session")

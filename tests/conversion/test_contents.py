@@ -10,7 +10,7 @@ import pytest
 
 from podquant.app.report import note_lines
 from podquant.checkpoint.index import Checkpoint
-from podquant.conversion.source import read_contents
+from podquant.conversion.contents import read_contents
 from podquant.errors import CheckpointError, UnsupportedModelError
 
 MATRIX = np.ones((96, 32), np.float32)

@@ -9,7 +9,7 @@ from podquant.server.generation import Generation
 from podquant.server.schemas import StreamOptions
 
 
-async def gather(generation: Generation, num_sequences: int) -> list[Output]:
+async def collect(generation: Generation, num_sequences: int) -> list[Output]:
     """Run a generation; each sequence's news as one. Raises what `Generation` does."""
     pieces: list[list[Output]] = [[] for _ in range(num_sequences)]
     async with generation:

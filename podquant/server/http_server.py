@@ -13,7 +13,7 @@ from podquant.errors import ConfigError
 _BACKLOG = 2048
 
 
-class Listener:
+class HttpServer:
     """Serves an app until it is told to stop.
 
     Args:
