@@ -1,7 +1,7 @@
-"""`quantization_config` of config.json, in the compressed-tensors convention: says exactly what was done.
+"""`quantization_config` of config.json, in the compressed-tensors convention: describes exactly what was done.
 
-Knows nothing of files or arrays. The convention, as transformers and vLLM read it: a module belongs to the group one of
-whose targets is its name, a `re:` pattern that `re.match`es its name, or its class, in that order; `ignore` wins over
+Knows nothing of files or arrays. The convention, as transformers and vLLM read it: a module belongs to the group that
+has as a target its name, a `re:` pattern that `re.match`es its name, or its class, in that order; `ignore` overrides
 all of them.
 """
 
@@ -24,7 +24,7 @@ def quantization_config(modules: Mapping[str, ModuleRule], *, tied: bool) -> dic
 
     Args:
         modules: every module that has a weight matrix, in the order of the checkpoint.
-        tied: lm_head shares the embedding's tensor, and so its group, though it is no module of its own on disk.
+        tied: lm_head shares the embedding's tensor, and so its group, though it is not a module of its own on disk.
     """
     linears: dict[str, Scheme | None] = {}
     ends: dict[str, Scheme | None] = {}
@@ -101,8 +101,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 def _targets(members: Sequence[str], universe: Sequence[str]) -> list[str]:
     """Names and `re:` patterns that match `members` and nothing else of `universe`.
 
-    Modules that differ in numbers only (the layers) become one pattern: with `\\d+` where all of them are members, with
-    the numbers spelled out where some are and one number differs, else name by name.
+    Modules that differ only in numbers (the layers) become one pattern: with `\\d+` if all of them are members, with
+    the numbers listed if some are and only one number differs; otherwise they are named one by one.
     """
     chosen, targets = set(members), []
     for template, names in _by_template(universe).items():
@@ -120,7 +120,7 @@ def _targets(members: Sequence[str], universe: Sequence[str]) -> list[str]:
 
 
 def _by_template(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names by what is left of them with every number replaced by `#`."""
+    """The names, grouped by what they are with every number replaced by `#`."""
     templates: dict[str, list[str]] = {}
     for name in names:
         templates.setdefault(_NUMBER.sub("#", name), []).append(name)

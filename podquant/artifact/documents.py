@@ -1,4 +1,4 @@
-"""The JSON files of an artifact beside its manifest. Knows nothing of storage: values in, bytes out."""
+"""The JSON files of an artifact other than its manifest. Knows nothing of storage: values in, bytes out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from podquant.artifact.manifest import TensorEntry
 
 
 def encode_json(document: Mapping[str, Any]) -> bytes:
-    """The bytes of a JSON file of the artifact: a function of the values and their order only."""
+    """The bytes of a JSON file of the artifact: depends only on the values and their order."""
     return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

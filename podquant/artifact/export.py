@@ -1,7 +1,7 @@
-"""Writes the weights of an artifact as other software takes them: the same codes and scales, laid out in another way.
+"""Writes the weights of an artifact in a form for other software: the same codes and scales in another layout.
 
-The result is a Hugging Face checkpoint and no artifact; `podquant serve` takes it as one that is quantized already.
-Rows are read in windows, each byte once, and compared with the checksums of the manifest before anything appears.
+The result is a Hugging Face checkpoint, not an artifact; `podquant serve` accepts it as a quantized checkpoint. Rows
+are read in windows, each byte once, and compared with the checksums of the manifest before anything appears.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Exported:
     Attributes:
         num_files: of tensors.
         nbytes: of all tensors.
-        section: `quantization_config` as written, None if nothing is quantized any more.
+        section: `quantization_config` as written; None if nothing is quantized any more.
     """
 
     num_files: int
@@ -78,13 +78,13 @@ def export_artifact(
 
     Args:
         form: `pack-quantized`: int8 weight-only packed four to an int32. `fp8-block`: float8 in blocks as DeepSeek
-            publishes it; embedding and lm_head in bfloat16, as that form has them. None: as the artifact has it.
+            publishes it; embedding and lm_head in bfloat16, as that form has them. None: as in the artifact.
         portable: write a quantized embedding and lm_head back in bfloat16.
-        on_bytes: told the bytes read since it was last called.
+        on_bytes: called with the bytes read since the last call.
 
     Raises:
-        ArtifactError: `uri` holds no artifact, or one whose content is not as its manifest says.
-        UnsupportedModelError: the artifact's schemes have no place in that form; names a module.
+        ArtifactError: `uri` holds no artifact, or one whose content differs from its manifest.
+        UnsupportedModelError: that form cannot hold the artifact's schemes; names a module.
         StorageError: `target` is taken, or bytes cannot be read or written.
     """
     with closing(Artifact.open(uri)) as opened:
@@ -113,7 +113,7 @@ def export_artifact(
 
 
 def _decide(artifact: Artifact, form: ExportFormat | None, portable: bool) -> dict[str, ModuleRule]:
-    """The modules as they will be: without a scheme where they are written back."""
+    """The modules as they will be: without a scheme where they are dequantized."""
     modules = {
         name: replace(module, scheme=None) if portable and kind_of(name) in ("embedding", "lm_head") else module
         for name, module in artifact.manifest.modules.items()
@@ -125,12 +125,14 @@ def _decide(artifact: Artifact, form: ExportFormat | None, portable: bool) -> di
             found = ", ".join(sorted({scheme.label for scheme in schemes.values()})) or "nothing quantized"
             raise UnsupportedModelError(
                 f"{artifact.uri}: pack-quantized is for int8 weight-only with a scale for each output channel, and the "
-                f"artifact holds {found}: other software takes that as it is, see --portable"
+                f"artifact holds {found}: other software loads that as it is, see --portable"
             )
         for name in fitting:
             width = artifact.tensors[weight_of(name)].shape[1]
             if width % _CODES_A_WORD:
-                raise UnsupportedModelError(f"{artifact.uri}: {name}: {width} columns are no multiple of 4: not packed")
+                raise UnsupportedModelError(
+                    f"{artifact.uri}: {name}: {width} columns cannot be packed by fours. Export without --format"
+                )
     if form == "fp8-block":
         blocks = {scheme.weight_block_size for scheme in schemes.values()}
         for name, scheme in schemes.items():
@@ -140,7 +142,9 @@ def _decide(artifact: Artifact, form: ExportFormat | None, portable: bool) -> di
                     f"{scheme.label}: convert the original with weight_block_size: [128, 128] for all modules"
                 )
         if not schemes:
-            raise UnsupportedModelError(f"{artifact.uri}: fp8-block is for float8 in blocks: nothing is quantized so")
+            raise UnsupportedModelError(
+                f"{artifact.uri}: fp8-block is for float8 in blocks, and nothing in the artifact is. Leave --format out"
+            )
     return modules
 
 
@@ -171,7 +175,7 @@ def _section(
 
 
 def _files(artifact: Artifact, modules: Mapping[str, ModuleRule], form: ExportFormat | None) -> dict[str, list[_Part]]:
-    """The tensors of each file, those with the largest elements first, so that all stay aligned to them."""
+    """The tensors of each file, largest elements first, so that all stay aligned."""
     scales = {tensor.scales for tensor in artifact.tensors.values() if tensor.scales is not None}
     files: dict[str, list[_Part]] = {}
     for name, tensor in artifact.tensors.items():
@@ -219,7 +223,7 @@ def _write_file(
 
 
 def _rows(artifact: Artifact, part: _Part, on_bytes: Progress) -> Iterator[Array]:
-    """A tensor in windows of rows, as it is to be written."""
+    """A tensor in windows of rows, as it will be written."""
     tensor = artifact.tensors[part.source]
     if part.how == "shape":
         yield np.array(tensor.shape, np.int64)
@@ -243,7 +247,7 @@ def _rows(artifact: Artifact, part: _Part, on_bytes: Progress) -> Iterator[Array
             window = QArray(values, scales[start // step : -(-stop // step)], block)
             values = window.dequantize().astype(part.dtype.numpy)
         elif part.how == "packed":
-            # int32 holds q + 128 four times, the first in its lowest byte: a byte each in the order of the file.
+            # An int32 holds four codes q + 128, the first in its lowest byte: one byte each, in file order.
             values = (values.view(np.uint8) ^ _SIGN).view(part.dtype.numpy)
         yield values
 

@@ -1,7 +1,7 @@
-"""`podquant.json` as frozen values, and back. The rules it obeys are in FORMAT.md beside this file.
+"""`podquant.json` as frozen values, and back. FORMAT.md beside this file specifies it.
 
-Knows nothing of storage: it takes bytes and gives bytes. What the tensor files themselves hold is checked by
-`artifact.reader` (headers) and `artifact.verify` (checksums, values).
+Knows nothing of storage: bytes in, bytes out. `artifact.reader` (headers) and `artifact.verify` (checksums, values)
+check the tensor files themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """What was converted: a name that holds on any machine, and the fingerprint of every file of weights."""
+    """What was converted: a name that is valid on any machine, and the fingerprint of every file of weights."""
 
     name: str
     files: Mapping[str, SourceFile]
@@ -70,7 +70,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: global shape, type on disk, and where it lies.
+    """One tensor: global shape, type on disk, and where it is.
 
     `scheme`, and `scales` (the name of the tensor that holds the scales), are set for the codes of a quantized weight
     and only there.
@@ -100,7 +100,7 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]
 
     def encode(self) -> bytes:
-        """The bytes of `podquant.json`; a function of the values and the order of the mappings only."""
+        """The bytes of `podquant.json`; depends only on the values and the order of the mappings."""
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -131,7 +131,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         where: the artifact's location, for messages.
 
     Raises:
-        ArtifactError: anything FORMAT.md forbids, naming the field, what was expected and what was found.
+        ArtifactError: anything FORMAT.md forbids; names the field, what was expected and what was found.
     """
     top = Fields(decode_json(data, f"{where}: {MANIFEST}"), f"{where}: {MANIFEST}")
     _check_version(top)
@@ -219,7 +219,7 @@ def _scheme(fields: Fields) -> Scheme | None:
 
 
 def _check_pieces(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
-    """The pieces cut the tensor along at most one axis, in order, rank after rank, without gap or overlap."""
+    """The pieces must cut the tensor along at most one axis, in order of ranks, without gap or overlap."""
     pieces, shape = tensor.pieces, tensor.shape
     ranks = [piece.rank for piece in pieces]
     if ranks != [None] and (manifest.tp_size == 1 or ranks != list(range(manifest.tp_size))):
@@ -233,7 +233,7 @@ def _check_pieces(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
     end = 0
     for piece in pieces:
         if piece.file not in manifest.files:
-            raise ArtifactError(f'{at}: its file "{piece.file}" is not among the files of the manifest')
+            raise ArtifactError(f'{at}: its file "{piece.file}" is not listed in the manifest')
         if any(start != (end if index == axis else 0) for index, start in enumerate(piece.start)):
             raise ArtifactError(f"{at}: pieces overlap or leave a gap: {_windows(pieces)} of {list(shape)}")
         end += piece.shape[axis] if shape else 0
@@ -242,7 +242,7 @@ def _check_pieces(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
 
 
 def _check_folders(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
-    """Each piece lies in the folder of its rank, in files that differ in their folders only."""
+    """Each piece must be in the folder of its rank, in files that differ only in their folders."""
     name = tensor.pieces[0].file.rpartition("/")[2]
     for piece in tensor.pieces:
         if manifest.tp_size > 1 and piece.file != (expected := folder_of(piece.rank, manifest.tp_size) + name):
@@ -252,7 +252,7 @@ def _check_folders(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
 
 
 def _check_scheme(name: str, tensor: TensorEntry, manifest: Manifest, at: str) -> None:
-    """Codes have the dtype their scheme says, and scales of the shape it implies."""
+    """Codes must have the dtype of their scheme, and scales the shape it implies."""
     scheme = tensor.scheme
     if (scheme is None) != (tensor.scales is None):
         raise ArtifactError(f"{at}: expected scheme and scales both set or both null")
@@ -273,7 +273,7 @@ def _check_scheme(name: str, tensor: TensorEntry, manifest: Manifest, at: str) -
     if scales.dtype.disk != "F32" or scales.shape != expected or scales.scheme is not None:
         raise ArtifactError(f"{at}: expected scales F32 {list(expected)}, got {scales.dtype.disk} {list(scales.shape)}")
     if module not in manifest.modules:
-        raise ArtifactError(f'{at}: its module "{module}" is not among the modules of the manifest')
+        raise ArtifactError(f'{at}: its module "{module}" is not a module of the manifest')
 
 
 def _check_modules(manifest: Manifest, at: str) -> None:

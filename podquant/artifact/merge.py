@@ -1,4 +1,4 @@
-"""Turns an artifact cut for any number of ranks into the one at tp_size 1, byte for byte as converting makes it.
+"""Turns an artifact cut for any number of ranks into the one at tp_size 1, byte for byte as conversion writes it.
 
 Reads each file once, front to back, in windows of rows, and checks it while reading. Knows nothing of sources or rules.
 """
@@ -24,7 +24,7 @@ from podquant.storage.space import require_space
 from podquant.storage.store import Writer
 
 WINDOW_BYTES = 4 << 20
-"""Bytes of rows held at a time, save for a row that is larger by itself."""
+"""Bytes of rows held at a time, unless a single row is larger."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Checked:
         return buffer
 
     def finish(self, file: str) -> None:
-        """Refuse a file that was not what the manifest says of it."""
+        """Refuse a file that does not have the manifest's checksum."""
         expected, found = self.artifact.manifest.files[file].crc32c, self.crcs.pop(file, 0)
         if found != expected:
             raise ArtifactError(
@@ -59,10 +59,10 @@ def merge_artifact(uri: str, target: str, on_bytes: Callable[[int], None] = lamb
     """Write at `target` the artifact at tp_size 1 that the one at `uri` was cut from.
 
     Args:
-        on_bytes: told the bytes read since it was last called.
+        on_bytes: called with the bytes read since the last call.
 
     Raises:
-        ArtifactError: `uri` holds no artifact, or one whose content is not as its manifest says.
+        ArtifactError: `uri` holds no artifact, or one whose content differs from its manifest.
         StorageError: `target` is taken, or bytes cannot be read or written.
     """
     with closing(Artifact.open(uri)) as artifact, open_publication(target) as publication:
@@ -112,11 +112,11 @@ def _merge_file(checked: _Checked, tensors: Mapping[str, TensorEntry], writer: W
 
 
 def _rows(checked: _Checked, tensor: TensorEntry, pieces: tuple[Piece, ...]) -> Iterator[np.ndarray[Any, Any]]:
-    """A tensor in windows of rows, whichever way its pieces cut it."""
+    """A tensor in windows of rows, along whichever axis its pieces cut it."""
     if not tensor.shape:
         yield checked.read(pieces[0].file, tensor.nbytes).view(tensor.dtype.numpy).reshape(())
         return
-    # Pieces one below another are a tensor each; those side by side are read row by row together.
+    # Pieces cut along axis 0 are read one after another, those along axis 1 row by row together.
     columns = len(pieces) > 1 and all(piece.shape[0] == tensor.shape[0] for piece in pieces)
     for group in [pieces] if columns else [(piece,) for piece in pieces]:
         rows = group[0].shape[0]

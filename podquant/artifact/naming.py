@@ -8,7 +8,7 @@ MANIFEST = "podquant.json"
 QUALITY = "quality.json"
 
 HEADER_METADATA = {"format": "pt"}
-"""What every safetensors header of an artifact carries; others that load checkpoints expect it."""
+"""In every safetensors header of an artifact; other software that loads checkpoints expects it."""
 
 
 def weights_file(number: int, count: int) -> str:
@@ -17,7 +17,7 @@ def weights_file(number: int, count: int) -> str:
 
 
 def folder_of(rank: int | None, tp_size: int) -> str:
-    """The folder of a rank's slices, or (None) of what is not cut, to put before a file's name; none at tp_size 1."""
+    """The folder of a rank's slices (None: of what is not cut), to prefix a file's name; empty at tp_size 1."""
     if tp_size == 1:
         return ""
     return "shared/" if rank is None else f"tp-{rank:02d}-of-{tp_size:02d}/"

@@ -1,7 +1,7 @@
 """Opens an artifact, validates everything it says about itself, and reads rows of its tensors.
 
-Opening reads the manifest, config.json and the header of every file of tensors, never a tensor: checksums and values
-are for `artifact.verify`. Knows nothing of how an artifact is made, or of devices.
+Opening reads the manifest, config.json and the header of every file of tensors, but no tensor: `artifact.verify` checks
+checksums and values. Knows nothing of how an artifact is made, or of devices.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Artifact:
             for name, file in manifest.files.items():
                 check_size(store, name, file.size, sizes)
             if CONFIG not in manifest.files:
-                raise ArtifactError(f"{store.uri}: {CONFIG} is not among the files of the manifest")
+                raise ArtifactError(f"{store.uri}: {CONFIG} is not listed in the manifest")
             config = decode_json(store.read(CONFIG), f"{store.uri}: {CONFIG}")
             expected = pieces_by_file(manifest)
             headers = {file: read_header(store, file) for file in expected}
@@ -83,15 +83,15 @@ class Artifact:
     def read_rows(
         self, name: str, start: int, stop: int, out: Array | None = None, columns: tuple[int, int] | None = None
     ) -> Array:
-        """Rows `start` to `stop` (along axis 0) of a tensor, put together from its pieces if it is cut.
+        """Rows `start` to `stop` (along axis 0) of a tensor, assembled from its pieces if it is cut.
 
         Args:
             out: filled and returned when given: C-contiguous, of the rows' shape and the tensor's NumPy dtype. Bytes
-                of a tensor that is not cut, or is cut along axis 0, go straight there. Several threads may read.
-            columns: only these along axis 1, of a tensor that is cut there: no other piece is touched.
+                of a tensor that is not cut, or is cut along axis 0, go straight into it. Several threads may read.
+            columns: only these along axis 1, where the tensor is cut along it; no other piece is read.
 
         Raises:
-            ArtifactError: no such tensor or rows, or a piece has only some of the columns.
+            ArtifactError: no such tensor or rows, or a piece holds only some of the columns.
             StorageError: the bytes cannot be read.
         """
         tensor = self._tensor(name)
@@ -125,7 +125,7 @@ class Artifact:
         return out
 
     def column_bounds(self, name: str) -> tuple[int, ...]:
-        """Where along axis 1 the pieces of a matrix begin and end: rows between two neighbours lie side by side."""
+        """Where the pieces of a matrix begin and end along axis 1."""
         tensor = self._tensor(name)
         ends = {piece.start[1] + piece.shape[1] for piece in tensor.pieces}
         return tuple(sorted({0} | ends))
@@ -146,19 +146,19 @@ class Artifact:
         """
         where = f"{self.uri}: {QUALITY}"
         if QUALITY not in self.manifest.files:
-            raise ArtifactError(f"{where}: is not among the files of the manifest")
+            raise ArtifactError(f"{where}: is not listed in the manifest")
         top = Fields(decode_json(self.store.read(QUALITY), where), where)
         return {name: {key: fields.number(key) for key in _FIGURES} for name, fields in top.objects("tensors")}
 
     @property
     def wholes(self) -> dict[str, Whole]:
-        """Every file of the manifest as it should be, with the header that was read of it."""
+        """Every file of the manifest as it should be, with the header read of it."""
         return {
             name: Whole(file.size, file.crc32c, self._head(name)) for name, file in sorted(self.manifest.files.items())
         }
 
     def data_offset(self, file: str) -> int:
-        """Where in a file of tensors the first one begins."""
+        """Where the first tensor begins in a file of tensors."""
         return self._headers[file].data_offset
 
     def close(self) -> None:

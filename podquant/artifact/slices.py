@@ -62,10 +62,10 @@ def _axis_of(module: str) -> int | None:
 
 
 def cut_of_scales(cut: Cut | None, scales: Sequence[int], block: tuple[int, int] | None) -> Cut | None:
-    """How the scales of codes cut by `cut` are cut: as they are, unless each slice needs all or would split a block.
+    """How the scales of codes cut by `cut` are cut: like the codes, unless each slice needs all or would split a block.
 
     Args:
-        scales: their shape, `[out, 1]` or one a block.
+        scales: their shape, `[out, 1]` or one per block.
         block: rows and columns that share a scale.
     """
     if cut is None or cut.axis == 1:
@@ -76,9 +76,9 @@ def cut_of_scales(cut: Cut | None, scales: Sequence[int], block: tuple[int, int]
     return Cut(0, _bounds(scales[0], -(-size // rows), len(cut.bounds) - 1))
 
 
-@lru_cache(maxsize=256)  # a unit's experts are alike, and there are tens of thousands of them
+@lru_cache(maxsize=256)  # a unit has tens of thousands of equal experts
 def pieces_of(file: str, shape: tuple[int, ...], cut: Cut | None, tp_size: int) -> tuple[Piece, ...]:
-    """The pieces of a tensor that at tp_size 1 lies in `file`."""
+    """The pieces of a tensor that is in `file` at tp_size 1."""
     if cut is None:
         return (Piece(folder_of(None, tp_size) + file, None, (0,) * len(shape), shape),)
     return tuple(Piece(folder_of(rank, tp_size) + file, rank, *cut.window(rank, shape)) for rank in range(tp_size))

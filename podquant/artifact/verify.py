@@ -1,6 +1,6 @@
-"""Checks an artifact to the last byte and names everything that is wrong, not only the first thing.
+"""Checks every byte of an artifact and reports everything that is wrong, not only the first problem.
 
-Knows nothing of the source: that the codes are the right ones, only a new conversion can tell.
+Knows nothing of the source: only a new conversion can tell whether the codes are the right ones.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _CHUNK_BYTES = 2 << 20  # stays in the cache between read and check
 
 
 def verify_artifact(uri: str, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
-    """Every problem of an artifact, each a sentence with its place; empty when there is none.
+    """Every problem of an artifact, each a sentence with its location; empty when there are none.
 
     Checks the manifest, that its files are there with their sizes and CRC32C, every header against the manifest, the
     index, and that scales are finite and positive and codes within range. Reads everything once, and the codes twice.
 
     Args:
-        on_bytes: told the bytes checked since it was last called, for a progress bar.
+        on_bytes: called with the bytes checked since the last call, for a progress bar.
 
     Raises:
         StorageError: there is no such place.
@@ -50,10 +50,10 @@ def _check_files(store: Store, manifest: Manifest, on_bytes: Callable[[int], Non
     sizes = store.list()
     for name in (CONFIG, QUALITY, *((INDEX,) if manifest.tp_size == 1 else ())):
         if name not in manifest.files:
-            yield f"{store.uri}: {name} is not among the files of the manifest"
+            yield f"{store.uri}: {name} is not listed in the manifest"
     for name in sizes:
         if name not in manifest.files and name.endswith(".safetensors"):
-            yield f"{store.uri}: {name} does not belong here: it is not among the files of the manifest"
+            yield f"{store.uri}: {name} does not belong here: it is not listed in the manifest"
     for name, file in manifest.files.items():
         try:
             check_size(store, name, file.size, sizes)
@@ -91,7 +91,7 @@ def _check_headers(store: Store, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_index(store: Store, manifest: Manifest) -> Iterator[str]:
-    """At tp_size 1 the index of a Hugging Face checkpoint says where the tensors are, as the manifest does."""
+    """At tp_size 1 the Hugging Face index must place the tensors where the manifest does."""
     if manifest.tp_size != 1 or INDEX not in manifest.files:
         return
     where = f"{store.uri}: {INDEX}"
@@ -103,7 +103,7 @@ def _check_index(store: Store, manifest: Manifest) -> Iterator[str]:
     expected = {name: tensor.pieces[0].file for name, tensor in manifest.tensors.items()}
     if found != expected:
         names = expected.keys() ^ found.keys() if isinstance(found, dict) else expected.keys()
-        yield f"{where}: its weight_map is not the manifest's" + (f": see {min(names)}" if names else "")
+        yield f"{where}: its weight_map differs from the manifest" + (f": see {min(names)}" if names else "")
 
 
 def _check_values(uri: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Whether headers hold the model that config.json describes: every weight that is declared, with its shape and type.
 
 The same for a checkpoint before it is converted and for whatever is about to be loaded. Knows nothing of where tensors
-lie, and reads none.
+are, and reads none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from podquant.families.declaration import Declaration
 
 _FLOATS = (*SOURCE_DTYPES, "float64")
 
-_ADVICE = "The files do not hold the model that config.json describes: correct config.json, or take its own files"
+_ADVICE = "The files do not hold the model that config.json describes: correct config.json, or use its own files"
 
 
 class Held(Protocol):
@@ -45,7 +45,7 @@ def check_headers(
         is_quantized: whether a module, by its name on disk, holds codes and scales that belong together.
 
     Returns:
-        Names of the tensors that no weight is in and that are no scales of one, in the order of `tensors`.
+        Names of the tensors that hold neither a weight nor scales of one, in the order of `tensors`.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or type; names the first, and counts the others.
@@ -68,8 +68,8 @@ def check_headers(
         codes = name.endswith(".weight") and is_quantized(module)
         if not codes and found.dtype.name not in _FLOATS:
             raise CheckpointError(
-                f"{where}: tensor {name}: expected {', '.join(_FLOATS)}, got {found.dtype.name}, and nothing says how "
-                "it is quantized. Take the original checkpoint, or the config.json that says so"
+                f"{where}: tensor {name}: expected {', '.join(_FLOATS)}, got {found.dtype.name}; config.json does not "
+                "say how it is quantized. Use the original checkpoint, or the config.json that says so"
             )
     scales = {f"{tensor.module}.weight_scale" for tensor in needed.values() if is_quantized(tensor.module)}
     return tuple(name for name in tensors if name not in needed and name not in scales)

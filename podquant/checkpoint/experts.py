@@ -1,9 +1,9 @@
-"""Routed experts that a checkpoint stores in one tensor, as a tensor each: from headers and config.json alone.
+"""Routed experts that a checkpoint stores in one tensor, as one tensor each: from headers and config.json alone.
 
-transformers from version 5 on computes with the experts of a layer together, and can save them so: `gate_up_proj`
-[E, 2F, D], an expert's rows of gate in front of those of up, and `down_proj` [E, D, F], both below `mlp.experts`, in
-Mixtral too. The bytes of an expert's projection lie side by side in both: it is a tensor within the tensor, and gets
-the name that it has where experts are stored one by one. Knows nothing of what they are used for.
+transformers 5 computes with all experts of a layer together, and can save them that way: `gate_up_proj` [E, 2F, D],
+with an expert's rows of gate before those of up, and `down_proj` [E, D, F], both below `mlp.experts`, in Mixtral too.
+In both the bytes of one expert's projection are contiguous: it is a tensor within the tensor, and gets the name it has
+where experts are stored one by one. Knows nothing of what they are used for.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from podquant.families.experts import ExpertNames, count_key
 from podquant.families.registry import expert_names
 
 _FUSED_BLOCK = "mlp"
-"""What the experts of a layer are below where they are fused, whatever the family calls it otherwise."""
+"""The block that fused experts of a layer are in, whatever the family calls it otherwise."""
 
 
 def name_experts(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
-    """All tensors in their order, experts one by one; those of families whose fused form is not known as they are.
+    """All tensors in order, experts one by one; for families whose fused form is not known, the tensors as they are.
 
     Args:
         tensors: of the headers, by name.
@@ -31,8 +31,8 @@ def name_experts(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], w
         where: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: experts are missing, stored twice, or not as many or as wide as config.json says.
-        UnsupportedModelError: they are fused in another form.
+        CheckpointError: experts are missing or stored twice, or their number or width is not the one in config.json.
+        UnsupportedModelError: they are fused in a form that podquant does not read.
     """
     names = expert_names(config)
     if names is None:
@@ -45,8 +45,8 @@ def name_experts(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], w
         for part in parts:
             if part.name in named:
                 raise CheckpointError(
-                    f"{where}: {part.name} is there twice: in {named[part.name].file}, and in {info.file} as {name}. "
-                    "The files are not of one checkpoint: download them again"
+                    f"{where}: {part.name} is stored twice: in {named[part.name].file}, and in {info.file} as {name}. "
+                    "The files do not belong to one checkpoint: download them again"
                 )
             named[part.name] = part
     _check_complete(named, names, config, where)
@@ -56,15 +56,15 @@ def name_experts(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], w
 def _parts(
     info: TensorInfo, block: str, leaf: str, names: ExpertNames, config: Mapping[str, Any], where: str
 ) -> Sequence[TensorInfo]:
-    """What a tensor below a layer's `block` holds: itself, under the family's name, or the experts' that it fuses."""
+    """The tensors in one below a layer's `block`: itself, under the family's name, or those of the experts it fuses."""
     fused = leaf.removeprefix("experts.")
     if fused == leaf or fused[:1].isdigit():
         return [replace(info, name=f"{block}.{leaf}")]
     projections = {"gate_up_proj": (names.gate, names.up), "down_proj": (names.down,)}.get(fused)
     if projections is None:
         raise UnsupportedModelError(
-            f"{where}/{info.file}: {info.name} {info.dtype.disk} {list(info.shape)}: of experts that are fused, "
-            "podquant reads gate_up_proj and down_proj, neither quantized nor with a bias: save each expert by itself"
+            f"{where}/{info.file}: {info.name} {info.dtype.disk} {list(info.shape)}: of fused experts "
+            "podquant reads only gate_up_proj and down_proj, not quantized, without bias: save each expert separately"
         )
     count, width = config.get(count_key(config)), config.get("hidden_size")
     axis = len(projections)  # of D: [E, 2F, D] or [E, D, F]
@@ -88,20 +88,20 @@ def _parts(
 
 
 def _check_complete(tensors: Iterable[str], names: ExpertNames, config: Mapping[str, Any], where: str) -> None:
-    """Every layer that has a router or an expert has all the experts that config.json counts, and no more."""
+    """Every layer that has a router or an expert must have exactly the experts that config.json counts."""
     pattern = re.compile(rf"((?:.+\.)?layers\.(\d+)\.{names.block})\.(?:gate|experts\.(\d+)\.(\w+))\..+")
     layers: dict[str, set[tuple[int, str]]] = {}
     depth, count = config.get("num_hidden_layers"), config.get(count_key(config))
     for name in tensors:
         match = pattern.fullmatch(name)
-        # Layers beyond the count predict further tokens, and are not run.
+        # Layers beyond the count predict further tokens and are not run.
         if match is None or (isinstance(depth, int) and int(match[2]) >= depth):
             continue
         found = layers.setdefault(match[1], set())
         if match[3] is not None:
             found.add((int(match[3]), match[4]))
     if not isinstance(count, int):
-        return  # whoever needs the number refuses this
+        return  # the code that needs the number refuses this
     for block, found in layers.items():
         wanted = [(number, name) for number in range(count) for name in (names.gate, names.up, names.down)]
         missing = [each for each in wanted if each not in found]

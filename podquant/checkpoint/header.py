@@ -1,7 +1,7 @@
 """The header of a safetensors file: read and validated in full, or encoded. Knows nothing of what tensors are for.
 
 A file is: the header's length (8 bytes, little-endian), the header (a JSON object, padded with spaces), then the bytes
-of the tensors, which cover the rest of the file without overlap or hole.
+of the tensors, which cover the rest of the file without overlap or gap.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies.
+    """Where one tensor is.
 
     Attributes:
         offset: of its first byte, counted from the start of `file`.
@@ -55,7 +55,7 @@ class Header:
         metadata: the free-form strings of `__metadata__`.
         sha256: of the header with its length prefix, as hexadecimal digits.
         crc32c: of the same bytes.
-        data_offset: where in the file the first tensor begins; so many bytes are these.
+        data_offset: where the first tensor begins in the file; also the length of those bytes.
         size: bytes in the file.
     """
 
@@ -121,7 +121,9 @@ def encode_header(
     offset = 0
     for name, dtype, shape in entries:
         if name in fields or name == _METADATA:
-            raise CheckpointError(f"tensor {name!r}: the name is taken. Names in a safetensors file must be unique.")
+            raise CheckpointError(
+                f"tensor {name!r}: the name is taken: names in a safetensors file must be unique. Rename one."
+            )
         end = offset + math.prod(shape) * dtype.itemsize
         fields[name] = {"dtype": dtype.disk, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -176,7 +178,7 @@ def _check_cover(tensors: Sequence[TensorInfo], where: str, data_offset: int, si
             raise CheckpointError(f"{where}: tensor {name} overlaps {previous} by {position - info.offset:,} bytes.")
         if info.offset > position:
             raise CheckpointError(
-                f"{where}: tensor {name} leaves a hole of {info.offset - position:,} bytes after {previous}; "
+                f"{where}: tensor {name} leaves a gap of {info.offset - position:,} bytes after {previous}; "
                 "the format allows none."
             )
         if end > size:

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: which tensors it has, and in which file each lies.
+"""A Hugging Face checkpoint on disk: which tensors it has, and which file each is in.
 
 Reads config.json, the index and the headers, never a tensor. Knows nothing of what a model does with its tensors.
 """
@@ -28,11 +28,11 @@ _AT_A_TIME = 16  # headers being read: a bucket takes some 50 ms for each
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What tells one safetensors file from a changed one.
+    """What tells a safetensors file from a changed one.
 
     Attributes:
         size: in bytes.
-        version: as its store tells it apart, `Store.version`.
+        version: `Store.version`.
         header_sha256: of its header, as `Header.sha256`.
         header_crc32c: of the same bytes.
         header_nbytes: how many these are.
@@ -102,7 +102,7 @@ class Checkpoint:
 
     @property
     def wholes(self) -> dict[str, Whole]:
-        """The safetensors files of which the storage keeps a checksum, as they should be, and the headers read."""
+        """The safetensors files whose checksums the storage keeps, as they should be, with the headers read of them."""
         known = ((name, info, self.store.known_crc32c(name)) for name, info in self.files.items())
         return {
             name: Whole(info.size, crc32c, Run(name, 0, info.header_nbytes, info.header_crc32c))
@@ -121,7 +121,7 @@ def _collect(store: Store, headers: Mapping[str, Header]) -> dict[str, TensorInf
         for name, info in header.tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{store.uri}: tensor {name!r} lies in both {tensors[name].file} and {file}. They are of two "
+                    f"{store.uri}: tensor {name!r} is in both {tensors[name].file} and {file}. They are from two "
                     "saves: remove the one that does not belong to the checkpoint."
                 )
             tensors[name] = info

@@ -1,4 +1,4 @@
-"""JSON as checkpoints hold it: one object, no key twice. Knows nothing of what the keys mean."""
+"""JSON files of checkpoints: one object without duplicate keys. Knows nothing of what the keys mean."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
-        key.encode()  # an unpaired surrogate is no text: better refused here than when the name is printed
+        key.encode()  # an unpaired surrogate is not text: better refused here than when the name is printed
         if key in found:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"duplicate key {key!r}")
         found[key] = value
     return found
 

@@ -1,7 +1,7 @@
-"""What an already quantized checkpoint says of itself: `quantization_config` of config.json, read strictly.
+"""What a quantized checkpoint says about itself: `quantization_config` of config.json, read strictly.
 
 Two conventions are understood, as transformers and vLLM read them: compressed-tensors in 8 bits, and float8 in blocks
-as DeepSeek publishes it (`quant_method: fp8`). Whatever else is said there is refused by name. Knows no tensors.
+as DeepSeek publishes it (`quant_method: fp8`). Anything else is refused by name. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FORMATS: Mapping[str, tuple[Layout, tuple[str, ...]]] = {
     "naive-quantized": ("plain", ("int", "float")),
     "pack-quantized": ("packed", ("int",)),
 }
-"""Formats of compressed-tensors → how codes lie on disk, and of which types they may be."""
+"""Formats of compressed-tensors → the layout of codes on disk, and the types they may have."""
 
 _DTYPES = {"int": "int8", "float": "float8_e4m3fn"}
 _ADVICE = (
@@ -41,10 +41,10 @@ class Stored:
     """How the weight of a module is stored.
 
     Attributes:
-        scheme: what codes and scales mean, and what becomes of activations.
-        strategy: whether one scale is for the whole `tensor`, an output `channel` or a `block`.
+        scheme: what codes and scales mean, and how activations are quantized.
+        strategy: whether a scale is for the whole `tensor`, an output `channel` or a `block`.
         layout: `plain`: codes in `X.weight`, scales in `X.weight_scale`. `packed`: codes in `X.weight_packed`, four
-            int8 to an int32. `inverse`: as `plain`, with scales in `X.weight_scale_inv` (they multiply all the same).
+            int8 to an int32. `inverse`: as `plain`, with scales in `X.weight_scale_inv` (they are multiplied too).
     """
 
     scheme: Scheme
@@ -60,7 +60,7 @@ class Targets:
         self._patterns = [re.compile(target[3:]) for target in targets if target.startswith("re:")]
 
     def rank(self, module: str) -> int | None:
-        """How closely they mean a module: 0 by its name, 1 by a pattern, 2 by its class; None for not at all."""
+        """How specifically they match a module: 0 by name, 1 by a pattern, 2 by class; None: not at all."""
         if module in self._names:
             return 0
         if any(pattern.match(module) for pattern in self._patterns):
@@ -74,9 +74,9 @@ class Quantization:
 
     Attributes:
         method: its `quant_method`.
-        groups: modules that are stored alike, in its order.
-        ignore: modules that no group has, whatever it says.
-        left: names of modules that are left alone with everything below them.
+        groups: modules that are stored alike, in the section's order.
+        ignore: modules that are in no group, whatever the groups say.
+        left: names of modules that are not quantized, with everything below them.
     """
 
     method: str
@@ -87,7 +87,7 @@ class Quantization:
     def stored(self, module: str) -> Stored | None:
         """How a module is stored if it is quantized; None if the section leaves it out.
 
-        A group that names it comes before one with a pattern for it, and that before one that has its class.
+        A group that names it takes precedence over one with a matching pattern, and that over one with its class.
         """
         parts = module.split(".")
         if self.ignore.rank(module) is not None or any(
@@ -101,7 +101,7 @@ class Quantization:
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
-    """The method by which config.json says that the checkpoint is quantized, in words; None if it says nothing."""
+    """How config.json says the checkpoint is quantized, in words; None if it says nothing."""
     for key in KEYS:
         if section := config.get(key):
             method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else repr(section)
@@ -117,8 +117,8 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization | N
         where: the file, for messages.
 
     Raises:
-        UnsupportedModelError: it says what podquant does not serve.
-        CheckpointError: it cannot be understood.
+        UnsupportedModelError: it describes something podquant does not serve.
+        CheckpointError: it is malformed.
     """
     key = next((key for key in KEYS if config.get(key)), None)
     if key is None:
@@ -136,7 +136,7 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization | N
 
 
 def _read_fp8(section: Mapping[str, Any], at: str) -> Quantization:
-    """Blocks of e4m3. Their activations would be quantized 128 columns at a time; podquant leaves them as they are."""
+    """Blocks of e4m3. Other software quantizes their activations 128 columns at a time; podquant leaves them alone."""
     for key, allowed in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("kv_cache_scheme", None)):
         if section.get(key) not in (None, allowed):
             _refuse(at, f"fp8 with {key}: {section[key]!r}")
@@ -202,8 +202,8 @@ def _strategy(weights: Mapping[str, Any], at: str) -> tuple[Strategy, tuple[int,
 def _activations(section: Any, block: tuple[int, int] | None, at: str) -> str | None:
     """The type activations are quantized to per token.
 
-    Where weights come in blocks, activations that would be quantized in groups of a block's columns stay as they are:
-    finer than what was meant.
+    With weights in blocks, activations meant to be quantized in groups of a block's columns stay as they are, which is
+    more precise.
     """
     if section is None:
         return None
@@ -248,7 +248,7 @@ def _names(value: Any, at: str) -> tuple[str, ...]:
             try:
                 re.compile(name[3:])
             except re.error as error:
-                raise CheckpointError(f"{at}: {name!r} is no regular expression: {error}. Correct it") from None
+                raise CheckpointError(f"{at}: {name!r} is not a regular expression: {error}. Correct it") from None
     return tuple(value)
 
 

@@ -1,7 +1,7 @@
-"""The quantized weights of a checkpoint: where their codes and scales lie, and rows of them in one form.
+"""The quantized weights of a checkpoint: where their codes and scales are, and rows of them in one form.
 
-What the headers hold decides which modules are quantized; what config.json says decides how, and the two must agree.
-Codes come out as int8 or float8_e4m3fn `[out, in]`, scales as `[out, 1]` or one a block, whichever way they are stored.
+The headers decide which modules are quantized, config.json decides how, and the two must agree. Codes are returned as
+int8 or float8_e4m3fn `[out, in]`, scales as `[out, 1]` or one per block, however they are stored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LEAVES = (
 
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 _SIGN = np.uint8(0x80)
-"""Packed bytes are codes plus 128: the codes with this bit turned over."""
+"""Packed bytes are codes plus 128: codes with this bit flipped."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class QuantizedWeight:
 
     Attributes:
         stored: how.
-        codes, scales: where its parts lie.
+        codes, scales: where its parts are.
         shape: (out, in).
-        scales_shape: of its scales as they are read.
+        scales_shape: of its scales as they are returned.
     """
 
     stored: Stored
@@ -58,7 +58,7 @@ class QuantizedWeight:
 
     @property
     def has_one_scale(self) -> bool:
-        """Whether all rows share one, so that there is nothing to read row by row."""
+        """Whether all rows share one scale, so that none is read row by row."""
         return self.stored.strategy == "tensor"
 
 
@@ -78,15 +78,15 @@ def find_quantized(
             if stored is None:
                 raise CheckpointError(
                     f"{where}: {name} holds codes ({info.dtype.disk}), but the {quantization.method} section of "
-                    "config.json does not count it among the quantized. Copy config.json and the weights again"
+                    "config.json does not list it as quantized. Copy config.json and the weights again"
                 )
             found[module] = _weight(module, info, stored, tensors, where)
     for name in tensors:
         module, _, leaf = name.rpartition(".")
         if leaf in ("weight_scale", "weight_scale_inv", "qweight") and module not in found:
             raise CheckpointError(
-                f"{where}: {name} is there, but no codes for it as the {quantization.method} section of config.json "
-                f"says they are stored: expected {module}.weight in 8 bits or {module}.weight_packed. Copy it again"
+                f"{where}: {name} has no codes, as the {quantization.method} section of config.json says "
+                f"they are stored: expected {module}.weight in 8 bits or {module}.weight_packed. Copy it again"
             )
     return found
 
@@ -149,7 +149,7 @@ def _weight(
     for needed in (label, f"{module}.weight_shape") if packed else (label,):
         if needed not in tensors:
             raise CheckpointError(
-                f"{where}: {needed} is missing: the codes {codes.name} mean nothing without. Copy the checkpoint again"
+                f"{where}: {needed} is missing: without it {codes.name} means nothing. Copy the checkpoint again"
             )
     scales, block = tensors[label], scheme.weight_block_size
     expected = (shape[0], 1) if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))

@@ -30,7 +30,7 @@ def read_rows(store: Store, info: TensorInfo, start: int, stop: int, out: Array 
 
 
 def read_bytes(store: Store, info: TensorInfo, offset: int, out: Array) -> None:
-    """Fill `out` (uint8) from `offset` on of the file of a tensor, which errors name; it may hold the next ones too."""
+    """Fill `out` (uint8) from `offset` on in the file of a tensor, which errors name; may run into the next tensors."""
     try:
         store.read_into(info.file, offset, out)
     except StorageError as error:

@@ -73,7 +73,7 @@ def find_shards(store: Store, sizes: Mapping[str, int]) -> Shards:
     named = set(weight_map.values())
     missing = sorted(named - sizes.keys())
     if missing:
-        raise CheckpointError(f"{where}: names files that are not there: {listed(missing)}. Download them.")
+        raise CheckpointError(f"{where}: names files that are missing: {listed(missing)}. Download them.")
     if SINGLE in sizes and SINGLE not in named:
         raise CheckpointError(f"{store.uri}: holds both {SINGLE} and an index of other files. Remove one of the two.")
     series = {_series(name) for name in named} - {None}
@@ -129,7 +129,7 @@ def _numbered(stem: str, count: int, number: int) -> str:
 
 
 def _no_weights(store: Store, sizes: Collection[str]) -> CheckpointError:
-    text = f"{store.uri}: neither {SINGLE} nor {INDEX} is there. "
+    text = f"{store.uri}: expected {SINGLE} or {INDEX}, found neither. "
     if others := [name for name in sizes if name.endswith(".safetensors")]:
         return CheckpointError(text + f"Found {listed(others)}, which is not in Hugging Face's layout.")
     if others := [name for name in sizes if name.endswith(WEIGHTS)]:

@@ -1,6 +1,6 @@
 """A safetensors file written front to back: the header first, then each tensor in pieces of rows.
 
-Holds no tensor and does not seek, so memory is what the caller passes in. Knows nothing of where the file goes.
+Holds no tensor and never seeks, so it needs no memory but what the caller passes in. Knows nothing of storage.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from podquant.dtypes import DType
 from podquant.errors import CheckpointError
 from podquant.storage.store import Writer
 
-_PT = {"format": "pt"}  # what other readers of checkpoints expect to find
+_PT = {"format": "pt"}  # other readers of checkpoints expect it
 
 
 class SafetensorsWriter:
-    """Writes `entries` (name, dtype, shape) in their order to `writer`, starting with the header.
+    """Writes `entries` (name, dtype, shape) in order to `writer`, starting with the header.
 
     `CheckpointError` names the file and the tensor if what is appended is not what was declared.
     """
@@ -39,7 +39,7 @@ class SafetensorsWriter:
         self._skip_complete()
 
     def append(self, name: str, rows: np.ndarray[Any, np.dtype[Any]]) -> None:
-        """The next rows of `name`: [any, *shape[1:]] of a tensor with rows, the whole of one without."""
+        """Append the next rows of `name`, [any, *shape[1:]]; of a tensor without axes, the whole of it."""
         if rows.size == 0:
             return  # an empty tensor is complete from the start
         if self._current == len(self._entries):

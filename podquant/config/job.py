@@ -1,6 +1,6 @@
 """The configuration of a conversion that runs as a Ray job: a YAML file in, frozen values out.
 
-Knows nothing of clusters or storage: whether the accelerator exists and the places can be reached is for others to say.
+Knows nothing of clusters or storage: it does not check that the accelerator exists or the places can be reached.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ConvertJob:
 
 
 FlagType = type[bool] | type[int] | type[float] | type[str] | tuple[str, ...]
-"""What a flag of the server takes: a type, or one of some words."""
+"""What a flag of the server takes: a type, or one of several words."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ _CLUSTER_KEYS = tuple(entry.name for entry in fields(ClusterOptions))
 
 
 def load_convert_job(path_or_bare_name: str) -> ConvertJob:
-    """Reads a job file, given by its path or by the bare name of one that podquant ships (`convert.yaml`).
+    """Read a job file, by its path or by the bare name of one that podquant ships (`convert.yaml`).
 
-    Relative paths in it are left as they are: they mean what they mean in the working directory.
+    Relative paths in it are relative to the working directory.
 
     Raises:
         ConfigError: there is no such file, or anything in it is wrong; names file and line.
@@ -116,10 +116,10 @@ def load_convert_job(path_or_bare_name: str) -> ConvertJob:
 
 
 def load_serve_job(path_or_bare_name: str, flags: Mapping[str, FlagType]) -> ServeJob:
-    """Reads a job file that serves a model (`serve.yaml`).
+    """Read a job file that serves a model (`serve.yaml`).
 
     Args:
-        flags: what may stand in its section `serve`.
+        flags: what its section `serve` may hold.
 
     Raises:
         ConfigError: there is no such file, or anything in it is wrong; names file and line.
@@ -142,7 +142,7 @@ def load_serve_job(path_or_bare_name: str, flags: Mapping[str, FlagType]) -> Ser
 
 
 def load_quantize_and_serve_job(path_or_bare_name: str, flags: Mapping[str, FlagType]) -> tuple[ConvertJob, ServeJob]:
-    """Reads a job file that converts and then serves what it made (`quantize_and_serve.yaml`); as the two others."""
+    """Read a job file that converts and then serves the result (`quantize_and_serve.yaml`); as the other two."""
     path = find_config(path_or_bare_name, what="job file", folder="jobs")
     root = load_yaml(path)
     entries = dict(root.mapping((*_JOB_KEYS, "serve")))
@@ -178,7 +178,7 @@ def _convert_job(root: Node, entries: Mapping[str, Node], name: str) -> ConvertJ
 def is_hugging_face_id(source: str) -> bool:
     """Whether a source is neither a URI nor a path: it starts with no `.`, `/` or `~`, and nothing here has its name.
 
-    Whether there is such a model is not asked.
+    Whether there is such a model is not checked.
     """
     return "://" not in source and not source.startswith((".", "/", "~")) and not os.path.exists(source)
 
@@ -246,7 +246,7 @@ def _text_or_null(entries: Mapping[str, Node], key: str, what: str) -> str | Non
 
 
 def _place(uri: str) -> str:
-    """One spelling of a place, to compare."""
+    """A canonical spelling of a place, to compare."""
     if "://" in uri and not uri.startswith("file://"):
         return uri.rstrip("/")
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))

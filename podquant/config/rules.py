@@ -1,8 +1,7 @@
 """The rules that say how each module is quantized: a YAML file in, frozen values out, then a decision per module name.
 
-Knows nothing of checkpoints, shapes or arrays: whether the modules exist and what a scheme does is for others.
-
-The file is described field by field in `QuantizationConfig`; a rule's pattern is applied as `Rule` says.
+Knows nothing of checkpoints, shapes or arrays. The keys of the file are in `QUANTIZATION_KEYS`; `Rule` says how
+patterns are applied.
 """
 
 from __future__ import annotations
@@ -66,12 +65,13 @@ class Rule:
 
     The pattern is applied with `re.match` (it must match from the start of the name, and need not reach its end) to the
     module's name in the Hugging Face checkpoint, dotted. A pattern with a `/` in it is applied to the name spelled with
-    slashes, then with brackets (`model/layers[0]/mlp`). What a negative lookaround excludes in one spelling it lets
-    pass in the other, so a pattern with one is applied to a single spelling: bracket if it has a `\[`, else slash.
+    slashes, then with brackets (`model/layers[0]/mlp`). A negative lookaround that excludes a name in one
+    spelling would match it in the other, so such a pattern is applied to one spelling: bracket if it has a `\[`, else
+    slash.
 
     Attributes:
-        label: where it stands and its pattern, `int8.yaml:4 ".*"`.
-        scheme: None leaves what matches in its own dtype.
+        label: where it is, and its pattern, `int8.yaml:4 ".*"`.
+        scheme: None keeps the modules in their own dtype.
     """
 
     label: str
@@ -86,9 +86,9 @@ class Rule:
         return None
 
     def takes(self, module: str, kind: ModuleKind) -> Spelling | None:
-        """As `matches`, but a router is taken only by a pattern that names it.
+        """As `matches`, but a router is matched only by a pattern that names it.
 
-        It names the router if it matches none of the names that a projection in the router's place would have: `.*` and
+        It names the router if it would not match a projection in the router's place: `.*` and
         `.*mlp.*` do not, `.*\\.mlp\\.gate$` does.
         """
         spelling = self.matches(module)
@@ -99,7 +99,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decision:
-    """How one module is quantized (None: it stays in its own dtype), and by which rule."""
+    """How one module is quantized (None: it keeps its own dtype), and by which rule."""
 
     scheme: Scheme | None
     rule: str
@@ -107,12 +107,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class UnmatchedRule:
-    """A rule, or an entry of `ignored_layers`, that decides nothing in this model.
+    """A rule, or an entry of `ignored_layers`, that decides no module of this model.
 
     Attributes:
         rule: its label.
         reason: one sentence without its full stop.
-        near_misses: names of modules that the pattern resembles.
+        near_misses: names of modules that resemble the pattern.
     """
 
     rule: str
@@ -140,8 +140,8 @@ class QuantizationConfig:
         name: the file's name without its directory.
         rules: of `dense:` (or `linear:`, the same), tried in order; the first that takes a module decides. They decide
             attention, MLP and shared experts, the embedding, lm_head, and the routers they name.
-        moe: how routed experts are quantized. They obey this section alone; None leaves them in their own dtype.
-        moe_label: where that section stands, or that there is none.
+        moe: how routed experts are quantized, by this section alone; None keeps them in their own dtype.
+        moe_label: where that section is, or that there is none.
         ignored: modules always left alone: names (a name stands for everything below it as well) and `re:` patterns.
         is_static_checkpoint: the file describes a checkpoint that is already quantized this way. Its codes and scales
             are to be taken as they are; a checkpoint that is not quantized, or in another way, does not fit this file.
@@ -195,7 +195,7 @@ class QuantizationConfig:
 
 
 def load_quantization_config(path_or_bare_name: str) -> QuantizationConfig:
-    """Reads a quantization file, given by its path or by the bare name of one that podquant ships (`int8.yaml`).
+    """Read a quantization file, by its path or by the bare name of one that podquant ships (`int8.yaml`).
 
     Raises:
         ConfigError: there is no such file, or anything in it is wrong; names file and line.
@@ -208,7 +208,7 @@ def load_quantization_config(path_or_bare_name: str) -> QuantizationConfig:
     entries = section.mapping(tuple(QUANTIZATION_KEYS))
     dense = _either(entries, "dense", "linear")
     if dense is None and "moe" not in entries:
-        section.fail("it says nothing to quantize: expected a dense: or a moe: section")
+        section.fail("nothing to quantize: expected a dense: or a moe: section")
     block = _block_size(entries["weight_block_size"]) if "weight_block_size" in entries else None
     moe = entries.get("moe")
     return QuantizationConfig(
@@ -302,7 +302,7 @@ def _label(node: Node, pattern: str) -> str:
 def _compile(node: Node, pattern: str) -> re.Pattern[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # `[[` and the like, which a later Python will read in another way
+            warnings.simplefilter("error")  # `[[` and the like, whose meaning will change in a later Python
             return re.compile(pattern)
     except (re.error, OverflowError, ValueError, RecursionError, Warning) as error:
         shown = pattern if len(pattern) <= 200 else pattern[:197] + "..."

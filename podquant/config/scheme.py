@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weight of one module, and the activations that meet it, are quantized.
+    """How the weight of one module, and the activations it is multiplied with, are quantized.
 
     A module without a scheme (`Scheme | None`) stays in its own dtype.
 

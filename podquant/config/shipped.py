@@ -1,4 +1,4 @@
-"""Finds a configuration file by its path, or by the bare name of one that podquant ships. Never opens it."""
+"""Finds a configuration file by its path, or by the bare name of one that podquant ships. Does not open it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One YAML file, read so that every complaint about it can say `file:line:`.
+"""One YAML file, read so that every error about it can say `file:line:`.
 
-A `Node` is a place in the file that is asked for what the caller expects there (`mapping`, `items`, `text`, …) and
-refuses anything else with a `ConfigError`. Knows nothing of what any key means.
+A `Node` is a place in the file. The caller asks it for what it expects there (`mapping`, `items`, `text`, …); anything
+else is a `ConfigError`. Knows nothing of what any key means.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def nearest(word: str, legal: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Node:
-    """A place in a YAML file and what stands there.
+    """A place in a YAML file and its value.
 
     Attributes:
         path: the file, as it was asked for.
@@ -84,12 +84,12 @@ class Node:
         raise _error(self.path, self.line, f"{self.place}: {message}")
 
     def expected(self, what: str, hint: str = "") -> NoReturn:
-        """Raises the ConfigError for something else than `what` standing here."""
+        """Raises the ConfigError for a value other than `what`."""
         self.fail(f"expected {what}, got {self._got()}{hint}")
 
     @property
     def is_null(self) -> bool:
-        """Whether null, `~` or nothing stands here."""
+        """Whether the value is null, `~` or missing."""
         return self._tag() == "null"
 
     def mapping(self, legal: Sequence[str]) -> Mapping[str, Node]:
@@ -174,7 +174,7 @@ _BOOLEANS = yaml.SafeLoader.bool_values
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes the tree of nodes with their lines, and refuses what no configuration of ours needs."""
+    """Composes the tree of nodes with their lines, and refuses YAML that no configuration here needs."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         node = super().compose_node(parent, index)
@@ -200,7 +200,7 @@ def _require_unique_text_keys(node: yaml.MappingNode) -> None:
         if key.tag != _TAG + "str":
             raise _refused(key, "a key must be plain text")
         if key.value in lines:
-            raise _refused(key, f"duplicate key {_shown(key.value)}: it already stands in line {lines[key.value]}")
+            raise _refused(key, f"duplicate key {_shown(key.value)}: it is already in line {lines[key.value]}")
         lines[key.value] = key.start_mark.line + 1
 
 

@@ -4,7 +4,7 @@
     q    = clip(round_half_even(x / s), -127, 127)   or   cast(clip(x / s, -448, 448))
 
 Unlike those of weights, these bits are not defined to the last place: XLA may divide by a multiply. A token that holds
-NaN or Inf gets a scale that is not finite, so the fault reaches the output instead of hiding in the codes.
+NaN or Inf gets a scale that is not finite, so the fault shows in the output and is not hidden in the codes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from podquant.dtypes import BY_NAME, QUANTIZED_DTYPES
 _SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
 
 LOW_STEPS = 254.0
-"""How many steps of one part of `split_int8` make one of that before it: half a step is then 127 lower ones."""
+"""Steps of one part of `split_int8` per step of the part before it: half a step is then 127 of the next."""
 
 
 def quantize_per_token(x: jax.Array, dtype: str, absmax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +48,7 @@ def split_int8(x: jax.Array, parts: int = 2) -> tuple[jax.Array, ...]:
     """Split each token into int8 parts: `x ≈ scale · Σ part[i] / 254^i`, two within 1.6e-5 of the token's maximum.
 
     For weight-only int8 where the fast matmul is int8 by int8 (XLA:CPU): two int8 matmuls, stacked as one of twice the
-    rows, are nearer to the exact product than one in bfloat16, and faster. Three are as near as one in float32.
+    rows, are closer to the exact product than one in bfloat16, and faster. Three are as close as one in float32.
 
     Args:
         x: bfloat16 or float32, `[..., D]`.

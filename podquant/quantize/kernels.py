@@ -232,7 +232,7 @@ def _quantize(
 
 @cache
 def quantizer(source_bits: int) -> Callable[..., int]:
-    """The compiled `_quantize` for sources of 16 or 32 bits: compiled at first use, kept on disk where one may write.
+    """The compiled `_quantize` for sources of 16 or 32 bits: compiled at first use, cached on disk where possible.
 
     The signature is fixed, so that read-only, writable and unaligned windows share one compiled function.
     """
@@ -249,6 +249,6 @@ def quantizer(source_bits: int) -> Callable[..., int]:
     )
     try:
         compiled = numba.njit(signature, error_model="numpy", nogil=True, cache=True)(_quantize)
-    except (RuntimeError, OSError):  # no directory for the cache can be written, or its disk is full
+    except (RuntimeError, OSError):  # no directory for the cache is writable, or its disk is full
         compiled = numba.njit(signature, error_model="numpy", nogil=True)(_quantize)
     return compiled

@@ -1,4 +1,4 @@
-"""A quantized matrix on the host: codes, scales and the equation that binds them. Knows nothing of files or devices."""
+"""A quantized matrix on the host: codes, scales and the equation relating them. Knows nothing of files or devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from podquant.dtypes import BY_NAME
 
 
 def scales_shape(shape: tuple[int, int], block: tuple[int, int] | None) -> tuple[int, int]:
-    """The shape of the scales of a matrix: `[out, 1]`, or one a block, the last ones of a row and column partial."""
+    """The shape of the scales of a matrix: `[out, 1]`, or one per block, the last ones of a row and column partial."""
     if block is None:
         return shape[0], 1
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
@@ -58,7 +58,7 @@ class QArray:
         return type(self)(self.codes[first_row:last_row], scales, self.block)
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """The float32 matrix `[out, in]` that codes and scales stand for."""
+        """The float32 matrix `[out, in]` that codes and scales represent."""
         scales = self.scales
         if self.block is not None:
             rows, columns = self.codes.shape

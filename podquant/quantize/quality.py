@@ -1,7 +1,7 @@
 """How much quantization changed a weight: statistics per row, and the figures of a tensor from those of its rows.
 
 Each row's statistics are computed in one fixed order and the sums over rows are exact (`math.fsum`), so the figures do
-not depend on how a tensor was cut into windows or in which order these came. Knows nothing of how codes are computed.
+not depend on how a tensor was cut into windows or on their order. Knows nothing of how codes are computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class QualityRows:
-    """What quantization did to each row of a window. Arrays of one element a row, float64.
+    """What quantization did to each row of a window. Float64 arrays with one element per row.
 
     Attributes:
         signal: the sum of W².
@@ -45,9 +45,9 @@ class Quality:
     """The figures of one tensor.
 
     Attributes:
-        sqnr_db: 10·log10(signal / noise); None if the codes stand for the weights exactly (no noise).
+        sqnr_db: 10·log10(signal / noise); None if the codes represent the weights exactly (no noise).
         max_error_ratio: the largest |W - q·s| over the largest |W|; 0 for a tensor of zeros.
-        zeros_share: the part of the codes that is zero, 0 to 1.
+        zeros_share: the share of codes that are zero, 0 to 1.
         scale_min: the smallest scale (1 where a channel or block is all zero).
         scale_max: the largest scale.
     """

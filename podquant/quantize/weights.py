@@ -7,8 +7,8 @@
     all-zero        s = 1, q = 0
     a maximum so small that max / qmax is not a normal float32: s = the smallest normal float32
 
-All in IEEE float32 whatever the source, a true division: the bytes are defined, and they do not depend on the windows,
-the machine or the number of workers. The kernels release the GIL, so threads scale.
+All in IEEE float32 whatever the source, a true division: the bytes are fully defined, and do not depend on the
+windows, the machine or the number of workers. The kernels release the GIL, so threads scale.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def quantize_window(
 ) -> tuple[QArray, QualityRows]:
     """Quantize rows `[first_row, first_row + len(window))` of a weight of `total_rows` rows.
 
-    The same bytes and statistics come out whatever the windows. Under a block scheme a window begins at a multiple of
-    the block's rows and ends at one, or at the end of the weight.
+    Bytes and statistics do not depend on the windows. With blocks, a window begins at a multiple of the block's rows,
+    and ends at one or at the end of the weight.
 
     Args:
         window: bfloat16, float16 or float32, `[rows, in]`, all the columns of those rows. May be read-only; copied if
             it is not C-contiguous.
         scheme: the type of the codes and what shares a scale.
-        first_row: where the window lies in the weight; errors name rows of the weight.
+        first_row: where the window begins in the weight; errors name rows of the weight.
         total_rows: the rows of the whole weight.
         out: C-contiguous buffers to write, e.g. `QArray.empty(...).window(...)`; fresh ones if None.
 
     Raises:
-        NonFiniteWeightError: a weight is NaN or Inf; the text names row and column, the caller adds tensor and file.
-            What `out` holds then is unspecified.
-        ValueError: a type, shape or alignment that the caller could have known to be wrong.
+        NonFiniteWeightError: a weight is NaN or Inf; the message names row and column, the caller adds tensor and file.
+            The content of `out` is then unspecified.
+        ValueError: a type, shape or alignment that is the caller's mistake.
     """
     block = _check(window, scheme, first_row, total_rows)
     if out is None:

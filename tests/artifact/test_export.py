@@ -131,7 +131,7 @@ def test_fp8_block(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "form", "message"),
     [
-        ("int8_w8a8.yaml", "pack-quantized", "the artifact holds int8_w8a8: other software takes that as it is"),
+        ("int8_w8a8.yaml", "pack-quantized", "the artifact holds int8_w8a8: other software loads that as it is"),
         ("fp8.yaml", "pack-quantized", "pack-quantized is for int8 weight-only"),
         ("fp8.yaml", "fp8-block", "fp8-block is for float8_e4m3fn in blocks .* is float8_e4m3fn: convert the original"),
         (BLOCKS % "int8", "fp8-block", r"q_proj is int8\[16,24\]|is int8\[16,24\]"),

@@ -119,14 +119,14 @@ BAD = [
     (("tensors", "a.weight", "pieces"), [], "expected one piece of rank null at tp_size 1, got ranks []"),
     (("tensors", "a.weight", "pieces"), 3, "pieces: expected a list, got 3"),
     ((*PIECE, "rank"), 0, "expected one piece of rank null at tp_size 1, got ranks [0]"),
-    ((*PIECE, "file"), "missing", 'its file "missing" is not among the files'),
+    ((*PIECE, "file"), "missing", 'its file "missing" is not listed'),
     ((*PIECE, "start"), [0, 1], "pieces overlap or leave a gap"),
     ((*PIECE, "shape"), [4, 5], "pieces cover 5 of 6 along axis 1"),
     ((*PIECE, "shape"), [3, 5], "expected pieces that cut [4, 6] along one axis"),
     ((*PIECE, "start"), [0], "expected pieces that cut [4, 6] along one axis"),
     (("modules", "c"), {"scheme": None, "rule": ""}, 'modules["c"] has no tensor "c.weight"'),
     (("modules", "b", "scheme"), INT8, 'modules["b"] and its tensor disagree'),
-    (("modules",), {}, 'its module "a" is not among the modules'),
+    (("modules",), {}, 'its module "a" is not a module of the manifest'),
 ]
 
 

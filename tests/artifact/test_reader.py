@@ -126,7 +126,7 @@ def reheader(place: Path) -> None:
             ArtifactError,
             r"norm.weight: expected F16 \[4\], .* BF16",
         ),
-        (lie("files", "config.json", value=None), ArtifactError, "config.json is not among the files of the manifest"),
+        (lie("files", "config.json", value=None), ArtifactError, "config.json is not listed in the manifest"),
         (lie("version", value=7), ArtifactError, "format version 7, written by podquant 9.9"),
     ],
 )
@@ -177,5 +177,5 @@ def test_quality_figures_are_not_trusted(make_artifact: Make, text: str, message
 
 def test_an_artifact_without_quality_figures(make_artifact: Make) -> None:
     artifact = Artifact.open(str(make_artifact(change=lambda files: files.pop("quality.json") and None)))
-    with pytest.raises(ArtifactError, match=r"quality\.json: is not among the files of the manifest"):
+    with pytest.raises(ArtifactError, match=r"quality\.json: is not listed in the manifest"):
         artifact.read_quality()

@@ -92,10 +92,13 @@ def scale(value: float) -> bytes:
         (replace(FILE, scale(1), scale(np.inf)), "got inf at [5, 0]"),
         (replace(FILE, b"\xfc", b"\x80"), "a.weight: row 2 holds the code -128, which no code may be"),
         (replace(FILE, b'"steps"', b'"stops"'), f"{FILE}: the tensor steps is missing"),
-        (replace(INDEX, b'"steps"', b'"stops"'), f"{INDEX}: its weight_map is not the manifest's: see steps"),
+        (replace(INDEX, b'"steps"', b'"stops"'), f"{INDEX}: its weight_map differs from the manifest: see steps"),
         (replace(INDEX, b"{", b""), f"{INDEX}: not valid UTF-8 JSON"),
-        (lambda files: files.update({INDEX: b"{}"}), f"{INDEX}: its weight_map is not the manifest's: see a.weight"),
-        (lambda files: files.pop(INDEX) and None, f"{INDEX} is not among the files of the manifest"),
+        (
+            lambda files: files.update({INDEX: b"{}"}),
+            f"{INDEX}: its weight_map differs from the manifest: see a.weight",
+        ),
+        (lambda files: files.pop(INDEX) and None, f"{INDEX} is not listed in the manifest"),
         (lambda files: files.update({FILE: b"\xff" * 99}), "claims a header of"),
     ],
 )

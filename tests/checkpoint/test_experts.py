@@ -91,7 +91,7 @@ FUSED: list[tuple[Callable[[Tensors], Any], dict[str, Any], str]] = [
     (replaced("gate_up_proj", lambda a: a[:, 1:]), {}, r"got \[8, 95, 64\]"),
     (replaced("gate_up_proj", lambda a: a[0]), {}, r"got \[96, 64\]"),
     (lost("1.mlp.experts.down_proj"), {}, "layers.1.mlp.experts.0.down_proj.weight is missing and 7 more"),
-    (added("3.up_proj.weight", (48, 64)), {}, "3.up_proj.weight is there twice: in model.safetensors, and in"),
+    (added("3.up_proj.weight", (48, 64)), {}, "3.up_proj.weight is stored twice: in model.safetensors, and in"),
 ]
 
 
@@ -107,7 +107,7 @@ def test_experts_that_contradict_config_are_refused(
 
 @pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_scale_inv"])
 def test_other_forms_of_fused_experts_are_refused(tmp_path: Path, name: str) -> None:
-    message = rf"{PREFIX}.{name} F32 \[8, 1, 1\]: of experts that are fused, podquant reads"
+    message = rf"{PREFIX}.{name} F32 \[8, 1, 1\]: of fused experts podquant reads only"
     refuse(tmp_path, True, added(name, (8, 1, 1)), {}, UnsupportedModelError, message)
 
 

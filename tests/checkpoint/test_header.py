@@ -91,7 +91,7 @@ WRONG = {
     "not an object": (_file([], 0), "header: expected a JSON object, got list"),
     "duplicate tensor": (
         _file(b'{"a":{"dtype":"I8","shape":[0],"data_offsets":[0,0]},"a":{}}', 0),
-        "header: not valid JSON: the key 'a' stands there twice",
+        "header: not valid JSON: duplicate key 'a'",
     ),
     "metadata not an object": (_file({"__metadata__": 3}, 0), "__metadata__ must map strings to strings, got 3."),
     "metadata of numbers": (_file({"__metadata__": {"a": 1}}, 0), "must map strings to strings, got {'a': 1}."),
@@ -156,9 +156,9 @@ WRONG = {
     ),
     "hole": (
         _file({"a": _entry([1], [0, 1]), "b": _entry([1], [3, 4])}, 4),
-        "tensor 'b' leaves a hole of 2 bytes after tensor 'a'",
+        "tensor 'b' leaves a gap of 2 bytes after tensor 'a'",
     ),
-    "hole at the start": (_file({"a": _entry([1], [1, 2])}, 2), "tensor 'a' leaves a hole of 1 bytes after the header"),
+    "hole at the start": (_file({"a": _entry([1], [1, 2])}, 2), "tensor 'a' leaves a gap of 1 bytes after the header"),
     "trailing bytes": (_file({"a": _entry([1], [0, 1])}, 4), "3 bytes follow tensor 'a', the last tensor."),
     "bytes of no tensor": (_file({}, 1), "1 bytes follow the header, the last tensor."),
 }

@@ -100,7 +100,7 @@ def test_a_broken_config_is_refused(tmp_path: Path) -> None:
 def test_a_directory_without_weights_says_what_it_found(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).touch()
-    _refused(tmp_path, f"{tmp_path}: neither model.safetensors nor model.safetensors.index.json is there. {text}")
+    _refused(tmp_path, f"{tmp_path}: expected model.safetensors or model.safetensors.index.json, found neither. {text}")
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -111,19 +111,19 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (_sharded(tmp_path) / B).unlink()
-    _refused(tmp_path, f"model.safetensors.index.json: names files that are not there: {B}. Download them.")
+    _refused(tmp_path, f"model.safetensors.index.json: names files that are missing: {B}. Download them.")
 
 
 def test_many_missing_files_are_counted(tmp_path: Path) -> None:
     _sharded(tmp_path, **{f"t{i}": f"f{i}" for i in range(5)})
-    _refused(tmp_path, "not there: f0, f1, f2 and 2 more.")
+    _refused(tmp_path, "missing: f0, f1, f2 and 2 more.")
 
 
 def test_the_index_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
     save_file({"c": ONE}, tmp_path / "out.safetensors")
-    _refused(_sharded(inner, c="../out.safetensors"), "names files that are not there: ../out.safetensors")
+    _refused(_sharded(inner, c="../out.safetensors"), "names files that are missing: ../out.safetensors")
 
 
 def test_a_tensor_that_no_file_holds_is_named(tmp_path: Path) -> None:
@@ -138,13 +138,13 @@ def test_the_headers_have_the_last_word_on_where_a_tensor_lies(tmp_path: Path) -
 
 def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
     save_file({"c": ONE, "a": ONE}, _sharded(tmp_path) / B)
-    _refused(tmp_path, f"tensor 'a' lies in both {A} and {B}.")
+    _refused(tmp_path, f"tensor 'a' is in both {A} and {B}.")
 
 
 def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     _sharded(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{A}", "a": "{B}"}}}}')
-    _refused(tmp_path, "index.json: not valid JSON: the key 'a' stands there twice")
+    _refused(tmp_path, "index.json: not valid JSON: duplicate key 'a'")
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}'])

@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, str] | None, str]] = {
     "a file of the series that repeats a tensor": (
         {shard(1, 2): "a", shard(2, 2): "ab"},
         {"a": shard(1, 2)},
-        f"tensor 'a' lies in both {shard(1, 2)} and {shard(2, 2)}. They are of two saves: remove the one that",
+        f"tensor 'a' is in both {shard(1, 2)} and {shard(2, 2)}. They are from two saves: remove the one that",
     ),
 }
 

@@ -147,7 +147,7 @@ def index(model: Path) -> None:
         ),
         (rewrite(lambda header: header["lm_head.weight"].update(shape=[16, 9])), "takes 288 bytes, but data_offsets"),
         (rewrite(lambda header: header["lm_head.weight"].update(dtype="F4")), "unknown dtype 'F4'"),
-        (rewrite(lambda header: header.pop("lm_head.weight")), "leaves a hole of 256 bytes"),
+        (rewrite(lambda header: header.pop("lm_head.weight")), "leaves a gap of 256 bytes"),
         (index, "model.safetensors.index.json: places model.norm.weight"),
     ],
 )

@@ -100,7 +100,7 @@ def test_nothing_said_of_the_cluster_is_the_default(tmp_path: Path, more: str) -
         (GOOD + "name: x\n", "4: unknown key 'name' in the file"),
         (CLUSTER + "acelerator: v5e-16\n", "5: unknown key 'acelerator' in cluster: expected one of accelerator, work"),
         (CLUSTER + "acelerator: v5e-16\n", "; did you mean accelerator?"),
-        (GOOD + "target: gs://b/other\n", "4: duplicate key 'target': it already stands in line 2"),
+        (GOOD + "target: gs://b/other\n", "4: duplicate key 'target': it is already in line 2"),
         (CLUSTER + "env: {A: b, A: c}\n", "5: duplicate key 'A'"),
         # places
         (GOOD.replace("org/name", ""), "1: source: expected gs://…, a directory that all hosts share, or a Hugging"),

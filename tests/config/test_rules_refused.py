@@ -35,7 +35,7 @@ RULE = "quantization.dense.rules[0]"
             f"6: unknown key 'activation_dtyp' in {RULE}: expected one of module",
         ),
         ("{}\n", "1: the file is an empty mapping: expected the key quantization"),
-        ("quantization: {}\n", "1: quantization: it says nothing to quantize: expected a dense: or a moe: section"),
+        ("quantization: {}\n", "1: quantization: nothing to quantize: expected a dense: or a moe: section"),
         ("quantization:\n  dense: {}\n", "2: quantization.dense: expected the key rules with a list of rules"),
         ("quantization:\n  dense: {rules: [{weight_dtype: int8}]}\n", f"2: {RULE}: a rule without module_path"),
         (HEAD + "activation_dtype: int8\n", f"4: {RULE}: no weight_dtype: expected int8, float8_e4m3fn, or null"),
@@ -47,7 +47,7 @@ RULE = "quantization.dense.rules[0]"
             GOOD + "        act_qtype: int8\n        activation_dtype: int8\n",
             f"7: {RULE}.activation_dtype: both 'activation_dtype' and 'act_qtype', two names of one thing: keep",
         ),
-        (GOOD + "        weight_dtype: int8\n", "6: duplicate key 'weight_dtype': it already stands in line 5"),
+        (GOOD + "        weight_dtype: int8\n", "6: duplicate key 'weight_dtype': it is already in line 5"),
         # kinds of value
         ("", "1: the file is empty: expected a mapping"),
         ("- quantization\n", "1: the file: expected a mapping with some of the keys quantization, got a list"),

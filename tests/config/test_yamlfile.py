@@ -44,7 +44,7 @@ def test_an_alias_is_the_value_it_names(tmp_path: Path) -> None:
     [
         ("", 1, "the file is empty"),
         ("# only a comment\n", 1, "the file is empty"),
-        ("a: 1\n\nb: 2\na: 3\n", 4, "duplicate key 'a': it already stands in line 1"),
+        ("a: 1\n\nb: 2\na: 3\n", 4, "duplicate key 'a': it is already in line 1"),
         ("x: {a: 1,\n a: 2}\n", 2, "duplicate key 'a'"),
         ("a: 1\nb: [1, 2\nc: 3\n", 3, "not YAML"),
         ("a:\n\t- 1\n", 2, "not YAML"),

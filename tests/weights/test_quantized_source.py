@@ -200,9 +200,9 @@ def replaced(suffix: str, by: Callable[[Any], Any]) -> Callable[[Tensors], None]
 
 INT, PACKED = FORMS["int8"], FORMS["packed"]
 DAMAGE: list[tuple[tuple[Any, Write], Callable[[Tensors], object], str]] = [
-    (INT, without("weight_scale"), "up_proj.weight_scale is missing: the codes .*up_proj.weight mean nothing"),
+    (INT, without("weight_scale"), "up_proj.weight_scale is missing: without it .*up_proj.weight means nothing"),
     (PACKED, without("weight_shape"), "up_proj.weight_shape is missing"),
-    (INT, without("weight"), "up_proj.weight_scale is there, but no codes for it"),
+    (INT, without("weight"), "up_proj.weight_scale has no codes"),
     (INT, replaced("weight_scale", lambda s: s[:-1]), r"expected channel scales of shape \[160, 1\] or \[160\] .* got"),
     (
         INT,
@@ -210,13 +210,13 @@ DAMAGE: list[tuple[tuple[Any, Write], Callable[[Tensors], object], str]] = [
         "up_proj.weight, a matrix of I8, .* F8_E4M3",
     ),
     ((PACKED[0], INT[1]), lambda tensors: None, "q_proj.weight_packed, a matrix of I32|weight_packed, a matrix of I32"),
-    (({**INT[0], "ignore": ["re:.*up_proj"]}, INT[1]), lambda tensors: None, "does not count it among the quantized"),
-    (({**INT[0], "ignore": ["re:*"]}, INT[1]), lambda tensors: None, "ignore: 're:\\*' is no regular expression"),
+    (({**INT[0], "ignore": ["re:.*up_proj"]}, INT[1]), lambda tensors: None, "does not list it as quantized"),
+    (({**INT[0], "ignore": ["re:*"]}, INT[1]), lambda tensors: None, "ignore: 're:\\*' is not a regular expression"),
     (({**INT[0], "config_groups": {}}, INT[1]), lambda tensors: None, "config_groups: expected an object with groups"),
     (
         ({**FORMS["inverse"][0], "modules_to_not_convert": ["model.layers.0"]}, FORMS["inverse"][1]),
         lambda tensors: None,
-        "model.layers.0.* does not count it among the quantized",
+        "model.layers.0.* does not list it as quantized",
     ),
 ]
 

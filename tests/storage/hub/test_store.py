@@ -154,7 +154,7 @@ def test_a_size_that_is_not_the_listed_one_is_not_taken(hub: HubEmulator, store:
 @pytest.mark.parametrize(
     ("kind", "request_", "options", "message"),
     [
-        ("whole", "cdn", {}, rf"{URI}/{FILE}: cannot read at offset 7: the whole file was sent where a range"),
+        ("whole", "cdn", {}, rf"{URI}/{FILE}: cannot read at offset 7: the whole file was sent in response to a range"),
         ("status", "cdn", {"status": 403}, "Forbidden (HTTP 403). Check HF_TOKEN and its rights, "),
         ("status", "resolve", {"status": 404}, "Not Found (HTTP 404). Check HF_TOKEN and its rights, "),
         ("elsewhere", "resolve", {"headers": {"Location": "/org/name/resolve"}}, "more than 5 redirects"),
@@ -225,7 +225,7 @@ def test_a_listing_refused(
 
 def test_an_endpoint_that_is_no_hub_or_not_there(hub: HubEmulator, client: HubClient) -> None:
     hub.revisions["main"] = "main"
-    with pytest.raises(StorageError, match=r"blobs=true: expected a listing .* got another answer .*Check HF_ENDPOINT"):
+    with pytest.raises(StorageError, match=r"blobs=true: expected a listing .* got something else .*Check HF_ENDPOINT"):
         HubStore("hf://org/name", client)
     client.endpoint = "http://127.0.0.1:9"
     with pytest.raises(
