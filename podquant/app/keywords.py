@@ -10,6 +10,20 @@ from typing import Literal, TypedDict
 from podquant.engine.options import Device
 
 
+class PlanKeywords(TypedDict, total=False):
+    """Fields of `SourceOptions` beside the places."""
+
+    revision: str | None
+    tp_size: int
+    strict_rules: bool
+
+
+class ConvertKeywords(PlanKeywords, total=False):
+    """Fields of `ConvertJob` beside the places and the cluster."""
+
+    overwrite: bool
+
+
 class EngineKeywords(TypedDict, total=False):
     """Fields of `EngineOptions` beside the model."""
 
@@ -19,7 +33,7 @@ class EngineKeywords(TypedDict, total=False):
     device: Device
     dtype: Literal["auto", "bfloat16", "float32"]
     max_running_requests: int
-    max_waiting_requests: int
+    max_queued_requests: int
     max_total_tokens: int | None
     context_length: int | None
     chunked_prefill_size: int

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Unpack
 
 from podquant.app import artifacts
 from podquant.app import convert as conversions
 from podquant.app import plan as plans
 from podquant.app.environment import own_threads
+from podquant.app.keywords import ConvertKeywords, PlanKeywords
 from podquant.app.source import SourceOptions
 from podquant.config.job import ClusterOptions, ConvertJob
 from podquant.conversion.plan import Plan
@@ -23,10 +25,8 @@ def plan(
     source: Place,
     quantization_config_path: Place,
     *,
-    revision: str | None = None,
     download_dir: str | None = None,
-    tp_size: int = 1,
-    strict_rules: bool = False,
+    **options: Unpack[PlanKeywords],
 ) -> Plan:
     """What `convert` would do, from the headers alone: no weight is read, nothing is written.
 
@@ -38,18 +38,14 @@ def plan(
     Args:
         source: a Hugging Face checkpoint.
         quantization_config_path: the rules: a path, or the name of a file that podquant ships, such as `int8.yaml`.
-        revision: branch, tag or commit of a Hugging Face id.
         download_dir: download a Hugging Face id whole, to there, first.
-        tp_size: cut every weight into as many tensor-parallel slices.
-        strict_rules: a rule that matches no module is an error.
+        options: fields of `SourceOptions`, such as `tp_size`.
 
     Raises:
         PodquantError: the rules, the checkpoint or the two together are wrong.
     """
-    options = SourceOptions(
-        os.fspath(source), os.fspath(quantization_config_path), revision, download_dir, tp_size, strict_rules
-    )
-    return plans.plan(options)
+    places = (os.fspath(source), os.fspath(quantization_config_path))
+    return plans.plan(SourceOptions(*places, download_dir=download_dir, **options))
 
 
 def convert(
@@ -57,15 +53,12 @@ def convert(
     target: Place,
     quantization_config_path: Place,
     *,
-    revision: str | None = None,
     download_dir: str | None = None,
-    tp_size: int = 1,
-    strict_rules: bool = False,
-    overwrite: bool = False,
     threads: int | None = None,
     address: str | None = None,
     cluster: ClusterOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Unpack[ConvertKeywords],
 ) -> Conversion:
     """Quantize a checkpoint into an artifact, here or on the hosts of a Ray cluster.
 
@@ -77,28 +70,20 @@ def convert(
     ('config.json', True)
 
     Args:
-        source, quantization_config_path, revision, download_dir, tp_size, strict_rules: as for `plan`.
+        source, quantization_config_path, download_dir: as for `plan`.
         target: the directory to write, another place than the source.
-        overwrite: replace an artifact that is at the target, once the new one is complete.
         threads: that read and quantize in this process; None for one for each CPU, up to 8.
         address: of the Ray cluster to work on, as `ray.init` takes it (`auto` for the one here); None for this process.
         cluster: how to use that cluster.
         on_progress: told the source bytes done so far, and in all; what it raises ends the conversion.
+        options: fields of `ConvertJob`, such as `tp_size` or `overwrite`.
 
     Raises:
         ArtifactExistsError: the target is taken.
         PodquantError: the rules, the checkpoint, a place or the cluster are not what they should be.
     """
-    job = ConvertJob(
-        os.fspath(source),
-        os.fspath(target),
-        os.fspath(quantization_config_path),
-        revision=revision,
-        tp_size=tp_size,
-        strict_rules=strict_rules,
-        overwrite=overwrite,
-        cluster=_workers(threads, address, cluster),
-    )
+    places = (os.fspath(source), os.fspath(target), os.fspath(quantization_config_path))
+    job = ConvertJob(*places, cluster=_workers(threads, address, cluster), **options)
     if address is None:
         return conversions.convert(job, download_dir=download_dir, on_progress=on_progress)
     from podquant.app.convert_on_ray import conversion_hosts  # noqa: PLC0415 - Ray takes a second to import

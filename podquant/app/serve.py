@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from podquant.app import serving
@@ -129,26 +129,8 @@ def http_options(options: ServeOptions) -> HttpOptions:
 
 
 def engine_options(options: ServeOptions) -> EngineOptions:
-    """The engine's part of the options."""
-    chunk = min(options.chunked_prefill_size, 1 << (options.max_prefill_tokens.bit_length() - 1))
-    return EngineOptions(
-        model_path=options.model_path,
-        quantization_config_path=options.quantization_config_path,
-        tp_size=options.tp_size,
-        ep_size=options.ep_size,
-        device=options.device or detect_device(),
-        dtype=options.dtype,
-        max_running_requests=options.max_running_requests,
-        max_waiting_requests=options.max_queued_requests,
-        max_total_tokens=options.max_total_tokens,
-        context_length=options.context_length,
-        chunked_prefill_size=chunk,
-        page_size=options.page_size,
-        mem_fraction_static=options.mem_fraction_static,
-        random_seed=options.random_seed,
-        skip_tokenizer_init=options.skip_tokenizer_init,
-        skip_server_warmup=options.skip_server_warmup,
-        max_logprobs=options.max_logprobs,
-        revision=options.revision,
-        download_dir=options.download_dir,
-    )
+    """The engine's part of the options: they have its names, and two say more than it takes."""
+    own: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(EngineOptions)}
+    own["device"] = options.device or detect_device()
+    own["chunked_prefill_size"] = min(options.chunked_prefill_size, 1 << (options.max_prefill_tokens.bit_length() - 1))
+    return EngineOptions(**own)

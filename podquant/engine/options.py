@@ -29,7 +29,7 @@ class EngineOptions:
         device: the JAX platform; by default what this machine has: a TPU, else CUDA, else the CPU.
         dtype: of activations and unquantized weights; `auto` takes the checkpoint's (float16 becomes bfloat16).
         max_running_requests: sequences that are computed at a time.
-        max_waiting_requests: requests that may wait for their turn; one more is refused.
+        max_queued_requests: requests that may wait for their turn; one more is refused.
         max_total_tokens: tokens the KV cache holds; None: what `mem_fraction_static` leaves, or 32,768 on a CPU.
         context_length: tokens of prompt and output together; None: what the model was trained for.
         chunked_prefill_size: prompt tokens of one prefill step; a power of two.
@@ -49,7 +49,7 @@ class EngineOptions:
     device: Device = field(default_factory=detect_device)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_running_requests: int = 8
-    max_waiting_requests: int = 1024
+    max_queued_requests: int = 1024
     max_total_tokens: int | None = None
     context_length: int | None = None
     chunked_prefill_size: int = 256

@@ -171,7 +171,7 @@ def build_engine(
         context_length=opened.context_length,
         cache_tokens=pool.num_usable * pool.page_size,
         max_running=options.max_running_requests,
-        max_waiting=options.max_waiting_requests,
+        max_waiting=options.max_queued_requests,
         max_logprobs=min(options.max_logprobs, config.vocab_size),
         has_tokenizer=tokenizer is not None,
     )
@@ -223,7 +223,7 @@ def _check(options: EngineOptions) -> None:
         "tp_size",
         "ep_size",
         "max_running_requests",
-        "max_waiting_requests",
+        "max_queued_requests",
         "chunked_prefill_size",
         "page_size",
     ):

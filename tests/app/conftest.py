@@ -25,6 +25,6 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def engine(artifact: Path) -> Iterator[podquant.Engine]:
     """One that takes three requests at a time: one runs, two wait."""
     with podquant.load(
-        artifact, device="cpu", max_running_requests=1, max_waiting_requests=2, skip_server_warmup=True
+        artifact, device="cpu", max_running_requests=1, max_queued_requests=2, skip_server_warmup=True
     ) as engine:
         yield engine

@@ -13,8 +13,9 @@ from typing import Any, get_type_hints
 import pytest
 
 import podquant
-from podquant.app.keywords import EngineKeywords, SamplingKeywords
-from podquant.config.job import ClusterOptions
+from podquant.app.keywords import ConvertKeywords, EngineKeywords, PlanKeywords, SamplingKeywords
+from podquant.app.source import SourceOptions
+from podquant.config.job import ClusterOptions, ConvertJob
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import SamplingParams
 from podquant.errors import ArtifactExistsError, ConfigError
@@ -51,7 +52,7 @@ def test_every_public_function_and_method_has_an_example() -> None:
 
 def test_the_surface_is_what_type_checkers_see() -> None:
     tree = ast.parse(Path(podquant.__file__).read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == podquant._HOMES
     assert {*seen, "__version__"} == set(podquant.__all__) <= set(dir(podquant))
@@ -63,7 +64,12 @@ def test_the_surface_is_what_type_checkers_see() -> None:
 
 @pytest.mark.parametrize(
     ("keywords", "options", "left_out"),
-    [(EngineKeywords, EngineOptions, {"model_path"}), (SamplingKeywords, SamplingParams, set())],
+    [
+        (PlanKeywords, SourceOptions, {"model", "rules_path", "download_dir"}),
+        (ConvertKeywords, ConvertJob, {"source", "target", "quantization_config_path", "cluster", "name"}),
+        (EngineKeywords, EngineOptions, {"model_path"}),
+        (SamplingKeywords, SamplingParams, set()),
+    ],
 )
 def test_keywords_are_the_fields_of_the_options(keywords: type, options: type, left_out: set[str]) -> None:
     fields = {name: hint for name, hint in get_type_hints(options).items() if name not in left_out}

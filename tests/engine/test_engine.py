@@ -197,7 +197,7 @@ def test_what_cannot_run_is_refused(
 
 
 def test_one_request_too_many_is_refused() -> None:
-    with running(max_running_requests=1, max_waiting_requests=1) as engine:
+    with running(max_running_requests=1, max_queued_requests=1) as engine:
         news: queue.SimpleQueue[Output] = queue.SimpleQueue()
         for number in range(2):
             engine.submit(Request(str(number), (5, 6), params(max_tokens=480)), news.put)
@@ -210,7 +210,7 @@ def test_one_request_too_many_is_refused() -> None:
 
 
 def test_open_requests_cost_no_threads() -> None:
-    with running(max_waiting_requests=64) as engine:
+    with running(max_queued_requests=64) as engine:
         before = threading.enumerate()
         news: queue.SimpleQueue[Output] = queue.SimpleQueue()
         for number in range(64):

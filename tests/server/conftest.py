@@ -63,7 +63,7 @@ def make_engine(checkpoint: Path, **more: Any) -> LocalEngine:
         "device": "cpu",
         "dtype": "float32",
         "max_running_requests": 2,
-        "max_waiting_requests": 32,
+        "max_queued_requests": 32,
         "chunked_prefill_size": 32,
         "page_size": 16,
         "skip_server_warmup": True,

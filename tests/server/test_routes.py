@@ -129,7 +129,7 @@ def test_a_client_that_leaves_frees_its_pages(engine: LocalEngine, client: httpx
 
 
 def test_a_full_queue_says_when_to_come_back(checkpoint: Path) -> None:
-    engine = make_engine(checkpoint, max_running_requests=1, max_waiting_requests=1)
+    engine = make_engine(checkpoint, max_running_requests=1, max_queued_requests=1)
     try:
         with serving(engine) as url, httpx.Client(base_url=url, timeout=60) as client:
             long = ASK | {"max_tokens": 400, "ignore_eos": True, "n": 4}

@@ -1,0 +1,63 @@
+"""From a server's options to those of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from podquant.app.options import ServeOptions
+from podquant.app.serve import engine_options, http_options, members_of, options_of
+from podquant.config.job import ServeJob
+from podquant.engine.options import EngineOptions
+from podquant.errors import ConfigError
+
+MANY: dict[str, Any] = {"model_path": "m", "nnodes": 2, "dist_init_addr": "10.0.0.1:10011"}
+SECRET = "0123456789abcdef"
+
+
+def test_what_a_server_leaves_out_is_what_an_engine_leaves_out() -> None:
+    assert engine_options(ServeOptions(model_path="m", device="cpu")) == EngineOptions("m", device="cpu")
+    flags = {field.name: field.default for field in fields(ServeOptions)}
+    shared = [field for field in fields(EngineOptions) if field.name not in ("model_path", "device")]
+    assert {field.name: field.default for field in shared} == {field.name: flags[field.name] for field in shared}
+
+
+@pytest.mark.parametrize(("most", "chunk", "got"), [(16384, 256, 256), (200, 256, 128), (128, 256, 128), (2, 256, 2)])
+def test_a_chunk_is_no_larger_than_a_prefill_may_be(most: int, chunk: int, got: int) -> None:
+    options = ServeOptions(model_path="m", max_prefill_tokens=most, chunked_prefill_size=chunk)
+    assert engine_options(options).chunked_prefill_size == got
+
+
+def test_the_log_of_requests_is_for_debugging() -> None:
+    assert http_options(ServeOptions(model_path="m", log_level="debug")).access_log
+    assert not http_options(ServeOptions(model_path="m")).access_log
+
+
+@pytest.mark.parametrize(
+    ("change", "secret", "message"),
+    [
+        ({}, "short", "PODQUANT_GROUP_SECRET: several hosts need a secret of 16 characters or more"),
+        ({"dist_init_addr": "0.0.0.0:1"}, SECRET, "--dist-init-addr 0.0.0.0:1: expected host 0's own address"),
+        ({"dist_init_addr": "[::]:1"}, SECRET, "expected host 0's own address"),
+    ],
+)
+def test_hosts_that_cannot_meet(change: dict[str, Any], secret: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        members_of(ServeOptions(**MANY | change), secret)
+    assert message in str(caught.value)
+
+
+def test_hosts_that_meet() -> None:
+    members = members_of(ServeOptions(**MANY | {"dist_init_addr": "[fd00::1]:7", "step_seconds": 9.0}), SECRET)
+    assert (members.num_hosts, members.num_groups, members.address) == (2, 1, ("fd00::1", 7))
+    assert members.secret == SECRET.encode()
+    assert members.deadlines.step == 9.0
+    alone = ServeOptions(model_path="m")
+    assert members_of(alone, "").secret != members_of(alone, "").secret
+
+
+def test_a_job_that_cannot_be_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^serve\.yaml: serve: --port: expected 0 to 65535, got 70000"):
+        options_of(ServeJob("m", flags={"port": 70000}, name="serve.yaml"))
