@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from podquant.engine.programs import Bucket, Row, Rows, Scores, lower_step, pack_rows
+from podquant.engine.programs import Bucket, Floats, Row, Rows, Scores, lower_step, pack_rows
 from podquant.engine.request import SamplingParams, TokenLogprobs
 from podquant.engine.sampling import Sampled
 from podquant.engine.scheduler import Decode, Prefill
 from podquant.engine.scheduler import Sequence as Running
+from podquant.engine.slots import NUM_ENDS, Slots, slot_arrays
 from podquant.model.attention import KVCache
 from podquant.model.layout import CacheShape, Model
 
@@ -95,6 +96,7 @@ class Executor:
         shape: of the KV cache to make.
         chunk_size: prompt tokens of the largest prefill step.
         num_top: log-probabilities of top tokens the programs report.
+        eos_ids: the model's end tokens; needed where `dispatch` is called.
         announce: told of each step that `dispatch` starts.
     """
 
@@ -105,19 +107,18 @@ class Executor:
         shape: CacheShape,
         chunk_size: int,
         num_top: int,
+        eos_ids: frozenset[int] = frozenset(),
         announce: Announce = lambda bucket, arrays: None,
     ) -> None:
         self._model = model
         self._weights = weights
         self._shape = shape
+        self._eos_ids = eos_ids
         self._announce = announce
         self._num_top = min(num_top, model.config.vocab_size)
         self._programs: dict[Bucket, Callable[..., Any]] = {}
-        keys, values, self._last_tokens = (
-            jax.jit(partial(jnp.zeros, array.shape, array.dtype), out_shardings=array.sharding)()
-            for array in model.cache_arrays(shape)
-        )
-        self._cache = KVCache(keys, values)
+        self._cache = KVCache(*map(_zeros, model.cache_arrays(shape)))
+        self._slots = Slots(*map(_zeros, slot_arrays(model, shape)))
         self._decode_sizes = _powers_of_two(1, shape.num_slots)
         self._prefill_sizes = _powers_of_two(min(_SMALLEST_PREFILL, chunk_size), chunk_size)
 
@@ -145,7 +146,7 @@ class Executor:
         with ThreadPoolExecutor(2, "compile") as pool:
             for bucket, program, seconds in pool.map(build, self.buckets):
                 self._programs[bucket] = program
-                self.run(bucket, self._arrays(bucket, pack_rows([], [], bucket.batch, self._shape), [], []))
+                self.run(bucket, self._arrays(bucket, pack_rows([], [], bucket.batch, self._shape)))
                 on_compiled(bucket, seconds)
         jax.block_until_ready(self._cache)
 
@@ -157,9 +158,9 @@ class Executor:
 
     def _dispatch_decode(self, step: Decode) -> Dispatched:
         bucket = Bucket(_at_least(self._decode_sizes, len(step.sequences)), 1)
-        entries = [self._entry(sequence, sequence.num_computed - 1, 1) for sequence in step.sequences]
+        entries = [self._entry(s, s.num_computed - 1, 1, s.num_computed - s.num_prompt) for s in step.sequences]
         rows = pack_rows(entries, [_floats(s.request.params) for s in step.sequences], bucket.batch, self._shape)
-        sampled, _ = self._run(bucket, rows, [], [])
+        sampled, _ = self._run(bucket, self._arrays(bucket, rows))
         return Dispatched(step, sampled, None, tuple(s.request.params.logprobs for s in step.sequences), ())
 
     def _dispatch_prefill(self, step: Prefill) -> Dispatched:
@@ -167,14 +168,19 @@ class Executor:
         scored = params.prompt_logprobs is not None and sequence.num_generated == 0
         size = self._prefill_sizes[-1] if scored else _at_least(self._prefill_sizes, step.length)
         stop = step.start + step.length
-        rows = pack_rows([self._entry(sequence, step.start, step.length)], [_floats(params)], 1, self._shape)
+        entry = self._entry(sequence, step.start, step.length, sequence.num_generated)
+        rows = pack_rows([entry], [_floats(params)], 1, self._shape)
+        tokens = sequence.token_ids[step.start : stop]
         targets = sequence.token_ids[step.start + 1 : stop + 1] if scored else []
-        sampled, scores = self._run(Bucket(1, size, scored), rows, sequence.token_ids[step.start : stop], targets)
+        bucket = Bucket(1, size, scored)
+        sampled, scores = self._run(bucket, self._arrays(bucket, rows, tokens, self._ends(params), targets))
         wanted = (params.logprobs,) if step.is_last else ()
         return Dispatched(step, sampled, scores, wanted, tuple(targets))
 
-    def _entry(self, sequence: Running, start: int, length: int) -> Row:
+    def _entry(self, sequence: Running, start: int, length: int, num_generated: int) -> Row:
+        """A row, whose sequence has so many generated tokens once all steps before this one are done."""
         params = sequence.request.params
+        forbids_ends = num_generated < params.min_tokens
         assert params.seed is not None  # the engine draws one for a request without
         return Row(
             slot=sequence.slot,
@@ -184,8 +190,15 @@ class Executor:
             seed=params.seed,
             wants_logprobs=params.logprobs is not None,
             prompt_length=sequence.num_prompt,
+            is_tallied=forbids_ends or params.is_penalized,
+            forbids_ends=forbids_ends,
             pages=sequence.pages,
         )
+
+    def _ends(self, params: SamplingParams) -> list[int]:
+        """The tokens that `min_tokens` forbids."""
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self._eos_ids)
+        return [token for token in ends if token < self._model.config.vocab_size] if params.min_tokens else []
 
     def run(self, bucket: Bucket, arrays: Sequence[Array]) -> tuple[Sampled, Scores | None]:
         """Run a step on host values as they were announced; returns before it is done."""
@@ -193,23 +206,27 @@ class Executor:
         if program is None:
             program = self._programs[bucket] = self._compile(bucket)
         ints, floats, *given = arrays
-        self._cache, self._last_tokens, sampled, *scores = program(
-            self._weights, self._cache, self._last_tokens, Rows(ints, floats), *given
+        self._cache, self._slots, sampled, *scores = program(
+            self._weights, self._cache, self._slots, Rows(ints, floats), *given
         )
         return sampled, scores[0] if scores else None
 
-    def _run(
-        self, bucket: Bucket, rows: Rows, tokens: Sequence[int], targets: Sequence[int]
-    ) -> tuple[Sampled, Scores | None]:
-        arrays = self._arrays(bucket, rows, tokens, targets)
+    def _run(self, bucket: Bucket, arrays: Sequence[Array]) -> tuple[Sampled, Scores | None]:
         self._announce(bucket, arrays)
         return self.run(bucket, arrays)
 
-    def _arrays(self, bucket: Bucket, rows: Rows, tokens: Sequence[int], targets: Sequence[int]) -> list[Array]:
+    def _arrays(
+        self,
+        bucket: Bucket,
+        rows: Rows,
+        tokens: Sequence[int] = (),
+        ends: Sequence[int] = (),
+        targets: Sequence[int] = (),
+    ) -> list[Array]:
         """The host values a bucket's program takes, in its order."""
         arrays: list[Array] = [rows.ints, rows.floats]
         if not bucket.is_decode:
-            arrays.append(_padded(tokens, bucket.length))
+            arrays += [_padded(tokens, bucket.length), _padded(ends, NUM_ENDS, -1)]
         if bucket.scores:
             arrays.append(_padded(targets, bucket.length))
         return arrays
@@ -218,14 +235,26 @@ class Executor:
         return lower_step(self._model, self._shape, bucket, self._num_top).compile()
 
 
-def _floats(params: SamplingParams) -> tuple[float, float, float]:
-    return params.temperature, params.top_p, params.min_p
+def _floats(params: SamplingParams) -> Floats:
+    return Floats(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+    )
 
 
-def _padded(tokens: Sequence[int], length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    row = np.zeros((1, length), np.int32)
+def _padded(tokens: Sequence[int], length: int, padding: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]:
+    row = np.full((1, length), padding, np.int32)
     row[0, : len(tokens)] = tokens
     return row
+
+
+def _zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
+    zeros: jax.Array = jax.jit(partial(jnp.zeros, array.shape, array.dtype), out_shardings=array.sharding)()
+    return zeros
 
 
 def _powers_of_two(smallest: int, largest: int) -> list[int]:

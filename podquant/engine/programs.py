@@ -1,7 +1,7 @@
 """The compiled steps: one program for each bucket of shapes, over a mesh.
 
 A step takes weights, cache and a few small host integers, and gives the next tokens; it never waits for the host.
-Weights come in as a tuple in the order of `Model.leaves`, the cache and the last tokens are donated.
+Weights come in as a tuple in the order of `Model.leaves`, the cache and the slots are donated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from podquant.engine.sampling import Sampling, log_probabilities, sample
+from podquant.engine.slots import NUM_ENDS, Adjustment, Slots, adjust, slot_arrays, tally_generated, tally_prompt
 from podquant.model.attention import KVCache, Positions
 from podquant.model.decoder import Decoder
 from podquant.model.layout import CacheShape, Model
@@ -27,28 +28,42 @@ _REPLICATED = PartitionSpec()
 
 
 class Row(NamedTuple):
-    """What a step needs to know of one sequence, but for how it samples: see `pack_rows`.
+    """What a step needs to know of one sequence, in whole numbers; on the devices of all rows, int32 [B] each.
 
     Attributes:
-        slot: its row of the last tokens.
+        slot: its row of `Slots`.
         start, length: the tokens of this step, by their positions.
         top_k, seed, wants_logprobs: see `Sampling`.
         prompt_length: tokens of its whole prompt, which rotations that depend on it need.
-        pages: of its keys and values.
+        is_tallied, forbids_ends: see `Adjustment`.
+        pages: of its keys and values; on the devices the page table, int32 [B, W].
     """
 
-    slot: int
-    start: int
-    length: int
-    top_k: int
-    seed: int
-    wants_logprobs: bool
-    prompt_length: int
-    pages: Sequence[int]
+    slot: Any
+    start: Any
+    length: Any
+    top_k: Any
+    seed: Any
+    wants_logprobs: Any
+    prompt_length: Any
+    is_tallied: Any
+    forbids_ends: Any
+    pages: Any
 
 
 NUM_INTS = len(Row._fields) - 1
 """Columns of `Rows.ints` in front of the page table."""
+
+
+class Floats(NamedTuple):
+    """By what one sequence samples, see `Sampling` and `Adjustment`; on the devices of all rows, float32 [B] each."""
+
+    temperature: Any
+    top_p: Any
+    min_p: Any
+    repetition: Any
+    presence: Any
+    frequency: Any
 
 
 class Rows(NamedTuple):
@@ -56,7 +71,7 @@ class Rows(NamedTuple):
 
     Attributes:
         ints: int32 [B, NUM_INTS + W]: the fields of each `Row`, the page table last.
-        floats: float32 [B, 3]: temperature, top_p, min_p.
+        floats: float32 [B, F]: the fields of each `Floats`.
     """
 
     ints: Any
@@ -94,8 +109,8 @@ class Bucket:
 def lower_step(model: Model, shape: CacheShape, bucket: Bucket, num_top: int) -> jax.stages.Lowered:
     """Lower the step for one bucket; compile the result to run it.
 
-    The program takes (weights, cache, last tokens, rows[, token ids [B, T][, target ids [B, T]]]) and returns (cache,
-    last tokens, Sampled[, Scores]); it donates cache and last tokens.
+    The program takes (weights, cache, slots, rows[, token ids [B, T], end ids [B, NUM_ENDS][, target ids [B, T]]]) and
+    returns (cache, slots, Sampled[, Scores]); it donates cache and slots.
 
     Args:
         model: the model.
@@ -105,22 +120,23 @@ def lower_step(model: Model, shape: CacheShape, bucket: Bucket, num_top: int) ->
     """
     step = partial(_step, model, shape, num_top, bucket)
     weight_specs = tuple(sharding.spec for sharding in model.shardings)
-    keys, values, last = model.cache_arrays(shape)
-    cache_specs = KVCache(keys.sharding.spec, values.sharding.spec)
+    keys, values = model.cache_arrays(shape)
+    cache: Any = (keys, values)
+    state = slot_arrays(model, shape)
     inputs = _inputs(model, shape, bucket)
+    carried = jax.tree.map(lambda array: array.sharding.spec, (KVCache(*cache), state))
     mapped = jax.shard_map(
         step,
         mesh=model.mesh,
-        in_specs=(weight_specs, cache_specs, *(_REPLICATED,) * (1 + len(inputs))),
-        out_specs=(cache_specs, *(_REPLICATED,) * (3 if bucket.scores else 2)),
+        in_specs=(weight_specs, *carried, *(_REPLICATED,) * len(inputs)),
+        out_specs=(*carried, *(_REPLICATED,) * (2 if bucket.scores else 1)),
         check_vma=False,
     )
     weights = tuple(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         for leaf, sharding in zip(model.leaves, model.shardings, strict=True)
     )
-    cache: Any = (keys, values)
-    return jax.jit(mapped, donate_argnums=(1, 2)).lower(weights, KVCache(*cache), last, *inputs)
+    return jax.jit(mapped, donate_argnums=(1, 2)).lower(weights, KVCache(*cache), state, *inputs)
 
 
 def _inputs(model: Model, shape: CacheShape, bucket: Bucket) -> tuple[Any, ...]:
@@ -129,9 +145,14 @@ def _inputs(model: Model, shape: CacheShape, bucket: Bucket) -> tuple[Any, ...]:
     def struct(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=replicated)
 
-    rows = Rows(struct((bucket.batch, NUM_INTS + shape.table_width), jnp.int32), struct((bucket.batch, 3), jnp.float32))
-    tokens = struct((bucket.batch, bucket.length), jnp.int32)
-    return (rows, *(tokens,) * (0 if bucket.is_decode else 2 if bucket.scores else 1))
+    batch = bucket.batch
+    ints, floats = (batch, NUM_INTS + shape.table_width), (batch, len(Floats._fields))
+    inputs: list[Any] = [Rows(struct(ints, jnp.int32), struct(floats, jnp.float32))]
+    if not bucket.is_decode:
+        inputs += [struct((batch, bucket.length), jnp.int32), struct((batch, NUM_ENDS), jnp.int32)]
+    if bucket.scores:
+        inputs.append(struct((batch, bucket.length), jnp.int32))
+    return tuple(inputs)
 
 
 def _step(
@@ -141,25 +162,66 @@ def _step(
     bucket: Bucket,
     weights: tuple[jax.Array, ...],
     cache: KVCache,
-    last_tokens: jax.Array,
+    state: Slots,
     rows: Rows,
     *given: jax.Array,
 ) -> tuple[Any, ...]:
     """One step on one shard; see `lower_step`."""
     decoder = model.decoder(weights)
-    slots, starts, lengths, top_k, seeds, wants, prompts = (rows.ints[:, i] for i in range(NUM_INTS))  # as in Row
-    tokens = last_tokens[slots][:, None] if bucket.is_decode else given[0]
-    at = step_positions(model, shape, starts, lengths, prompts, rows.ints[:, NUM_INTS:], bucket.length)
+    row = Row._make([*(rows.ints[:, i] for i in range(NUM_INTS)), rows.ints[:, NUM_INTS:]])
+    floats = Floats(*(rows.floats[:, i] for i in range(len(Floats._fields))))
+    tokens = state.last_tokens[row.slot][:, None] if bucket.is_decode else given[0]
+    at = step_positions(model, shape, row.start, row.length, row.prompt_length, row.pages, bucket.length)
     hidden, cache = decoder.hidden(tokens, cache, at)
     by_row = hidden.reshape(bucket.batch, bucket.length, -1)
-    last = jnp.take_along_axis(by_row, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    temperature, top_p, min_p = (rows.floats[:, i] for i in range(3))
-    how = Sampling(temperature, top_p, min_p, top_k, seeds, starts + lengths, wants > 0)
-    sampled = sample(decoder.logits(last), how, model.config.vocab_size, num_top)
-    last_tokens = last_tokens.at[slots].set(sampled.tokens)
+    last = jnp.take_along_axis(by_row, jnp.maximum(row.length - 1, 0)[:, None, None], axis=1)[:, 0]
+    logits = decoder.logits(last)
+    adjusted, tallies = _adjusted(logits, state.tallies, row, floats, tokens, None if bucket.is_decode else given[1])
+    how = Sampling(
+        temperature=floats.temperature,
+        top_p=floats.top_p,
+        min_p=floats.min_p,
+        top_k=row.top_k,
+        seeds=row.seed,
+        positions=row.start + row.length,
+        wants_logprobs=row.wants_logprobs > 0,
+        is_adjusted=row.is_tallied > 0,
+    )
+    sampled = sample(logits, adjusted, how, model.config.vocab_size, num_top)
+    state = Slots(state.last_tokens.at[row.slot].set(sampled.tokens), tallies)
     if not bucket.scores:
-        return cache, last_tokens, sampled
-    return cache, last_tokens, sampled, _scores(decoder, hidden, given[1], model.config.vocab_size, num_top)
+        return cache, state, sampled
+    return cache, state, sampled, _scores(decoder, hidden, given[2], model.config.vocab_size, num_top)
+
+
+def _adjusted(
+    logits: jax.Array,
+    tallies: jax.Array,
+    row: Row,
+    floats: Floats,
+    tokens: jax.Array,
+    ends: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Logits to choose from, and the tallies with the tokens of this step; `ends` None for a decode step."""
+    how = Adjustment(
+        is_used=row.is_tallied > 0,
+        forbids_ends=row.forbids_ends > 0,
+        repetition=floats.repetition,
+        presence=floats.presence,
+        frequency=floats.frequency,
+    )
+
+    def tally_and_adjust(tallies: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if ends is None:
+            tallies = tally_generated(tallies, row.slot, tokens[:, 0], how.is_used)
+        else:
+            offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+            positions = jnp.where(offsets < row.length[:, None], row.start[:, None] + offsets, -1)
+            tallies = tally_prompt(tallies, row.slot, tokens, positions, row.prompt_length, ends, how.is_used)
+        return adjust(logits, tallies[row.slot], how), tallies
+
+    adjusted, tallies = jax.lax.cond(jnp.any(how.is_used), tally_and_adjust, lambda tallies: (logits, tallies), tallies)
+    return adjusted, tallies
 
 
 def step_positions(
@@ -217,7 +279,7 @@ def _scores(decoder: Decoder, hidden: jax.Array, targets: jax.Array, vocab_size:
 
 def pack_rows(
     entries: Sequence[Row],
-    floats: Sequence[tuple[float, float, float]],
+    floats: Sequence[Floats],
     batch: int,
     shape: CacheShape,
 ) -> Rows:
@@ -225,7 +287,7 @@ def pack_rows(
 
     Args:
         entries: the sequences.
-        floats: for each of them temperature, top_p, min_p.
+        floats: for each of them.
         batch: rows of the bucket.
         shape: of the cache; padding rows use its extra slot.
     """
@@ -234,7 +296,7 @@ def pack_rows(
     for row, (*head, pages) in enumerate(entries):
         ints[row, :NUM_INTS] = head
         ints[row, NUM_INTS : NUM_INTS + len(pages)] = pages
-    packed: NDArray[np.float32] = np.zeros((batch, 3), np.float32)
+    packed: NDArray[np.float32] = np.zeros((batch, len(Floats._fields)), np.float32)
     if floats:
         packed[: len(floats)] = floats
     return Rows(ints, packed)

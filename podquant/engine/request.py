@@ -25,9 +25,12 @@ class SamplingParams:
 
     Attributes:
         max_tokens: tokens to generate at the most; 0 asks only for the log-probabilities of the prompt.
-        min_tokens: no stop token, end token or stop string ends the output before this many tokens.
-        temperature: 0 is greedy.
-        top_p, top_k, min_p: 1.0, 0 (or -1) and 0.0 leave the distribution whole; applied in the order k, p, min_p.
+        min_tokens: so many tokens at the least: none of them is one that would end the output, nor does a stop string.
+        temperature: below 1e-5 greedy.
+        top_p, top_k, min_p: 1.0, 0 (or -1) and 0.0 leave the distribution whole; applied in the order k, p, min_p; a
+            `top_p` up to 1e-6 is greedy.
+        repetition_penalty: of the tokens in prompt and output, divides logits above 0 and multiplies others.
+        presence_penalty, frequency_penalty: taken from the logits of generated tokens, once, and for each time.
         seed: 0 to 2**31 - 1; None draws one; the same seed repeats the output.
         stop: strings that end the output, themselves left out.
         stop_token_ids: tokens that end the output, beside the model's own end tokens.
@@ -43,6 +46,9 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -57,6 +63,9 @@ class SamplingParams:
         self._require(0 < self.top_p <= 1, "top_p", "above 0 and up to 1")
         self._require(-1 <= self.top_k < 1 << 31, "top_k", "-1 to 2**31 - 1")
         self._require(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        self._require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "0.01 to 100")
+        self._require(-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2")
+        self._require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2")
         self._require(self.seed is None or 0 <= self.seed < 1 << 31, "seed", "0 to 2**31 - 1, or None")
         self._require(isinstance(self.stop, tuple), "stop", "a tuple of strings")
         self._require(isinstance(self.stop_token_ids, tuple), "stop_token_ids", "a tuple of token ids")
@@ -64,6 +73,11 @@ class SamplingParams:
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
             raise RequestError(f"{name}: expected {expected}, got {getattr(self, name)!r}.", name)
+
+    @property
+    def is_penalized(self) -> bool:
+        """Whether what was said already makes a token less likely, or likelier."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (natural logarithm, before temperature and filters) at one position.
+    """Log-probabilities (natural logarithm, before penalties, temperature and filters) at one position.
 
     Attributes:
         token_id: the token that stands there.

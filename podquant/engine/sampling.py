@@ -1,8 +1,8 @@
 """Choosing the next token on the devices, from logits whose vocabulary is shared out among the shards.
 
-Two collectives in all, whatever the rows ask for: one turns the shards' columns of all rows into all columns of a few
-rows each, one gives every shard the tokens chosen. Between them a shard works on its own rows alone. top-k and top-p
-are exact: their thresholds are found by bisection over the bits of the logits, without a sort.
+Two collectives in a step, whatever the rows ask for: one turns the shards' columns of all rows into all columns of a
+few rows each, one gives every shard the tokens chosen. Between them a shard works on its own rows alone. top-k and
+top-p are exact: their thresholds are found by bisection over the bits of the logits, without a sort.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ import jax.numpy as jnp
 
 from podquant.model.axes import TP
 
+_GREEDY_TEMPERATURE = 1e-5
+"""Below it a draw is greedy: noise would only choose among logits that differ by less than a float32 holds."""
+
+_GREEDY_TOP_P = 1e-6
+"""Up to it the most likely token alone has that much, in a vocabulary of up to a million."""
+
 
 class Sampling(NamedTuple):
     """How each row chooses; arrays of length B.
 
     Attributes:
-        temperature: float32, 0 for greedy.
-        top_p, min_p: float32.
+        temperature, top_p: float32; next to 0 either is greedy.
+        min_p: float32.
         top_k: int32, 0 for all.
         seeds: int32; with `positions` they make the randomness of a row, whatever else is in the batch.
         positions: int32, of the token being chosen.
         wants_logprobs: bool.
+        is_adjusted: bool, whether the logits to choose from are others than those to report.
     """
 
     temperature: jax.Array
@@ -34,6 +41,7 @@ class Sampling(NamedTuple):
     seeds: jax.Array
     positions: jax.Array
     wants_logprobs: jax.Array
+    is_adjusted: jax.Array
 
 
 class Sampled(NamedTuple):
@@ -45,11 +53,12 @@ class Sampled(NamedTuple):
     top_logprobs: jax.Array
 
 
-def sample(logits: jax.Array, how: Sampling, vocab_size: int, num_top: int) -> Sampled:
+def sample(logits: jax.Array, adjusted: jax.Array, how: Sampling, vocab_size: int, num_top: int) -> Sampled:
     """Choose a token for each row.
 
     Args:
-        logits: this shard's [B, V / tp] float32.
+        logits: this shard's [B, V / tp] float32; log-probabilities are of these.
+        adjusted: to choose from, of the same shape; `logits` for rows that are not `is_adjusted`.
         how: see `Sampling`.
         vocab_size: the true V; columns from there on are padding.
         num_top: n, how many of the most likely tokens to report for rows that want log-probabilities.
@@ -57,15 +66,17 @@ def sample(logits: jax.Array, how: Sampling, vocab_size: int, num_top: int) -> S
     Returns:
         The same on every shard.
     """
-    rows = _spread(logits)[:, :vocab_size]
+    both = jnp.any(how.is_adjusted & how.wants_logprobs)
+    rows, raw = jax.lax.cond(both, lambda: _spread_two(adjusted, logits), lambda: (_spread(adjusted),) * 2)
+    rows, raw = rows[:, :vocab_size], raw[:, :vocab_size]
     mine = jax.tree.map(_own, how)
-    random = mine.temperature > 0.0
+    random = (mine.temperature >= _GREEDY_TEMPERATURE) & (mine.top_p > _GREEDY_TOP_P)
     scores = jax.lax.cond(jnp.any(random), lambda: _perturbed(rows, mine), lambda: rows)
     tokens = jnp.argmax(jnp.where(random[:, None], scores, rows), axis=-1).astype(jnp.int32)
     count = rows.shape[0]
     logprobs, top_tokens, top_logprobs = jax.lax.cond(
         jnp.any(mine.wants_logprobs),
-        lambda: _log_probabilities(rows, tokens, num_top),
+        lambda: _log_probabilities(raw, tokens, num_top),
         lambda: (
             jnp.zeros((count,), jnp.float32),
             jnp.zeros((count, num_top), jnp.int32),
@@ -112,6 +123,13 @@ def _spread(logits: jax.Array) -> jax.Array:
     return rows
 
 
+def _spread_two(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`_spread` of both, in one collective."""
+    width = first.shape[1]
+    rows = _spread(jnp.concatenate([first, second], axis=1)).reshape(-1, jax.lax.axis_size(TP), 2, width)
+    return rows[:, :, 0].reshape(len(rows), -1), rows[:, :, 1].reshape(len(rows), -1)
+
+
 def _own(values: jax.Array) -> jax.Array:
     """This shard's rows [ceil(B / tp)] of values [B] that every shard has; rows from B on are zero."""
     shards = jax.lax.axis_size(TP)
@@ -133,7 +151,9 @@ def _collect(batch: int, *parts: jax.Array) -> list[jax.Array]:
 
 def _perturbed(logits: jax.Array, how: Sampling) -> jax.Array:
     """Filtered logits plus Gumbel noise: their argmax is a draw from the filtered distribution."""
-    scaled = logits / jnp.where(how.temperature > 0.0, how.temperature, 1.0)[:, None]
+    # from the best downwards, so that whatever the temperature what is near it keeps its digits, and nothing overflows
+    below = logits - logits.max(axis=-1, keepdims=True)
+    scaled = below / jnp.maximum(how.temperature, _GREEDY_TEMPERATURE)[:, None]
     filtered = (how.top_k > 0) | (how.top_p < 1.0) | (how.min_p > 0.0)
     scaled = jax.lax.cond(jnp.any(filtered), lambda: _filter(scaled, how), lambda: scaled)
     width = logits.shape[1]

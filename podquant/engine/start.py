@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from podquant.engine.limits import Limits
 from podquant.engine.options import EngineOptions
 from podquant.engine.pages import PagePool
 from podquant.engine.scheduler import Scheduler
+from podquant.engine.slots import slot_arrays
 from podquant.errors import CapacityError, ConfigError
 from podquant.families.config import ModelConfig
 from podquant.families.layout import plan_layout
@@ -99,12 +100,16 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
 
 
 def start_executor(
-    opened: Opened, on_load: OnLoad = lambda done, total: None, announce: Announce = lambda bucket, arrays: None
+    opened: Opened,
+    on_load: OnLoad = lambda done, total: None,
+    announce: Announce = lambda bucket, arrays: None,
+    eos_ids: frozenset[int] = frozenset(),
 ) -> tuple[Executor, CacheShape]:
     """Load and compile a model. Where several processes run it together, all must, at the same time.
 
     Args:
         announce: told of each step before it is dispatched, in the process that schedules.
+        eos_ids: the model's end tokens, in the process that schedules.
 
     Raises:
         CheckpointError, ArtifactError, MeshError, CapacityError, StorageError: before weights are read where that is
@@ -129,7 +134,7 @@ def start_executor(
     seconds = time.monotonic() - began
     _log.info("loaded %.2f GB in %.1f s, %.2f GB/s", read / 1e9, seconds, read / seconds / 1e9)
     shape = _cache_shape(options, model, device, opened.context_length, exchange_over(mesh))
-    executor = Executor(model, weights, shape, options.chunked_prefill_size, options.max_logprobs, announce)
+    executor = Executor(model, weights, shape, options.chunked_prefill_size, options.max_logprobs, eos_ids, announce)
     if not options.skip_server_warmup:
         began = time.monotonic()
         executor.warm_up(lambda bucket, seconds: _log.info("compiled %s in %.1f s", bucket, seconds))
@@ -159,7 +164,8 @@ def build_engine(
         tokenizer: None to serve token ids only.
     """
     options, config = opened.options, opened.config
-    executor, shape = start_executor(opened, on_load, announce)
+    eos_ids = frozenset(tokenizer.eos_ids if tokenizer else config.eos_token_ids)
+    executor, shape = start_executor(opened, on_load, announce, eos_ids)
     pool = PagePool(shape.num_pages, shape.page_size)
     scheduler = Scheduler(
         pool,
@@ -182,7 +188,7 @@ def build_engine(
         pool=pool,
         tokenizer=tokenizer,
         limits=limits,
-        eos_token_ids=frozenset(tokenizer.eos_ids if tokenizer else config.eos_token_ids),
+        eos_token_ids=eos_ids,
         random_seed=options.random_seed,
     )
 
@@ -263,6 +269,8 @@ def _cache_shape(
             tokens = min(_CPU_CACHE_TOKENS, wanted)
         else:
             free = stats["bytes_limit"] * options.mem_fraction_static - stats["bytes_in_use"]
+            slots = CacheShape(1, options.page_size, options.max_running_requests, context_length)
+            free -= _device_bytes(slot_arrays(model, slots))
             tokens = min(int(free // _token_bytes(model)), wanted)
         tokens = min(int(each) for each in exchange(str(tokens).encode()))
     num_pages = tokens // options.page_size
@@ -276,5 +284,8 @@ def _cache_shape(
 
 def _token_bytes(model: Model) -> int:
     """Bytes of one token's keys and values on one device."""
-    arrays = model.cache_arrays(CacheShape(num_pages=1, page_size=1, num_slots=1, context_length=1))[:2]
+    return _device_bytes(model.cache_arrays(CacheShape(num_pages=1, page_size=1, num_slots=1, context_length=1)))
+
+
+def _device_bytes(arrays: Sequence[jax.ShapeDtypeStruct]) -> int:
     return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)

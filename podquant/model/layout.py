@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
@@ -26,8 +26,6 @@ from podquant.model.axes import LOCAL, RULES, TP, spec_of
 from podquant.model.decoder import Decoder, SchemeOf
 from podquant.model.matmul import Numerics
 from podquant.model.parameter import Weight
-
-_REPLICATED = PartitionSpec()
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class CacheShape:
     Attributes:
         num_pages: in each layer; page 0 takes the writes of padding.
         page_size: tokens in a page.
-        num_slots: rows of last tokens, one for each sequence that runs.
+        num_slots: sequences that run at a time.
         context_length: tokens of the longest sequence.
     """
 
@@ -183,10 +181,10 @@ class Model:
         return cache_layout(self.config, self.layout.num_kv_heads)
 
     def cache_arrays(self, shape: CacheShape) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes, dtypes and shardings of the keys, the values and the last tokens."""
+        """Shapes, dtypes and shardings of the keys and the values."""
         kept = self.cache_layout
         pages = (self.config.num_layers * shape.num_pages, kept.heads, shape.page_size)
-        keys, values = (
+        return tuple(
             jax.ShapeDtypeStruct(
                 (*pages, width),
                 jnp.dtype(self.numerics.dtype),
@@ -194,5 +192,3 @@ class Model:
             )
             for width in (kept.key_dim, kept.value_dim)
         )
-        last = jax.ShapeDtypeStruct((shape.num_slots + 1,), jnp.int32, sharding=NamedSharding(self.mesh, _REPLICATED))
-        return keys, values, last

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Self
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from podquant.engine.request import SamplingParams
-from podquant.errors import RequestError
 from podquant.server.fields import Body, Part, invalid, unsupported
 from podquant.server.messages import Message
 
@@ -55,6 +54,9 @@ class _Generation(Body):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=1 << 31)
     min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
     max_tokens: int | None = Field(None, ge=0)
     max_completion_tokens: int | None = Field(None, ge=0)
     min_tokens: int = Field(0, ge=0)
@@ -87,9 +89,6 @@ class _Generation(Body):
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         # of a prompt that is too long one token more is asked for, which is refused where lengths are
         max_tokens = max(room, 1) if asked is None else asked
-        if self.min_tokens > max_tokens:
-            limit = f"max_tokens {max_tokens}" if asked is not None else f"the {max_tokens} that there is room for"
-            raise RequestError(f"min_tokens {self.min_tokens} is more than {limit}; lower it.", "min_tokens")
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
@@ -97,6 +96,9 @@ class _Generation(Body):
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
             min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             # choices of one request differ, and repeat with its seed; devices take 31 bits
             seed=None if self.seed is None else (self.seed + choice) & 0x7FFF_FFFF,
             stop=tuple(self.stop),

@@ -46,7 +46,7 @@ class Scorer:
         source.close()
         page_size = 64
         self._shape = CacheShape(length // page_size + 1, page_size, 1, length)
-        keys, values, _ = model.cache_arrays(self._shape)
+        keys, values = model.cache_arrays(self._shape)
         self._cache = KVCache(jnp.zeros(keys.shape, keys.dtype), jnp.zeros(values.shape, values.dtype))
         table = np.zeros((1, self._shape.table_width), np.int32)
         table[0, : length // page_size] = np.arange(1, length // page_size + 1)

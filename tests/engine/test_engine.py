@@ -119,6 +119,54 @@ def test_a_pool_too_small_for_all_gives_the_same_tokens(engine: LocalEngine) -> 
         assert idle(small)
 
 
+PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+
+
+def test_penalties_are_the_same_alone_together_in_pieces_and_preempted(engine: LocalEngine) -> None:
+    expected = tokens(engine, PROMPTS, max_tokens=60, **PENALTIES)
+    assert expected != tokens(engine, PROMPTS, max_tokens=60)
+    assert [tokens(engine, [prompt], max_tokens=60, **PENALTIES)[0] for prompt in PROMPTS[:2]] == expected[:2]
+    with running(max_total_tokens=112, chunked_prefill_size=4, tp_size=2) as small:
+        assert tokens(small, PROMPTS, max_tokens=60, **PENALTIES) == expected
+        assert small.stats().num_preemptions > 0
+
+
+def test_penalties_are_taken_from_the_logits_that_are_reported() -> None:
+    """Greedy under penalties is the best of the reported log-probabilities less what each token has coming."""
+    with running(max_logprobs=512) as engine:
+        asked = params(presence_penalty=0.4, frequency_penalty=0.3, logprobs=512)
+        entries = [e for output in run(engine, [Request("p", (5, 6), asked)])["p"] for e in output.logprobs]
+    counts = np.zeros(512)
+    for entry in entries:
+        raw = np.zeros(512)
+        raw[[token for token, _ in entry.top]] = [value for _, value in entry.top]
+        assert entry.token_id == int((raw - 0.3 * counts - 0.4 * (counts > 0)).argmax())
+        assert entry.logprob == raw[entry.token_id]
+        counts[entry.token_id] += 1
+    assert any(entry.token_id != entry.top[0][0] for entry in entries)
+
+
+def test_a_strong_repetition_penalty_repeats_nothing(engine: LocalEngine) -> None:
+    hard = {"repetition_penalty": 100.0, "max_tokens": 60}
+    for prompt, output in zip(PROMPTS, tokens(engine, PROMPTS, **hard), strict=True):
+        assert len({*output}) == 60
+        assert not {*prompt} & {*output}
+
+
+def test_no_end_token_is_chosen_before_min_tokens(engine: LocalEngine) -> None:
+    (free,) = tokens(engine, PROMPTS[:1], max_tokens=40)
+    ends = (free[0], free[2], 10**12)  # the last is no token of any model
+    (stopped,) = tokens(engine, PROMPTS[:1], max_tokens=40, stop_token_ids=ends)
+    (late,) = tokens(engine, PROMPTS[:1], max_tokens=40, stop_token_ids=ends, min_tokens=20)
+    beside = [Request("plain", tuple(PROMPTS[0]), params(max_tokens=40))]
+    beside.append(Request("late", tuple(PROMPTS[0]), params(max_tokens=40, stop_token_ids=ends, min_tokens=20)))
+    together = {name: [t for o in news for t in o.token_ids] for name, news in run(engine, beside).items()}
+    assert stopped == free[:1]
+    assert len(late) >= 20
+    assert not {*late[:20]} & {*ends}
+    assert together == {"plain": free, "late": late}
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen1-long"])
 def test_prompt_logprobs_are_those_of_the_reference(name: str) -> None:
     with np.load(GOLDENS / name / "reference.npz") as reference:

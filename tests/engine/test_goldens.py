@@ -119,7 +119,7 @@ def all_logits(model: Model, weights: tuple[jax.Array, ...], tokens: Array) -> A
     batch, length = tokens.shape
     shape = CacheShape(1 + batch * 16, PAGE_SIZE, batch, 256)
     page_table = 1 + np.arange(batch * shape.table_width, dtype=np.int32).reshape(batch, -1)
-    keys, values, _ = model.cache_arrays(shape)
+    keys, values = model.cache_arrays(shape)
 
     def run(weights: tuple[jax.Array, ...], cache: KVCache, tokens: jax.Array) -> jax.Array:
         decoder = model.decoder(weights)

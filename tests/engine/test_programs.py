@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from podquant.config.scheme import Scheme
-from podquant.engine.programs import NUM_INTS, Bucket, Row, pack_rows, step_positions
+from podquant.engine.programs import NUM_INTS, Bucket, Floats, Row, pack_rows, step_positions
 from podquant.errors import MeshError
 from podquant.families.registry import read_model_config
 from podquant.model.layout import CacheShape, Model
@@ -94,11 +94,12 @@ def test_positions_of_padding_are_written_to_page_zero() -> None:
 
 def test_rows_are_padded_to_the_bucket() -> None:
     shape = CacheShape(9, 16, 2, 256)
-    rows = pack_rows([Row(1, 5, 3, 40, 7, True, 8, [4, 6])], [(0.5, 0.9, 0.1)], 2, shape)
+    row = Row(1, 5, 3, 40, 7, True, 8, True, False, [4, 6])
+    rows = pack_rows([row], [Floats(0.5, 0.9, 0.1, 1.2, 0.3, 0.4)], 2, shape)
     assert rows.ints.shape == (2, NUM_INTS + 16)
-    assert rows.ints[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 4, 6, 0]
-    assert rows.ints[1].tolist() == [2] + [0] * 22  # the slot behind the last, and page 0
-    np.testing.assert_allclose(rows.floats, np.asarray([[0.5, 0.9, 0.1], [0.0, 0.0, 0.0]]), rtol=1e-6)
+    assert rows.ints[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 1, 0, 4, 6, 0]
+    assert rows.ints[1].tolist() == [2] + [0] * 24  # the slot behind the last, and page 0
+    np.testing.assert_allclose(rows.floats, np.asarray([[0.5, 0.9, 0.1, 1.2, 0.3, 0.4], [0.0] * 6]), rtol=1e-6)
 
 
 def test_a_bucket_of_one_token_is_a_decode_step() -> None:

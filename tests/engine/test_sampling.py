@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -21,8 +21,20 @@ LOGITS = np.random.default_rng(3).normal(0.0, 0.7, VOCAB).astype(np.float32)
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def draw(logits: Array, tp: int, num_top: int = 4, **how: Any) -> Sampled:
-    """Sample each row of `logits` [B, VOCAB], its padding full of tempting values."""
+@cache
+def program(tp: int, num_top: int) -> Any:
+    step = jax.shard_map(
+        partial(sample, vocab_size=VOCAB, num_top=num_top),
+        mesh=make_mesh("cpu", tp),
+        in_specs=(PartitionSpec(None, "tp"), PartitionSpec(None, "tp"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return jax.jit(step)
+
+
+def draw(logits: Array, tp: int, num_top: int = 4, adjusted: Array | None = None, **asked: Any) -> Sampled:
+    """Sample each row of `logits` [B, VOCAB], its padding full of tempting values; `adjusted` to choose from others."""
     batch = len(logits)
     columns = {
         "temperature": np.ones(batch, np.float32),
@@ -32,22 +44,13 @@ def draw(logits: Array, tp: int, num_top: int = 4, **how: Any) -> Sampled:
         "seeds": np.arange(batch, dtype=np.int32),
         "positions": np.zeros(batch, np.int32),
         "wants_logprobs": np.ones(batch, np.bool_),
+        "is_adjusted": np.full(batch, adjusted is not None),
     }
-    given = {name: np.broadcast_to(value, batch).astype(columns[name].dtype) for name, value in how.items()}
-    padded = np.full((batch, PADDED), 99.0, np.float32)
-    padded[:, :VOCAB] = logits
-    specs = (PartitionSpec(None, "tp"), PartitionSpec())
-    step = jax.shard_map(
-        partial(sample, vocab_size=VOCAB, num_top=num_top),
-        mesh=make_mesh("cpu", tp),
-        in_specs=specs,
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    sampled = jax.jit(step)(
-        jnp.asarray(padded), Sampling(**{name: jnp.asarray(column) for name, column in (columns | given).items()})
-    )
-    found: Sampled = jax.tree.map(np.asarray, sampled)
+    given = {name: np.broadcast_to(value, batch).astype(columns[name].dtype) for name, value in asked.items()}
+    padded = [np.full((batch, PADDED), 99.0, np.float32) for _ in range(2)]
+    padded[0][:, :VOCAB], padded[1][:, :VOCAB] = logits, logits if adjusted is None else adjusted
+    how = Sampling(**{name: jnp.asarray(column) for name, column in (columns | given).items()})
+    found: Sampled = jax.tree.map(np.asarray, program(tp, num_top)(*map(jnp.asarray, padded), how))
     return found
 
 
@@ -134,3 +137,46 @@ def test_logprobs_are_of_the_whole_distribution() -> None:
     assert found.top_tokens[0, :VOCAB].tolist() == best.tolist()
     np.testing.assert_allclose(found.top_logprobs[0, :VOCAB], expected[best], atol=1e-5)
     assert not draw(LOGITS[None], 2, wants_logprobs=False).top_logprobs.any()
+
+
+NEAR_ZERO = [1e-6, 1e-8, 1e-20, 1e-38, 1e-45, 0.0]
+
+
+@pytest.mark.parametrize("temperature", NEAR_ZERO)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4, 1e30])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float, scale: float) -> None:
+    rows = np.random.default_rng(7).normal(0.0, scale, (40, VOCAB)).astype(np.float32)
+    filters: dict[str, Any] = {"top_k": 5, "top_p": 0.9, "min_p": 0.1}
+    for more in ({}, filters):
+        assert draw(rows, 2, temperature=temperature, **more).tokens.tolist() == rows.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("top_p", NEAR_ZERO)
+def test_a_top_p_next_to_zero_is_greedy(top_p: float) -> None:
+    rows = np.random.default_rng(8).normal(0.0, 0.1, (40, VOCAB)).astype(np.float32)
+    rows[:, 3] = rows[:, 9] = 1.0  # of two that are as likely the first
+    for temperature in (1.0, 100.0):
+        assert draw(rows, 1, temperature=temperature, top_p=top_p).tokens.tolist() == [3] * 40
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_a_low_temperature_keeps_digits_whatever_the_logits_add_up_to(offset: float) -> None:
+    """Two logits 1/64 apart at temperature 1/64: e times as likely; divided first, 64 e4 would swallow the noise."""
+    rows = np.full((4000, VOCAB), offset - 100.0, np.float32)
+    rows[:, 2], rows[:, 7] = offset, offset + 1 / 64
+    tokens = draw(rows, 1, temperature=1 / 64).tokens
+    share = np.mean(tokens == 7)
+    assert set(tokens.tolist()) == {2, 7}
+    assert abs(share - np.e / (1 + np.e)) < 4 * np.sqrt(0.2 / 4000)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_choice_is_of_the_adjusted_logits_and_the_logprobs_of_the_others(tp: int, batch: int) -> None:
+    chooser = np.random.default_rng(batch)
+    logits, adjusted = chooser.normal(0.0, 1.0, (2, batch, VOCAB)).astype(np.float32)
+    found = draw(logits, tp, num_top=VOCAB, adjusted=adjusted, temperature=0.0)
+    expected = np.stack([np.log(softmax(row)) for row in logits])
+    assert found.tokens.tolist() == adjusted.argmax(-1).tolist()
+    np.testing.assert_allclose(found.logprobs, expected[np.arange(batch), found.tokens], atol=1e-6)
+    np.testing.assert_allclose(found.top_logprobs, -np.sort(-expected), atol=1e-5)

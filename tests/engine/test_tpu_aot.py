@@ -75,7 +75,7 @@ def test_a_step_fits_and_takes_no_memory_beside_weights_and_cache(compiled: Comp
 def test_chips_meet_twice_a_layer_and_three_times_outside(compiled: Compiler, topology: str, name: str) -> None:
     facts = compiled(topology, name)
     assert facts["layer_collectives"] == ["all-reduce", "all-reduce"]
-    # Of every kind, and also those that only some requests need: the embedding, the logits, the tokens.
+    # Of every kind, and in the step that meets most, whatever requests ask for: the embedding, the logits, the tokens.
     assert len(facts["other_collectives"]) <= 3
     assert facts["repeated_collectives"] == []
 

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from podquant.config.scheme import Scheme
 from podquant.engine.programs import Bucket, lower_step
+from podquant.engine.slots import slot_arrays
 from podquant.families.registry import read_model_config
 from podquant.model.axes import TP
 from podquant.model.decoder import Decoder
@@ -116,6 +117,20 @@ class Program:
                     if called != without:
                         yield from self.reached(called, fusions=fusions, without=without)
 
+    def collectives(self, name: str, *, without: str = "") -> list[str]:
+        """The most collectives that one run of a computation meets: of a conditional those of one branch only."""
+        found = []
+        for instruction in self.computations[name]:
+            opcode = instruction.opcode.removesuffix("-start")
+            if opcode in COLLECTIVES:
+                found.append(opcode)
+            if opcode == "fusion":
+                continue
+            called = [self.collectives(each, without=without) for each in instruction.called if each != without]
+            run = [max(called, key=len)] if opcode == "conditional" else called
+            found += [each for collectives in run for each in collectives]
+        return sorted(found)
+
     def products(self, name: str, *, without: str = "") -> list[str]:
         """For each matrix product that runs in a computation, the element types of its operands and its result."""
         reached = list(self.reached(name, fusions=True, without=without))
@@ -134,16 +149,11 @@ def _layer_body(program: Program, cache_pages: int) -> str:
     return loops[0].rest.split("body=", 1)[1].split(",", 1)[0]
 
 
-def _collectives(instructions: Iterator[Instruction]) -> list[str]:
-    opcodes = (i.opcode.removesuffix("-start") for i in instructions)
-    return sorted(opcode for opcode in opcodes if opcode in COLLECTIVES)
-
-
 def _repeated_collectives(program: Program, layer: str) -> list[str]:
     """Those in loops other than that over the layers."""
     loops = (i for i in program.reached(program.entry, without=layer) if i.opcode == "while")
     bodies = (name for loop in loops for name in loop.called if name != layer)
-    return [collective for body in bodies for collective in _collectives(program.reached(body))]
+    return [collective for body in bodies for collective in program.collectives(body)]
 
 
 def _wide_copies(program: Program, model: Model, rows: int) -> list[str]:
@@ -177,14 +187,16 @@ def _facts(model: Model, batch: int, bucket: Bucket) -> dict[str, Any]:
     program = Program(text)
     layer = _layer_body(program, model.config.num_layers * shape.num_pages)
     donated = (math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in model.cache_arrays(shape))
+    tallies = slot_arrays(model, shape).tallies
+    rows, columns = tallies.sharding.shard_shape(tallies.shape)
     return {
         "seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
-        "donated_bytes": sum(donated),
-        "layer_collectives": _collectives(program.reached(layer)),
-        "other_collectives": _collectives(program.reached(program.entry, without=layer)),
+        "donated_bytes": sum(donated) + -(-rows // 8) * 8 * -(-columns // 128) * 128 * 4,  # tallies in whole tiles
+        "layer_collectives": program.collectives(layer),
+        "other_collectives": program.collectives(program.entry, without=layer),
         "repeated_collectives": _repeated_collectives(program, layer),
         "layer_products": program.products(layer),
         "other_products": program.products(program.entry, without=layer),

@@ -64,7 +64,7 @@ def test_a_launch_survives_json_and_each_generation_has_its_key() -> None:
 
 
 def test_requests_and_outputs_survive_json() -> None:
-    params = SamplingParams(7, 1, 0.3, 0.9, 5, 0.1, 42, ("a", "ü"), (3, 4), True, 2, 0)
+    params = SamplingParams(7, 1, 0.3, 0.9, 5, 0.1, 1.1, 0.2, -0.3, 42, ("a", "ü"), (3, 4), True, 2, 0)
     request = Request("id", (1, 2), params)
     assert decode_request(over_json(encode_request(request))) == request
     entry = TokenLogprobs(3, -0.1, ((3, -0.1), (4, -2.30258509299)))

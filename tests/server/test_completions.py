@@ -112,8 +112,27 @@ def test_stop_tokens_and_min_tokens(ai: openai.OpenAI) -> None:
     first = ids.index(ids[3]) + 1
     assert choice.token_ids == ids[:first]
     assert (choice.finish_reason, choice.stop_reason) == ("stop", ids[3])
-    late = stop | {"min_tokens": 12}
-    assert ai.completions.create(prompt=PROMPT, extra_body=late, **GREEDY).choices[0].token_ids == ids
+    late = ai.completions.create(prompt=PROMPT, extra_body=stop | {"min_tokens": 12}, **GREEDY).choices[0].token_ids
+    assert late[: first - 1] == ids[: first - 1]
+    assert len(late) == 12
+    assert ids[3] not in late
+
+
+def test_penalties_change_what_was_said_already(ai: openai.OpenAI) -> None:
+    ask = GREEDY | {"prompt": PROMPT, "max_tokens": 40}
+    extra = {"return_token_ids": True}
+    plain = ai.completions.create(extra_body=extra, **ask).choices[0].token_ids
+    said = [
+        ai.completions.create(extra_body=extra, presence_penalty=2.0, **ask).choices[0].token_ids,
+        ai.completions.create(extra_body=extra, frequency_penalty=2.0, **ask).choices[0].token_ids,
+        ai.completions.create(extra_body=extra | {"repetition_penalty": 2.0}, **ask).choices[0].token_ids,
+    ]
+    assert all(len({*ids}) > len({*plain}) for ids in said)
+    forms = [
+        ai.completions.create(extra_body=extra | {"repetition_penalty": 1.0}, presence_penalty=0.0, **ask),
+        ai.completions.create(extra_body=extra, frequency_penalty=0.0, **ask),
+    ]
+    assert all(form.choices[0].token_ids == plain for form in forms)
 
 
 def test_logprobs_are_openais_lists(ai: openai.OpenAI) -> None:

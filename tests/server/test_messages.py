@@ -25,7 +25,8 @@ def rendered(engine: LocalEngine, client: httpx.Client, *messages: dict[str, Any
 def test_parts_of_text_are_joined(engine: LocalEngine, client: httpx.Client, role: str) -> None:
     parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two", "cache_control": {"type": "ephemeral"}}]
     whole = rendered(engine, client, {"role": role, "content": "one, two"})
-    assert rendered(engine, client, {"role": role, "content": parts}) == whole == f"<|{role}|>one, two\n<|assistant|>"
+    shown = "system" if role == "developer" else role  # this template knows nothing of developers
+    assert rendered(engine, client, {"role": role, "content": parts}) == whole == f"<|{shown}|>one, two\n<|assistant|>"
 
 
 @pytest.mark.parametrize(
