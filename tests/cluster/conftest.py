@@ -16,6 +16,7 @@ from typing import Any, Self
 import pytest
 
 from tests.cluster.ray_cluster import descendants
+from tests.group.hosts import PATIENCE
 
 _SCRIPT = Path(__file__).with_name("ray_cluster.py")
 _RAY = str(Path(sys.executable).with_name("ray"))
@@ -53,7 +54,7 @@ class RayCluster:
     def close(self) -> None:
         """End the cluster; nothing of it remains, which is checked."""
         pids = self.pids()
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=PATIENCE)
         assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
         assert not Path(self.ready["folder"]).exists()
 
@@ -85,7 +86,7 @@ class RayCluster:
         env: Mapping[str, str] | None = None,
         working_dir: Path | None = None,
         *,
-        timeout: float = 120.0,
+        timeout: float = PATIENCE,
     ) -> subprocess.CompletedProcess[str]:
         """`ray job submit`, awaited: its `stdout` has what the job printed, its `returncode` is 1 if the job failed.
 
@@ -108,16 +109,16 @@ class RayCluster:
         """`ray job submit --no-wait`; returns the job's id."""
         job = f"job-{uuid.uuid4().hex}"
         submit, *rest = self._submission(job, entrypoint, env, working_dir)
-        self._ray(submit, "--no-wait", *rest, timeout=60.0).check_returncode()
+        self._ray(submit, "--no-wait", *rest, timeout=PATIENCE).check_returncode()
         return job
 
     def stop(self, job: str) -> None:
         """`ray job stop`, which sends SIGTERM, and SIGKILL three seconds later, and returns when the job has ended."""
-        self._ray("stop", job, timeout=60.0).check_returncode()
+        self._ray("stop", job, timeout=PATIENCE).check_returncode()
 
     def logs(self, job: str) -> str:
         """What the job has printed so far."""
-        return self._ray("logs", job, timeout=60.0).stdout
+        return self._ray("logs", job, timeout=PATIENCE).stdout
 
     def _submission(
         self,
@@ -154,13 +155,13 @@ class RayCluster:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.process.communicate(timeout=60)
+            self.process.communicate(timeout=PATIENCE)
             raise RuntimeError(f"{_SCRIPT.name} ended with code {self.process.returncode}; stderr says why")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-def wait_for(path: Path, seconds: float = 150.0) -> str:
+def wait_for(path: Path, seconds: float = PATIENCE) -> str:
     """The text of a file that something else is about to write whole."""
     deadline = time.monotonic() + seconds
     while not path.exists():

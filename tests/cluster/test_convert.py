@@ -23,6 +23,7 @@ from podquant.config.rules import load_quantization_config
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
 from tests.cluster.conftest import RayCluster
+from tests.group.hosts import PATIENCE
 from tests.matrix import MATRIX
 from tests.storage.gcs.emulator import GcsEmulator
 
@@ -84,7 +85,7 @@ class Driver:
 
     def finish(self) -> str:
         """Wait for its end, which must be a good one; what it has printed."""
-        status = self.process.wait(timeout=120)
+        status = self.process.wait(timeout=PATIENCE)
         assert status == 0, self.output
         return self.output
 
@@ -123,7 +124,7 @@ def stall(emulator: GcsEmulator, hosts: RayCluster) -> Callable[..., int]:
     emulator.fail("stall", "/o/smollm2/model.safetensors.*alt=media", after=1 << 20, skip=1)
 
     def held(driver: Driver | None = None) -> int:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while True:
             receipts = [name for name in emulator.data("b") if re.match(r"out\.receipts/model", name)]
             workers = [pid for pid in hosts.pids() if _title(pid).startswith("ray::_call")]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import RayCluster, wait_for
+from tests.group.hosts import PATIENCE
 
 ONE_TASK_PER_HOST = """
 import json, os, ray
@@ -22,7 +23,7 @@ from ray.util.tpu import slice_placement_group
 
 ray.init()
 reserved = slice_placement_group(topology="4x4", accelerator_version="v5litepod")
-ray.get(reserved.slice_placement_group.ready(), timeout=60)
+ray.get(reserved.slice_placement_group.ready(), timeout=300)
 
 @ray.remote(num_cpus=0, resources={"TPU": 4})
 def where():
@@ -140,7 +141,7 @@ def test_a_driver_outside_a_job_needs_the_environment_alone(ray_cluster: RayClus
         env=os.environ | ray_cluster.environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -175,7 +176,7 @@ def test_a_second_cluster_ends_alone_and_whole(ray_cluster: RayCluster) -> None:
         assert not Path(f"/proc/{host['raylet_pid']}").exists()
         pids = second.pids()
         second.process.send_signal(signal.SIGTERM)
-        second.process.wait(timeout=30)
+        second.process.wait(timeout=PATIENCE)
 
     assert head["raylet_pid"] in pids
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []

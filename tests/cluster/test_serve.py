@@ -13,7 +13,7 @@ import pytest
 from tests.cli.test_serve import free_port
 from tests.cluster.conftest import RayCluster
 from tests.cluster.ray_cluster import descendants
-from tests.group.hosts import cmdline, is_alive, wait_until
+from tests.group.hosts import PATIENCE, cmdline, is_alive, wait_until
 from tests.group.test_service import GOLDENS, PROMPTS, expected_tokens
 from tests.storage.gcs.emulator import GcsEmulator
 
@@ -35,7 +35,7 @@ serve:
   max_total_tokens: 2048
   skip_tokenizer_init: true
   skip_server_warmup: true
-  liveness_seconds: 5
+  liveness_seconds: 15
 cluster:
   accelerator: v5e-16
   threads_per_worker: 1
@@ -67,7 +67,7 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
     command = [sys.executable, str(JOBS / "quantize_and_serve.py"), str(tmp_path / "job.yaml")]
     job = ray_cluster.submit_no_wait(command, {"STORAGE_EMULATOR_HOST": emulator.url})
     try:
-        with httpx.Client(base_url=f"http://{ray_cluster.ips[0]}:{port}", timeout=60) as http:
+        with httpx.Client(base_url=f"http://{ray_cluster.ips[0]}:{port}", timeout=PATIENCE) as http:
 
             def is_ready() -> bool:
                 try:
@@ -80,7 +80,7 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
                 replies = [http.post("/v1/completions", json=body) for body in bodies]
                 return [reply.json()["choices"][0]["token_ids"] for reply in replies]
 
-            wait_until(is_ready, 200, "the job serves", lambda: ray_cluster.logs(job))
+            wait_until(is_ready, PATIENCE, "the job serves", lambda: ray_cluster.logs(job))
             assert "out/podquant.json" in emulator.data("b")
             assert answers() == expected
             assert len(members(ray_cluster)) == 4
@@ -94,16 +94,16 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
             }
             assert {worker: len(found) for worker, found in by_worker.items()} == dict.fromkeys("0123", 1)
             ray_cluster.kill_host(ray_cluster.ips[2])
-            wait_until(lambda: http.get("/health").status_code == 503, 15, "/health says so")
+            wait_until(lambda: http.get("/health").status_code == 503, PATIENCE, "/health says so")
             ray_cluster.add_node()
             begin = time.monotonic()
-            wait_until(is_ready, 200, "the group serves again", lambda: ray_cluster.logs(job))
+            wait_until(is_ready, PATIENCE, "the group serves again", lambda: ray_cluster.logs(job))
             print(f"served again {time.monotonic() - begin:.1f} s after the host was replaced")
             assert answers() == expected
     finally:
         left = members(ray_cluster)
         ray_cluster.stop(job)
-    wait_until(lambda: not any(is_alive(pid) for pid in left), 20, "no process of the job is left")
+    wait_until(lambda: not any(is_alive(pid) for pid in left), PATIENCE, "no process of the job is left")
 
 
 def test_a_job_that_cannot_serve_is_refused_before_it_converts(

@@ -18,6 +18,8 @@ from tests.cli.test_serve import free_port
 from tests.cluster.ray_cluster import descendants
 
 SECRET = "a secret of this test, 32 characters"
+PATIENCE = 300.0
+"""Seconds in which what is waited for comes to pass on however busy a machine."""
 QUICK = ("--device", "cpu", "--max-running-requests", "2", "--chunked-prefill-size", "32", "--max-total-tokens", "2048")
 
 
@@ -48,7 +50,7 @@ class Service:
         for number in reversed(range(num_hosts)):
             if number not in absent:
                 self.start(number)
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)
 
     def start(self, number: int, *flags: str, **environment: str) -> None:
         """Start a host, again if it has ended."""
@@ -76,13 +78,13 @@ class Service:
             host.send_signal(signal.SIGTERM)
         for host in self.hosts.values():
             try:
-                host.wait(30)
+                host.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 host.kill()
                 host.wait()
                 assert error, "a host did not end in time"
         if error is None:
-            wait_until(lambda: not any(is_alive(pid) for pid in pids), 10, "no process of the hosts is left")
+            wait_until(lambda: not any(is_alive(pid) for pid in pids), PATIENCE, "no process of the hosts is left")
 
     def member(self, number: int) -> int:
         """The process on a host that owns its devices."""
@@ -90,7 +92,7 @@ class Service:
         assert found, self.said()
         return found[0]
 
-    def wait_until_ready(self, seconds: float = 150.0) -> float:
+    def wait_until_ready(self, seconds: float = PATIENCE) -> float:
         """Until requests are taken; how long that took."""
         begin = time.monotonic()
 
