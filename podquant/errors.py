@@ -90,3 +90,9 @@ class QueueFullError(RequestError):
 
 class EngineStoppedError(RequestError):
     """The engine has stopped, or has failed, and takes no requests."""
+
+
+def error_named(name: str) -> type[PodquantError] | None:
+    """The class of this name, for errors that come from another process; None if there is none."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, PodquantError) else None

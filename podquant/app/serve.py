@@ -19,7 +19,7 @@ from podquant.engine.options import EngineOptions, detect_device
 from podquant.engine.start import load_tokenizer, open_model
 from podquant.errors import ConfigError
 from podquant.group.launch import Deadlines
-from podquant.group.service import Members
+from podquant.group.service import GroupOptions
 
 _LEAST_SECRET = 16
 
@@ -33,22 +33,22 @@ def serve(options: ServeOptions) -> None:
     is_stopped = threading.Event()
     try:
         with raising_stop():
-            members = None
+            group = None
             if options.nnodes > 1 or options.dp_size > 1:
-                members = members_of(options, os.environ.get(SECRET_VARIABLE, ""))
-            serve_part(options, members, is_stopped)
+                group = group_options(options, os.environ.get(SECRET_VARIABLE, ""))
+            serve_part(options, group, is_stopped)
     except StopSignal:
         print("stopped", file=sys.stderr, flush=True)
 
 
-def serve_part(options: ServeOptions, members: Members | None, is_stopped: threading.Event) -> None:
+def serve_part(options: ServeOptions, group: GroupOptions | None, is_stopped: threading.Event) -> None:
     """Serve as the host that `options.node_rank` says, until it is to stop. Host 0 says when it serves.
 
     Args:
-        members: None to serve from this process.
+        group: None to serve from this process.
     """
-    if members is not None and options.node_rank > 0:
-        serving.serve_other_host(engine_options(options), members, options.node_rank, is_stopped)
+    if group is not None and options.node_rank > 0:
+        serving.serve_other_host(engine_options(options), group, options.node_rank, is_stopped)
         return
     name = options.served_model_name or options.model_path
     loading = LoadProgress("loading")
@@ -57,7 +57,7 @@ def serve_part(options: ServeOptions, members: Members | None, is_stopped: threa
         loading.close()
         print(f"podquant serves {name} at {url} (Ctrl-C ends it)", flush=True)
 
-    serving.serve(engine_options(options), http_options(options), members, is_stopped, announce, loading)
+    serving.serve(engine_options(options), http_options(options), group, is_stopped, announce, loading)
 
 
 def check_source(options: ServeOptions, source: str, revision: str | None) -> None:
@@ -85,7 +85,7 @@ def options_of(job: ServeJob) -> ServeOptions:
         raise ConfigError(f"{job.name}: serve: {error}") from error
 
 
-def members_of(options: ServeOptions, secret: str) -> Members:
+def group_options(options: ServeOptions, secret: str) -> GroupOptions:
     """The hosts that serve together.
 
     Args:
@@ -112,7 +112,7 @@ def members_of(options: ServeOptions, secret: str) -> Members:
         options.drain_seconds,
     )
     key = (secret or secrets.token_hex(32)).encode()
-    return Members(options.nnodes, options.dp_size, (host.strip("[]"), int(port)), key, deadlines)
+    return GroupOptions(options.nnodes, options.dp_size, (host.strip("[]"), int(port)), key, deadlines)
 
 
 def http_options(options: ServeOptions) -> HttpOptions:

@@ -11,7 +11,7 @@ from functools import partial
 
 from podquant.app.environment import slice_of, worker_environment
 from podquant.app.options import ServeOptions
-from podquant.app.serve import members_of, options_of, serve_part
+from podquant.app.serve import group_options, options_of, serve_part
 from podquant.app.signals import StopSignal, raising_stop
 from podquant.cluster.ray_actors import RayActors
 from podquant.config.job import ServeJob
@@ -44,4 +44,4 @@ def _serve_on_host(
 ) -> None:
     """One host's part; its JAX is in a process of its own, also where there is one host only."""
     options = replace(options, nnodes=len(addresses), node_rank=rank, dist_init_addr=f"{addresses[0]}:{port}")
-    serve_part(options, members_of(options, secret), is_stopped)
+    serve_part(options, group_options(options, secret), is_stopped)

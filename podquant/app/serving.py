@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from podquant.engine.backend import Backend
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import OnLoad, start_engine
-from podquant.group.hosts import Roll
+from podquant.group.hosts import SharedFlags
 from podquant.group.other_host import serve_host
-from podquant.group.service import GroupService, Members
+from podquant.group.service import GroupOptions, GroupService
 from podquant.server.app import attach_engine, create_app
 from podquant.server.http_server import HttpServer
 
@@ -48,7 +48,7 @@ class HttpOptions:
 def serve(
     options: EngineOptions,
     http: HttpOptions,
-    members: Members | None,
+    group: GroupOptions | None,
     is_stopped: threading.Event,
     on_ready: Callable[[str], None] = lambda url: None,
     on_load: OnLoad = lambda done, total: None,
@@ -56,7 +56,7 @@ def serve(
     """Listen first, so that /health answers; then load, and serve until `is_stopped` or an exception (a signal's, say).
 
     Args:
-        members: of a group, whose host 0 this is; None to serve from this process.
+        group: whose host 0 this is; None to serve from this process.
         on_ready: told the URL once requests are taken.
         on_load: told the bytes of the model that all hosts have read so far, and in all.
 
@@ -68,7 +68,7 @@ def serve(
     server = HttpServer(app, http.host, http.port, access_log=http.access_log)
     server.start()
     try:
-        with _backend(options, members, http.drain_seconds, server.close, on_load) as backend:
+        with _backend(options, group, http.drain_seconds, server.close, on_load) as backend:
             attach_engine(app, backend)
             on_ready(server.url)
             while not is_stopped.wait(0.2):
@@ -78,31 +78,31 @@ def serve(
         server.join(_LAST_WORDS_SECONDS)
 
 
-def serve_other_host(options: EngineOptions, members: Members, number: int, is_stopped: threading.Event) -> None:
+def serve_other_host(options: EngineOptions, group: GroupOptions, number: int, is_stopped: threading.Event) -> None:
     """Run the processes of another host than host 0, until that says to stop or `is_stopped` is set.
 
     Raises:
         ConfigError: host 0 was started with other flags.
         ClusterError: host 0 does not answer.
     """
-    roll = Roll(members.num_hosts, members.num_groups, options)
-    serve_host(number, members.address, members.secret, roll, members.deadlines, is_stopped)
+    flags = SharedFlags(group.num_hosts, group.num_groups, options)
+    serve_host(number, group.address, group.secret, flags, group.deadlines, is_stopped)
 
 
 @contextmanager
 def _backend(
-    options: EngineOptions, members: Members | None, drain_seconds: float, close: Callable[[], None], on_load: OnLoad
+    options: EngineOptions, group: GroupOptions | None, drain_seconds: float, close: Callable[[], None], on_load: OnLoad
 ) -> Iterator[Backend]:
     """The backend, ready; afterwards drained and gone. `close` is called before: no new requests while draining."""
     with ExitStack() as stack:
-        if members is None:
+        if group is None:
             engine = start_engine(options, on_load)
             engine.start()
             stack.callback(engine.stop, drain_seconds)
             stack.callback(close)
             yield engine
             return
-        service = GroupService(options, members, on_load)
+        service = GroupService(options, group, on_load)
         stack.callback(service.stop, drain_seconds)
         stack.callback(close)
         service.start()

@@ -1,7 +1,7 @@
-"""The processes of groups on one host: started, listened to, watched and ended, by a parent that never touches a chip.
+"""The members of groups on one host: started, listened to, watched and ended, by a parent that never touches a chip.
 
-A process that ends, or gives no sign of life, or is at one step for too long, is ended for good and said to have ended.
-No process outlives its parent, however that ends. Knows nothing of other hosts or of what the processes say.
+A process that ends, or sends no heartbeat, or is at one step for too long, is killed, and reported to have ended. No
+process outlives its parent, however that ends. Knows nothing of other hosts or of what is done in the processes.
 """
 
 from __future__ import annotations
@@ -13,53 +13,52 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
-from podquant.group.launch import Launch, Place
+from podquant.group.launch import Launch, step_key
+from podquant.group.messages import (
+    FROM_MEMBER,
+    Ended,
+    EngineCommand,
+    FromMember,
+    Heartbeat,
+    MemberHeartbeat,
+    Report,
+    Start,
+    ToMember,
+)
 from podquant.group.wire import Connection, WireError
 
 _IMPORT_SECONDS = 120.0
-"""A process on a busy host may take so long until it says its first word."""
+"""A process on a busy host may take so long until it says hello."""
 
-
-@dataclass(frozen=True)
-class Word:
-    """What a process said, or that it has ended (`body["is"] == "ended"`, with a reason)."""
-
-    place: Place
-    generation: int
-    body: Mapping[str, Any]
-
-
-Tell = Callable[[Word], None]
+OnReport = Callable[[Report], None]
 """Called from threads."""
 
 
 class Children:
     """The processes on this host, one a group; each launch is of a new one."""
 
-    def __init__(self, secret: bytes, tell: Tell) -> None:
-        """`secret` is the group's; `tell` hears all words, one process's in order."""
-        self._secret, self._tell = secret, tell
+    def __init__(self, secret: bytes, on_report: OnReport) -> None:
+        """`secret` is the group's; `on_report` hears of all processes, of each one in order."""
+        self._secret, self._on_report = secret, on_report
         self._lock = threading.Lock()
         self._children: dict[int, _Child] = {}
 
     def launch(self, launch: Launch) -> None:
         """Start a process, in a thread that lives as long as it may: it ends with the thread that started it."""
-        self.end(launch.place.group)
-        child = _Child(launch, self._secret, self._tell)
+        self.end(launch.member.group)
+        child = _Child(launch, step_key(self._secret, launch.nonce), self._on_report)
         with self._lock:
-            self._children[launch.place.group] = child
+            self._children[launch.member.group] = child
         child.start()
 
-    def command(self, group: int, generation: int, body: Mapping[str, Any]) -> None:
+    def command(self, group: int, generation: int, command: EngineCommand) -> None:
         """Tell a process something; one that is not there any more has said so, or will."""
         with self._lock:
             child = self._children.get(group)
         if child is not None and child.launch.generation == generation:
-            child.send(body)
+            child.send(command)
 
     def end(self, group: int) -> None:
         """End a group's process at once, and wait until it is gone."""
@@ -83,30 +82,24 @@ class Children:
 
 
 class _Child:
-    """One process, from start to end."""
+    """One process, from start to end. Only it and this process have the two sockets on which they talk."""
 
-    def __init__(self, launch: Launch, secret: bytes, tell: Tell) -> None:
-        self.launch = launch
-        self._tell = tell
+    def __init__(self, launch: Launch, key: bytes, on_report: OnReport) -> None:
+        self.launch, self._key = launch, key
+        self._on_report = on_report
         self._deadlines = launch.deadlines
         self._lock = threading.Lock()
         self._reason: str | None = None
         self._is_over = threading.Event()
-        ours, theirs = socket.socketpair()
-        self._secret = secret
+        self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "podquant.group.member", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                stdin=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
                 env=os.environ | _chips(launch),
-                text=True,
             )
-        assert self._process.stdin is not None
-        with self._process.stdin as stdin:  # not in its arguments or environment, which others can see
-            stdin.write(secret.hex() + "\n")
-        self._socket = ours
-        self._connection: Connection | None = None
+        self._connection: Connection[FromMember] | None = None
 
     @property
     def pid(self) -> int:
@@ -115,11 +108,11 @@ class _Child:
     def start(self) -> None:
         threading.Thread(target=self._listen, name=f"child-{self.pid}", daemon=True).start()
 
-    def send(self, body: Mapping[str, Any]) -> None:
+    def send(self, message: ToMember) -> None:
         connection = self._connection
         if connection is not None:
             with contextlib.suppress(WireError):  # who listens finds it too
-                connection.send(body, timeout=self._deadlines.liveness)
+                connection.send(message, timeout=self._deadlines.liveness)
 
     def end(self, reason: str) -> None:
         """SIGKILL, which also ends what is stopped or stuck; the first reason is the one told."""
@@ -131,20 +124,20 @@ class _Child:
 
     def _listen(self) -> None:
         try:
-            self._connection = Connection(self._socket, self._secret, is_server=True, timeout=_IMPORT_SECONDS)
-            self._connection.send(self.launch.encode())
-            threading.Thread(target=self._beat, name=f"beat-{self.pid}", daemon=True).start()
+            self._connection = Connection(self._socket, FROM_MEMBER, None, timeout=_IMPORT_SECONDS)
+            self._connection.send(Start(self.launch, self._key.hex()))
+            threading.Thread(target=self._send_heartbeats, name=f"heartbeat-{self.pid}", daemon=True).start()
             while True:
-                body = self._connection.receive(timeout=self._deadlines.liveness).body
-                if body["is"] == "beat" and body["busy"] > self._deadlines.step:
-                    raise WireError(f"busy: has been at one step for {body['busy']:.0f} s")
-                self._tell(Word(self.launch.place, self.launch.generation, body))
+                message = self._connection.receive(timeout=self._deadlines.liveness)
+                if isinstance(message, MemberHeartbeat) and message.busy_seconds > self._deadlines.step:
+                    raise WireError(f"busy: has been at one step for {message.busy_seconds:.0f} s")
+                self._report(message)
         except WireError as error:
             reason = str(error).partition(": ")[2]
         self._end_process(reason)
 
     def _end_process(self, reason: str) -> None:
-        """See the process gone, and tell."""
+        """See the process gone, and report it."""
         try:  # a connection that closed is most often a process that is just ending by itself
             status = self._process.wait(0.5)
         except subprocess.TimeoutExpired:
@@ -156,12 +149,14 @@ class _Child:
                 self._reason = reason if status is None else _describe(status)
         self._socket.close()
         self._is_over.set()
-        body = {"is": "ended", "reason": f"process {self.pid}: {self._reason}"}
-        self._tell(Word(self.launch.place, self.launch.generation, body))
+        self._report(Ended(f"process {self.pid}: {self._reason}"))
 
-    def _beat(self) -> None:
-        while not self._is_over.wait(self._deadlines.beat):
-            self.send({"do": "beat"})
+    def _report(self, message: FromMember) -> None:
+        self._on_report(Report(self.launch.member, self.launch.generation, message))
+
+    def _send_heartbeats(self) -> None:
+        while not self._is_over.wait(self._deadlines.heartbeat):
+            self.send(Heartbeat())
 
 
 def _describe(status: int) -> str:
@@ -179,10 +174,10 @@ def _chips(launch: Launch) -> dict[str, str]:
 
     As in Cloud TPU's documentation of several processes on one host; a process then sees its own chips only.
     """
-    place, count = launch.place, launch.options.tp_size
-    if place.num_on_host == 1 or launch.options.device != "tpu":
+    member, count = launch.member, launch.options.tp_size
+    if member.num_on_host == 1 or launch.options.device != "tpu":
         return {}
-    first = place.on_host * count
+    first = member.index_on_host * count
     return {
         "TPU_VISIBLE_CHIPS": ",".join(str(chip) for chip in range(first, first + count)),
         "TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS.get(count, f"1,{count},1"),

@@ -1,7 +1,7 @@
-"""The life of one group on host 0: wait for its hosts, start its processes, serve, notice a loss, start anew.
+"""The life of one group on host 0: wait for its hosts, start its members, serve, notice a loss, restart.
 
 A TPU slice computes together or not at all: when any process or host is lost, all of the group's processes are ended
-and a new generation is started, without a hand. Knows nothing of HTTP, and of processes only what is said of them.
+and a new generation is started, without a hand. Knows nothing of HTTP, and of processes only what is reported of them.
 """
 
 from __future__ import annotations
@@ -11,18 +11,29 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from podquant import errors
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import OnLoad
-from podquant.errors import ClusterError, PodquantError
-from podquant.group.children import Word
+from podquant.errors import ClusterError, PodquantError, error_named
 from podquant.group.hosts import Host
-from podquant.group.launch import Deadlines, Launch, Place, new_nonce
+from podquant.group.launch import Deadlines, Launch, Member, new_nonce
+from podquant.group.messages import (
+    BY_ITSELF,
+    Ended,
+    EngineCommand,
+    EngineReady,
+    Failed,
+    FromMember,
+    Listening,
+    Loading,
+    MemberHeartbeat,
+    Outputs,
+    Ready,
+    Report,
+)
 from podquant.group.remote_engine import RemoteEngine
 
 _log = logging.getLogger(__name__)
@@ -31,8 +42,7 @@ _FIRST_TRIES = 3
 """Generations that may be lost before one has ever served; then the service gives up."""
 _LONGEST_PAUSE = 30.0
 _END_SECONDS = 15.0
-_LAST_WORDS_SECONDS = 0.5
-_FOR_ENGINE = frozenset({"news", "beat"})
+_LAST_REPORTS_SECONDS = 0.5
 
 
 class _LostError(Exception):
@@ -48,7 +58,7 @@ class Group:
 
     def __init__(
         self,
-        places: Sequence[Place],
+        members: Sequence[Member],
         hosts: Sequence[Host],
         options: EngineOptions,
         deadlines: Deadlines,
@@ -59,34 +69,34 @@ class Group:
         self._on_load = on_load
         self.error: PodquantError | None = None
         self.settled = threading.Event()
-        self._places, self._hosts = places, hosts
+        self._members, self._hosts = members, hosts
         self._options, self._deadlines = options, deadlines
         self._generation = 0
-        self._words: queue.SimpleQueue[Word | None] = queue.SimpleQueue()
-        self._living: set[int] = set()
+        self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        self._alive: set[int] = set()
         self._has_served = False
         self._is_stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"group-{places[0].group}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"group-{members[0].group}", daemon=True)
 
     def start(self) -> None:
         """Begin; `settled` is set when it serves for the first time, or has given up with an `error`."""
         self._thread.start()
 
-    def hear(self, word: Word) -> None:
-        """Take a word of one of its processes, from any thread."""
-        if word.generation != self._generation:
+    def take(self, report: Report) -> None:
+        """Hear of one of its processes, from any thread."""
+        if report.generation != self._generation:
             return
-        if word.body["is"] in _FOR_ENGINE:
-            if word.place.rank == 0:
-                self.engine.hear(word.body)
+        if isinstance(report.message, Outputs | MemberHeartbeat):
+            if report.member.rank == 0:
+                self.engine.take(report.message)
         else:
-            self._words.put(word)
+            self._reports.put(report)
 
     def stop(self, drain_seconds: float) -> None:
-        """Let requests on the way end for `drain_seconds`, end the processes, and wait for that."""
+        """Let requests in flight end for `drain_seconds`, end the processes, and wait for that."""
         self._is_stopping.set()
         self.engine.stop(drain_seconds)
-        self._words.put(None)
+        self._reports.put(None)
         if self._thread.ident is not None:
             self._thread.join(drain_seconds + 2 * _END_SECONDS)
 
@@ -112,10 +122,10 @@ class Group:
     def _lose(self, lost: _LostError, losses: int) -> None:
         """Tell callers, and decide whether to start again, and when."""
         since = time.strftime("%H:%M:%S")
-        self.engine.detach(f"{lost} (at {since}); the group starts anew")
+        self.engine.detach(f"{lost} (at {since}); the group restarts")
         if self._is_stopping.is_set():
             return
-        _log.warning("group %d, generation %d: %s", self._places[0].group, self._generation, lost)
+        _log.warning("group %d, generation %d: %s", self._members[0].group, self._generation, lost)
         if not self._has_served and (lost.final is not None or losses >= _FIRST_TRIES):
             self.error = lost.final or ClusterError(f"the group ended {losses} times before it served: {lost}")
             return
@@ -126,7 +136,7 @@ class Group:
         """Start a process on every host, and wait until all are ready."""
         self._await_hosts()
         launch = Launch(
-            self._places[0],
+            self._members[0],
             self._generation,
             new_nonce(),
             self._options,
@@ -135,25 +145,32 @@ class Group:
         )
         deadline = time.monotonic() + self._deadlines.start
         self._launch(launch)
-        if len(self._places) > 1:
-            listening = self._expect("listening", {0}, deadline)[0]
-            for place in self._places[1:]:
+        if len(self._members) > 1:
+            listening = self._expect((Listening,), {0}, deadline, "listening")[0]
+            for member in self._members[1:]:
                 self._launch(
-                    replace(launch, place=place, step_address=listening["step"], coordinator=listening["coordinator"])
+                    replace(
+                        launch,
+                        member=member,
+                        step_address=listening.step_address,
+                        coordinator=listening.coordinator,
+                    )
                 )
-        ready = self._expect("ready", set(range(len(self._places))), deadline)[0]
-        self.engine.attach(partial(self._command, self._generation), ready["limits"], ready["stats"])
+        ready = self._expect((Ready, EngineReady), set(range(len(self._members))), deadline, "ready")[0]
+        if not isinstance(ready, EngineReady):
+            raise _LostError("rank 0 is ready, and takes no requests")
+        self.engine.attach(partial(self._command, self._generation), ready)
         self._has_served = True
-        _log.info("group %d serves, generation %d", self._places[0].group, self._generation)
+        _log.info("group %d serves, generation %d", self._members[0].group, self._generation)
         self.settled.set()
 
     def _serve(self) -> None:
         """Until it is told to stop; raises when something is lost."""
         while not self._is_stopping.is_set():
-            self._take(None)
+            self._next(None)
         deadline = time.monotonic() + self._deadlines.drain + _END_SECONDS
-        while 0 in self._living and time.monotonic() < deadline:
-            self._take(deadline)
+        while 0 in self._alive and time.monotonic() < deadline:
+            self._next(deadline)
 
     def _await_hosts(self) -> None:
         end = time.monotonic() + self._deadlines.arrival
@@ -166,79 +183,88 @@ class Group:
                 raise _LostError("the server is shutting down")
 
     def _launch(self, launch: Launch) -> None:
-        self._living.add(launch.place.rank)
-        self._hosts[launch.place.rank].launch(launch)
+        self._alive.add(launch.member.rank)
+        self._hosts[launch.member.rank].launch(launch)
 
-    def _command(self, generation: int, body: Mapping[str, Any]) -> None:
-        self._hosts[0].command(self._places[0].group, generation, body)
+    def _command(self, generation: int, command: EngineCommand) -> None:
+        self._hosts[0].command(self._members[0].group, generation, command)
 
-    def _expect(self, what: str, ranks: set[int], deadline: float) -> dict[int, Mapping[str, Any]]:
-        """What each of these ranks said of this kind."""
-        found: dict[int, Mapping[str, Any]] = {}
+    def _expect[M: FromMember](
+        self, kinds: tuple[type[M], ...], ranks: set[int], deadline: float, what: str
+    ) -> dict[int, M]:
+        """What each of these ranks says of these kinds, which means that it is `what`."""
+        found: dict[int, M] = {}
         while ranks - found.keys():
-            word = self._take(deadline)
+            report = self._next(deadline)
             if self._is_stopping.is_set():
                 raise _LostError("the server is shutting down")
-            if word is None and time.monotonic() < deadline:
+            if report is None and time.monotonic() < deadline:
                 continue
-            if word is None:
+            if report is None:
                 missing = ", ".join(str(rank) for rank in sorted(ranks - found.keys()))
                 raise _LostError(f"rank {missing} is not {what} after {self._deadlines.start:g} s")
-            if word.body["is"] == "loading" and word.body["total"]:
-                self.engine.tell(
-                    f"loading, {100 * word.body['done'] // word.body['total']} % on rank {word.place.rank}"
-                )
-            elif word.body["is"] == what:
-                found[word.place.rank] = word.body
+            rank, message = report.member.rank, report.message
+            if isinstance(message, Loading) and message.total:
+                self.engine.tell(f"loading, {100 * message.done // message.total} % on rank {rank}")
+                if rank == 0:
+                    self._on_load(message.done, message.total)
+            elif isinstance(message, kinds):
+                found[rank] = message
         return found
 
-    def _take(self, deadline: float | None) -> Word | None:
-        """The next word of this generation; None to look around. Raises when a process has failed or ended."""
+    def _next(self, deadline: float | None) -> Report | None:
+        """The next report of this generation; None to look around. Raises when a process has failed or ended."""
         try:
-            word = self._words.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            report = self._reports.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             return None
-        if word is None or word.generation != self._generation:
+        if report is None or report.generation != self._generation:
             return None
-        if word.body["is"] == "ended":
-            self._living.discard(word.place.rank)
-        if word.body["is"] == "failed" or (word.body["is"] == "ended" and not self._is_stopping.is_set()):
-            raise _explained([word, *self._last_words()])
-        return word
+        has_ended = isinstance(report.message, Ended)
+        if has_ended:
+            self._alive.discard(report.member.rank)
+        if isinstance(report.message, Failed) or (has_ended and not self._is_stopping.is_set()):
+            raise _explained([report, *self._last_reports()])
+        return report
 
-    def _last_words(self) -> list[Word]:
-        """What else is said within a moment: who ends takes others along, and they may be heard first."""
-        end = time.monotonic() + _LAST_WORDS_SECONDS
-        words = []
+    def _last_reports(self) -> list[Report]:
+        """What else is reported within a moment: a process that ends takes others along, which may be heard first."""
+        end = time.monotonic() + _LAST_REPORTS_SECONDS
+        reports = []
         while (left := end - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                word = self._words.get(timeout=left)
-                if word is not None and word.generation == self._generation:
-                    words.append(word)
-        return words
+                report = self._reports.get(timeout=left)
+                if report is not None and report.generation == self._generation:
+                    reports.append(report)
+        return reports
 
     def _end_all(self) -> None:
         """End what is left of this generation. A host that cannot be told will end its processes by itself."""
-        for rank in sorted(self._living):
-            self._hosts[rank].end(self._places[rank].group)
-        self._living.clear()
+        for rank in sorted(self._alive):
+            self._hosts[rank].end(self._members[rank].group)
+        self._alive.clear()
 
 
-def _explained(words: Sequence[Word]) -> _LostError:
-    """Why a generation is over, of several words that say so: the one that explains the others."""
+def _explained(reports: Sequence[Report]) -> _LostError:
+    """Why a generation is over, of several reports that say so: the one that explains the others."""
 
-    def rank_of(word: Word) -> int:
-        if word.body["is"] == "failed":
-            return 0 if _error_of(word) is not None else 2
-        return 3 if "ended with status" in word.body.get("reason", "ended with status 0") else 1
+    def order(report: Report) -> int:
+        match report.message:
+            case Failed() as failed:
+                return 0 if _error_of(failed) is not None else 2
+            case Ended(reason):
+                return 3 if "ended with status" in reason or reason == BY_ITSELF else 1
+        return 4
 
-    word = min((word for word in words if word.body["is"] in ("failed", "ended")), key=rank_of)
-    if word.body["is"] == "failed":
-        return _LostError(f"rank {word.place.rank} failed: {word.body['text']}", _error_of(word))
-    return _LostError(f"rank {word.place.rank} ended: {word.body.get('reason', 'by itself')}")
+    report = min(reports, key=order)
+    rank = report.member.rank
+    if isinstance(report.message, Failed):
+        return _LostError(f"rank {rank} failed: {report.message.text}", _error_of(report.message))
+    reason = report.message.reason if isinstance(report.message, Ended) else BY_ITSELF
+    return _LostError(f"rank {rank} ended: {reason}")
 
 
-def _error_of(word: Word) -> PodquantError | None:
+def _error_of(failed: Failed) -> PodquantError | None:
     """The error of podquant's own that a process failed with, if it was one."""
-    kind = getattr(errors, word.body["kind"], None)
-    return None if kind is None else kind(word.body["text"])
+    kind = error_named(failed.error)
+    return None if kind is None else kind(failed.text)

@@ -1,23 +1,41 @@
 """The hosts of a service, as host 0 sees them: itself, and others that call it over an authenticated connection.
 
 A host says who it is and how it was started, then starts, relays to and ends processes as it is told; either side takes
-the other for dead after a silence. Knows nothing of what the processes say.
+the other for dead after a silence. Knows nothing of what is done in the processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from podquant.engine.options import EngineOptions
-from podquant.group.children import Children, Tell, Word
-from podquant.group.launch import OWN_OPTIONS, Deadlines, Launch, Place
-from podquant.group.wire import Connection, Listener, WireError
+from podquant.group.children import Children, OnReport
+from podquant.group.launch import OWN_OPTIONS, Deadlines, Launch, Member
+from podquant.group.messages import (
+    FROM_HOST,
+    CommandMember,
+    Ended,
+    EndMember,
+    EngineCommand,
+    Flag,
+    FromHost,
+    Heartbeat,
+    HostHello,
+    Refusal,
+    Report,
+    Shutdown,
+    StartMember,
+    ToHost,
+    Welcome,
+)
+from podquant.group.wire import Connection, PeerListener, VersionError, WireError
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +52,9 @@ class Host(Protocol):
         """Where its processes are reached by those of other hosts."""
 
     def launch(self, launch: Launch) -> None:
-        """Start a process; all that becomes of it is told."""
+        """Start a process; all that becomes of it is reported."""
 
-    def command(self, group: int, generation: int, body: Mapping[str, Any]) -> None:
+    def command(self, group: int, generation: int, command: EngineCommand) -> None:
         """Tell a process something."""
 
     def end(self, group: int) -> None:
@@ -55,8 +73,8 @@ class LocalHost:
     def launch(self, launch: Launch) -> None:
         self._children.launch(launch)
 
-    def command(self, group: int, generation: int, body: Mapping[str, Any]) -> None:
-        self._children.command(group, generation, body)
+    def command(self, group: int, generation: int, command: EngineCommand) -> None:
+        self._children.command(group, generation, command)
 
     def end(self, group: int) -> None:
         self._children.end(group)
@@ -65,60 +83,66 @@ class LocalHost:
 class RemoteHost:
     """A host that calls this one, or is yet to; a `Host`."""
 
-    def __init__(self, number: int, tell: Tell, deadlines: Deadlines) -> None:
-        self._number, self._tell, self._deadlines = number, tell, deadlines
+    def __init__(self, number: int, on_report: OnReport, deadlines: Deadlines) -> None:
+        self._number, self._on_report, self._deadlines = number, on_report, deadlines
         self._lock = threading.Lock()
-        self._connection: Connection | None = None
+        self._connection: Connection[FromHost] | None = None
         self._absence: str | None = f"host {number} has not come yet"
-        self._running: dict[int, tuple[Place, int]] = {}
+        self._refusal = ""
+        self._running: dict[int, tuple[Member, int]] = {}
         self.address = ""
 
     @property
     def absence(self) -> str | None:
-        return self._absence
+        absence = self._absence
+        return absence if absence is None else absence + self._refusal
 
     def launch(self, launch: Launch) -> None:
         with self._lock:
-            self._running[launch.place.group] = launch.place, launch.generation
-        self._send({"do": "launch", "launch": launch.encode()})
+            self._running[launch.member.group] = launch.member, launch.generation
+        self._send(StartMember(launch))
 
-    def command(self, group: int, generation: int, body: Mapping[str, Any]) -> None:
-        self._send({"do": "command", "group": group, "generation": generation, "body": dict(body)})
+    def command(self, group: int, generation: int, command: EngineCommand) -> None:
+        self._send(CommandMember(group, generation, command))
 
     def end(self, group: int) -> None:
-        self._send({"do": "end", "group": group})
+        self._send(EndMember(group))
 
     def stop(self) -> None:
         """Let it go: it ends its processes and itself."""
-        self._send({"do": "stop"})
+        self._send(Shutdown())
 
-    def attach(self, connection: Connection) -> bool:
+    def note_refusal(self, reason: str) -> None:
+        """A caller was refused who may have been this host: for whoever asks why it is absent."""
+        self._refusal = f" (refused at {time.strftime('%H:%M:%S')}: {reason})"
+
+    def attach(self, connection: Connection[FromHost]) -> bool:
         """Use this connection from now on; False if there is one already. Blocks until it ends."""
         with self._lock:
             if self._connection is not None:
                 return False
-            self._connection, self._absence = connection, None
+            self._connection, self._absence, self._refusal = connection, None, ""
             self.address = connection.address.rpartition(":")[0]
         _log.info("host %d has come, from %s", self._number, connection.address)
-        threading.Thread(target=self._beat, args=(connection,), name="beat", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, args=(connection,), name="heartbeat", daemon=True).start()
         try:
             while True:
-                self._hear(connection.receive(timeout=self._deadlines.liveness).body)
+                message = connection.receive(timeout=self._deadlines.liveness)
+                if isinstance(message, Report):
+                    self._take(message)
+                elif not isinstance(message, Heartbeat):
+                    raise connection.unexpected(message)
         except WireError as error:
             self._detach(str(error))
         return True
 
-    def _hear(self, body: Mapping[str, Any]) -> None:
-        if body["is"] == "child":
-            word = Word(Place(**body["place"]), body["generation"], body["body"])
-            if word.body["is"] == "ended":
-                self._forget(word)
-            self._tell(word)
-
-    def _forget(self, word: Word) -> None:
-        with self._lock:
-            if self._running.get(word.place.group) == (word.place, word.generation):
-                del self._running[word.place.group]
+    def _take(self, report: Report) -> None:
+        if isinstance(report.message, Ended):
+            group = report.member.group
+            with self._lock:
+                if self._running.get(group) == (report.member, report.generation):
+                    del self._running[group]
+        self._on_report(report)
 
     def _detach(self, reason: str) -> None:
         since = time.strftime("%H:%M:%S")
@@ -127,43 +151,45 @@ class RemoteHost:
             self._absence = f"host {self._number} is lost since {since} ({reason})"
             lost, self._running = self._running, {}
         _log.warning("%s", self._absence)
-        for place, generation in lost.values():
-            self._tell(Word(place, generation, {"is": "ended", "reason": f"was on host {self._number}: {reason}"}))
+        for member, generation in lost.values():
+            self._on_report(Report(member, generation, Ended(f"was on host {self._number}: {reason}")))
 
-    def _send(self, body: Mapping[str, Any]) -> None:
+    def _send(self, message: ToHost) -> None:
         connection = self._connection
         if connection is not None:
-            with contextlib.suppress(WireError):  # whoever receives there finds it too, and tells
-                connection.send(body)
+            with contextlib.suppress(WireError):  # whoever receives there finds it too, and reports it
+                connection.send(message)
 
-    def _beat(self, connection: Connection) -> None:
+    def _send_heartbeats(self, connection: Connection[FromHost]) -> None:
         while self._connection is connection:
-            self._send({"do": "beat"})
-            time.sleep(self._deadlines.beat)
+            self._send(Heartbeat())
+            time.sleep(self._deadlines.heartbeat)
 
 
 @dataclass(frozen=True)
-class Roll:
+class SharedFlags:
     """What all hosts must be started with alike."""
 
     num_hosts: int
     num_groups: int
     options: EngineOptions
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Flag]:
         """By flag, without what is each host's own."""
         options = {name: value for name, value in asdict(self.options).items() if name not in OWN_OPTIONS}
         return {"nnodes": self.num_hosts, "dp_size": self.num_groups, **options}
 
 
-class Reception:
+class HostAcceptor:
     """Takes in the other hosts, on host 0, for as long as it is open."""
 
-    def __init__(self, listener: Listener, secret: bytes, roll: Roll, hosts: Mapping[int, RemoteHost]) -> None:
+    def __init__(
+        self, listener: PeerListener, secret: bytes, flags: SharedFlags, hosts: Mapping[int, RemoteHost]
+    ) -> None:
         self._listener, self._secret, self._hosts = listener, secret, hosts
-        self._expected = roll.describe()
+        self._expected = flags.describe()
         self._is_open = True
-        self._thread = threading.Thread(target=self._run, name="reception", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="acceptor", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -178,26 +204,49 @@ class Reception:
             if peer is not None:
                 threading.Thread(target=self._welcome, args=(peer,), name="host", daemon=True).start()
 
-    def _welcome(self, peer: Any) -> None:
+    def _welcome(self, peer: socket.socket) -> None:
         try:
-            connection = Connection(peer, self._secret, is_server=True)
-            hello = connection.receive(timeout=10.0).body
-            number, started = hello.get("host"), hello.get("started") or {}
-            unlike = [
-                f"--{name.replace('_', '-')} is {started.get(name)!r} there and {value!r} on host 0"
-                for name, value in self._expected.items()
-                if started.get(name) != value
-            ]
-            host = self._hosts.get(number) if isinstance(number, int) else None
-            if host is None:
-                unlike = [f"--node-rank {number} is none of {sorted(self._hosts)}"]
-            if host is None or unlike:
-                connection.send({"refused": f"host {number} was started unlike host 0: {'; '.join(unlike)}"})
-                connection.close()
+            connection = Connection(peer, FROM_HOST, self._secret, is_server=True)
+            hello = connection.receive(timeout=10.0)
+            if not isinstance(hello, HostHello):
+                raise connection.unexpected(hello)
+            host, refusal = self._hosts.get(hello.host), self._refusal(hello)
+            if host is None or refusal:
+                if host is not None:
+                    host.note_refusal(refusal)
+                _refuse(connection, refusal)
                 return
-            connection.send({"welcome": True})
+            connection.send(Welcome())
             if not host.attach(connection):
-                connection.send({"do": "refused", "why": f"there is a host {number} already"})
-                connection.close()
+                _refuse(connection, f"there is a host {hello.host} already")
+        except VersionError as error:
+            for host in self._hosts.values():  # one of those that are absent; nobody knows which
+                host.note_refusal(str(error))
+            _log.warning("refused: %s", error)
         except WireError as error:
             _log.warning("refused: %s", error)
+
+    def _refusal(self, hello: HostHello) -> str:
+        """Why a host cannot be taken in; empty if it can."""
+        if hello.host not in self._hosts:
+            return f"--node-rank must be {_either(sorted(self._hosts))}, got {hello.host}"
+        different = [
+            f"--{name.replace('_', '-')} is {hello.flags.get(name)!r} there and {self._expected.get(name)!r} on host 0"
+            for name in {**self._expected, **hello.flags}
+            if hello.flags.get(name) != self._expected.get(name)
+        ]
+        if not different:
+            return ""
+        return f"host {hello.host} was started with other flags than host 0: {'; '.join(different)}"
+
+
+def _refuse(connection: Connection[FromHost], reason: str) -> None:
+    _log.warning("refused %s: %s", connection.address, reason)
+    connection.send(Refusal(reason))
+    connection.close()
+
+
+def _either(numbers: Sequence[int]) -> str:
+    """`1`, `1 or 2`, `1, 2 or 3`."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

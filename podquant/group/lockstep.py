@@ -1,4 +1,4 @@
-"""The step channel: rank 0 announces every step before it dispatches it, the other ranks run what they hear.
+"""The step channel: rank 0 broadcasts every step before it dispatches it, the other ranks run what they receive.
 
 They meet first: each rank shows what it would compute with, and one that has other weights, another configuration or
 other code is refused by name. Knows nothing of requests, or of who started these processes.
@@ -12,50 +12,62 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import jax
 import numpy as np
 
-from podquant.checkpoint.fingerprint import Fingerprint
 from podquant.engine.executor import Executor
 from podquant.engine.programs import Bucket
 from podquant.errors import ClusterError, ConfigError
+from podquant.group.codec import Array, encode
 from podquant.group.fingerprint import Fingerprints, differences
 from podquant.group.launch import Deadlines
-from podquant.group.wire import Array, Connection, Listener, Message, WireError, connect, encode
+from podquant.group.messages import (
+    FROM_RANK,
+    TO_RANK,
+    EndOfSteps,
+    Heartbeat,
+    RankHello,
+    Refusal,
+    Step,
+    ToRank,
+    Welcome,
+)
+from podquant.group.wire import Connection, PeerListener, WireError, connect
 
 _log = logging.getLogger(__name__)
 
 _AHEAD = 1
 """Steps a follower dispatches beyond the one it waits for, as the engine does."""
 
+Follower = Connection[RankHello]
+"""Rank 0's end of the step channel to another rank."""
 
-class Announcer:
-    """Rank 0's end: connections to all other ranks, which hear every step and, while there is none, a sign of life."""
+Leader = Connection[ToRank]
+"""Another rank's end of it."""
 
-    def __init__(self, followers: Sequence[Connection], deadlines: Deadlines) -> None:
+
+class StepBroadcaster:
+    """Rank 0's end: connections to all other ranks, which hear every step and, while there is none, a heartbeat."""
+
+    def __init__(self, followers: Sequence[Follower], deadlines: Deadlines) -> None:
         self._followers, self._deadlines = followers, deadlines
         self._num_steps = 0
         self._ended = threading.Event()
         if followers:
-            threading.Thread(target=self._beat, name="announcer", daemon=True).start()
+            threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
-    def announce(self, bucket: Bucket, arrays: Sequence[Array]) -> None:
+    def broadcast(self, bucket: Bucket, arrays: Sequence[Array]) -> None:
         """Tell all others of a step. Raises WireError if one is gone."""
         if not self._followers:
             return
         self._num_steps += 1
         ints, *others = arrays
         used = np.flatnonzero(ints.any(axis=0))  # page tables are as wide as the longest context, and seldom full
-        body = {
-            "step": self._num_steps,
-            "batch": bucket.batch,
-            "length": bucket.length,
-            "scores": bucket.scores,
-            "width": ints.shape[1],
-        }
-        payload = encode(body, [ints[:, : used[-1] + 1 if len(used) else 0], *others])
+        sent = (ints[:, : used[-1] + 1 if len(used) else 0], *others)
+        payload = encode(
+            Step(self._num_steps, bucket.batch, bucket.length, bucket.scores, width=ints.shape[1], arrays=sent)
+        )
         for follower in self._followers:
             follower.send_encoded(payload, timeout=self._deadlines.liveness)
 
@@ -64,21 +76,23 @@ class Announcer:
         self._ended.set()
         for follower in self._followers:
             try:
-                follower.send({"end": True})
+                follower.send(EndOfSteps())
             except WireError as error:
                 _log.warning("%s", error)
 
-    def _beat(self) -> None:
-        while not self._ended.wait(self._deadlines.beat):
+    def _send_heartbeats(self) -> None:
+        while not self._ended.wait(self._deadlines.heartbeat):
             try:
                 for follower in self._followers:
-                    follower.send({"beat": True})
+                    follower.send(Heartbeat())
             except WireError as error:  # a step will find it too, or who watches this process
                 _log.warning("%s", error)
                 return
 
 
-def gather(listener: Listener, key: bytes, prints: Fingerprints, num_ranks: int, deadline: float) -> list[Connection]:
+def accept_ranks(
+    listener: PeerListener, key: bytes, fingerprints: Fingerprints, num_ranks: int, deadline: float
+) -> list[Follower]:
     """As rank 0: the connections of ranks 1 and up, once all are there and have the same to compute with.
 
     Args:
@@ -89,26 +103,24 @@ def gather(listener: Listener, key: bytes, prints: Fingerprints, num_ranks: int,
         ClusterError: not all have come in time; names who is missing.
     """
     end = time.monotonic() + deadline
-    came: dict[int, Connection] = {}
+    came: dict[int, Follower] = {}
     wrong: list[str] = []
     turn = threading.Lock()
 
-    def welcome(caller: Connection) -> None:
-        hello = caller.receive(timeout=max(0.1, end - time.monotonic())).body
-        rank, theirs = hello["rank"], hello["fingerprints"]
-        theirs = Fingerprints(Fingerprint(**theirs["weights"]), theirs["config"], theirs["code"])
-        unlike = differences(theirs, prints, "rank 0's")
+    def welcome(caller: Follower) -> None:
+        hello = caller.receive(timeout=max(0.1, end - time.monotonic()))
+        rank, different = hello.rank, differences(hello.fingerprints, fingerprints, "rank 0's")
         with turn:
-            if not isinstance(rank, int) or not 0 < rank < num_ranks or rank in came:
-                caller.send({"refused": f"rank {rank} of {num_ranks} is taken, or is none"})
+            if not 0 < rank < num_ranks or rank in came:
+                caller.send(Refusal(f"rank {rank} of {num_ranks} is taken, or is none"))
                 caller.close()
-            elif unlike:
-                text = f"rank {rank} refused: {'; '.join(unlike)}"
+            elif different:
+                text = f"rank {rank} refused: {'; '.join(different)}"
                 wrong.append(text)
-                caller.send({"refused": text})
+                caller.send(Refusal(text))
                 caller.close()
             else:
-                caller.send({"welcome": True})
+                caller.send(Welcome())
                 came[rank] = caller
 
     while len(came) < num_ranks - 1 and not wrong and time.monotonic() < end:
@@ -126,26 +138,28 @@ def gather(listener: Listener, key: bytes, prints: Fingerprints, num_ranks: int,
     raise ClusterError(f"rank {missing} has not come to the step channel within {deadline:g} s")
 
 
-def join(address: tuple[str, int], key: bytes, rank: int, prints: Fingerprints, deadline: float) -> Connection:
+def join(address: tuple[str, int], key: bytes, rank: int, fingerprints: Fingerprints, deadline: float) -> Leader:
     """As another rank: the connection to rank 0.
 
     Raises:
         ConfigError: rank 0 has other weights, configuration or code.
         WireError: it is not there, or gives no answer within `deadline` seconds.
     """
-    connection = connect(address, key, timeout=deadline)
-    connection.send({"rank": rank, "fingerprints": asdict(prints)})
-    answer = connection.receive(timeout=deadline).body
-    if "refused" in answer:
+    connection = connect(address, TO_RANK, key, timeout=deadline)
+    connection.send(RankHello(rank, fingerprints))
+    answer = connection.receive(timeout=deadline)
+    if isinstance(answer, Refusal):
         connection.close()
-        raise ConfigError(f"{answer['refused']}. Give all hosts the same model, flags and podquant")
+        raise ConfigError(f"{answer.reason}. Give all hosts the same model, flags and podquant")
+    if not isinstance(answer, Welcome):
+        raise connection.unexpected(answer)
     return connection
 
 
 def follow(
-    executor: Executor, connection: Connection, deadlines: Deadlines, on_busy: Callable[[float | None], None]
+    executor: Executor, connection: Leader, deadlines: Deadlines, on_busy: Callable[[float | None], None]
 ) -> None:
-    """Run every step that rank 0 announces, until it says that none follows.
+    """Run every step that rank 0 broadcasts, until it says that none follows.
 
     Args:
         on_busy: told when a wait for the devices begins (a time of `time.monotonic`), and None when it is over.
@@ -157,32 +171,41 @@ def follow(
     expected = 1
     while True:
         # longer than rank 0's parent waits, which knows better what is the matter with it
-        message = connection.receive(timeout=1.5 * deadlines.liveness)
-        if "end" in message.body:
-            return
-        if "beat" in message.body:
-            continue
-        if message.body["step"] != expected:
-            raise WireError(f"{connection.address}: announced step {message.body['step']}, expected {expected}")
+        match connection.receive(timeout=1.5 * deadlines.liveness):
+            case EndOfSteps():
+                return
+            case Heartbeat():
+                continue
+            case Step() as step:
+                arrays = _arrays(step, expected, connection.address)
+            case message:
+                raise connection.unexpected(message)
         expected += 1
         on_busy(time.monotonic())
-        bucket = Bucket(message.body["batch"], message.body["length"], message.body["scores"])
-        sampled, _ = executor.run(bucket, _arrays(message))
+        sampled, _ = executor.run(Bucket(step.batch, step.length, step.scores), arrays)
         ahead.append(sampled.tokens)
         if len(ahead) > _AHEAD:
             ahead.popleft().block_until_ready()
         on_busy(None)
 
 
-def _arrays(message: Message) -> list[Array]:
-    """The host values of a step, as wide as they were."""
-    ints, *others = message.arrays
-    return [np.pad(ints, ((0, 0), (0, message.body["width"] - ints.shape[1]))), *others]
+def _arrays(step: Step, expected: int, leader: str) -> list[Array]:
+    """The host values of a step, as wide as they were. Raises WireError if it is not the one that is expected."""
+    if step.number != expected:
+        raise WireError(f"{leader}: broadcast step {step.number}, expected {expected}")
+    if not step.arrays:
+        raise WireError(f"{leader}: broadcast step {step.number} without its arrays")
+    ints, *others = step.arrays
+    if ints.ndim != 2 or ints.shape[1] > step.width:
+        raise WireError(
+            f"{leader}: broadcast step {step.number} with ints of shape {list(ints.shape)}, at most {step.width} wide"
+        )
+    return [np.pad(ints, ((0, 0), (0, step.width - ints.shape[1]))), *others]
 
 
-def _guarded(peer: socket.socket, key: bytes, welcome: Callable[[Connection], None]) -> None:
+def _guarded(peer: socket.socket, key: bytes, welcome: Callable[[Follower], None]) -> None:
     """Shake hands with a caller in a thread of its own: a stranger who says nothing holds up nobody."""
     try:
-        welcome(Connection(peer, key, is_server=True))
+        welcome(Connection(peer, FROM_RANK, key, is_server=True))
     except WireError as error:
         _log.warning("refused on the step channel: %s", error)

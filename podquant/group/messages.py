@@ -1,61 +1,246 @@
-"""Requests and their outputs as JSON's values, on the way between a server and the process that runs the engine.
+"""Every message between the processes of a service, and which of them each kind of connection carries.
 
-Floats survive exactly: JSON writes them with as many digits as they need.
+Three kinds of connections: of host 0 with each other host; of a host with each process that it started, a member of a
+group; and of rank 0 of a group with its other ranks. Floats survive exactly. Knows nothing of bytes or sockets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
-from podquant.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
+from podquant.engine.backend import EngineStats
+from podquant.engine.limits import Limits
+from podquant.engine.request import Output, Request
+from podquant.group.codec import Array, Codec
+from podquant.group.fingerprint import Fingerprints
+from podquant.group.launch import Launch, Member
 
+VERSION = 2
+"""Of everything in this file; whoever connects says theirs first, and another one is refused. Raise it with any change
+here, or to how messages are written."""
 
-def encode_request(request: Request) -> dict[str, Any]:
-    """A request."""
-    return {"id": request.id, "prompt_ids": request.prompt_ids, "params": asdict(request.params)}
-
-
-def decode_request(value: Mapping[str, Any]) -> Request:
-    """The request behind `encode_request`."""
-    params = dict(value["params"])
-    for name in ("stop", "stop_token_ids"):
-        params[name] = tuple(params[name])
-    return Request(value["id"], tuple(value["prompt_ids"]), SamplingParams(**params))
+type Flag = str | int | float | bool | None
 
 
-def encode_output(output: Output) -> dict[str, Any]:
-    """News of a request; what is empty is left out."""
-    value: dict[str, Any] = {"id": output.request_id, "tokens": output.token_ids, "text": output.text}
-    if output.logprobs:
-        value["logprobs"] = [_encode(entry) for entry in output.logprobs]
-    if output.prompt_logprobs:
-        value["prompt_logprobs"] = [None if entry is None else _encode(entry) for entry in output.prompt_logprobs]
-    if output.finish_reason is not None:
-        value |= {"finish": output.finish_reason.value, "stop": output.stop_reason, "error": output.error}
-    return value
+@dataclass(frozen=True)
+class Heartbeat:
+    """Nothing new: the sender lives."""
 
 
-def decode_output(value: Mapping[str, Any]) -> Output:
-    """The output behind `encode_output`."""
-    finish = value.get("finish")
-    return Output(
-        value["id"],
-        token_ids=tuple(value["tokens"]),
-        text=value["text"],
-        logprobs=tuple(_decode(entry) for entry in value.get("logprobs", ())),
-        prompt_logprobs=tuple(None if e is None else _decode(e) for e in value.get("prompt_logprobs", ())),
-        finish_reason=None if finish is None else FinishReason(finish),
-        stop_reason=value.get("stop"),
-        error=value.get("error"),
-    )
+@dataclass(frozen=True)
+class Welcome:
+    """Whoever has said hello may stay."""
 
 
-def _encode(entry: TokenLogprobs) -> list[Any]:
-    return [entry.token_id, entry.logprob, entry.top]
+@dataclass(frozen=True)
+class Refusal:
+    """Whoever has said hello may not, and need not come again as it is."""
+
+    reason: str
 
 
-def _decode(value: list[Any]) -> TokenLogprobs:
-    token_id, logprob, top = value
-    return TokenLogprobs(token_id, logprob, tuple((token, each) for token, each in top))
+# A host to a member that it started.
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first message: what to be. `step_key`, as hexadecimal digits, is the secret of its step channel."""
+
+    launch: Launch
+    step_key: str
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A request to run."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Abort:
+    """A request to give up."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Take no more requests, let those in flight end for so long, and end."""
+
+    drain_seconds: float
+
+
+type EngineCommand = Submit | Abort | Stop
+type ToMember = Start | EngineCommand | Heartbeat
+TO_MEMBER: Codec[ToMember] = Codec(ToMember)
+
+
+# A member to the host that started it.
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where rank 0 is to be reached, each as `host:port`: the step channel, and JAX's coordinator."""
+
+    step_address: str
+    coordinator: str
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Bytes read so far, and bytes of the model."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A rank that follows has loaded and compiled."""
+
+
+@dataclass(frozen=True)
+class EngineReady:
+    """Rank 0 takes requests."""
+
+    limits: Limits
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class MemberHeartbeat:
+    """How long the member has been at its present step, in seconds, and what rank 0's engine does."""
+
+    busy_seconds: float
+    stats: EngineStats | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What requests have come to."""
+
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The member cannot go on. `error` names the class of podquant's own errors; empty for another."""
+
+    error: str
+    text: str
+
+
+BY_ITSELF = "by itself"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The member is gone, or going. Also said of a member, by the host that sees its process end."""
+
+    reason: str
+
+
+type EngineNews = Outputs | MemberHeartbeat
+type FromMember = Listening | Loading | Ready | EngineReady | EngineNews | Failed | Ended
+FROM_MEMBER: Codec[FromMember] = Codec(FromMember)
+
+
+# A host to host 0.
+
+
+@dataclass(frozen=True)
+class HostHello:
+    """Who calls, and the flags it was started with, but for those that are each host's own."""
+
+    host: int
+    flags: Mapping[str, Flag]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a member on the host said, or that it has ended."""
+
+    member: Member
+    generation: int
+    message: FromMember
+
+
+type FromHost = HostHello | Report | Heartbeat
+FROM_HOST: Codec[FromHost] = Codec(FromHost)
+
+
+# Host 0 to another host.
+
+
+@dataclass(frozen=True)
+class StartMember:
+    """Start a process."""
+
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class CommandMember:
+    """Pass a command on to a group's member, if it is of this generation."""
+
+    group: int
+    generation: int
+    command: EngineCommand
+
+
+@dataclass(frozen=True)
+class EndMember:
+    """End a group's member at once."""
+
+    group: int
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """The service ends: so does the host."""
+
+
+type ToHost = Welcome | Refusal | StartMember | CommandMember | EndMember | Shutdown | Heartbeat
+TO_HOST: Codec[ToHost] = Codec(ToHost)
+
+
+# The step channel: another rank to rank 0, and rank 0 to the others.
+
+
+@dataclass(frozen=True)
+class RankHello:
+    """Who calls, and what it would compute with."""
+
+    rank: int
+    fingerprints: Fingerprints
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step to run.
+
+    Attributes:
+        number: from 1, without a gap.
+        batch, length, scores: the bucket it is compiled for.
+        width: columns of the first array; those that are zero at its end are left out.
+        arrays: the host values it takes.
+    """
+
+    number: int
+    batch: int
+    length: int
+    scores: bool
+    width: int
+    arrays: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class EndOfSteps:
+    """No step follows."""
+
+
+FROM_RANK: Codec[RankHello] = Codec(RankHello)
+type ToRank = Welcome | Refusal | Step | EndOfSteps | Heartbeat
+TO_RANK: Codec[ToRank] = Codec(ToRank)

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from podquant.engine.backend import EngineStats, OnOutput
 from podquant.engine.limits import Limits
 from podquant.engine.request import FinishReason, Output, Request
 from podquant.errors import EngineStoppedError, RequestError
-from podquant.group.messages import decode_output, encode_request
+from podquant.group.messages import (
+    Abort,
+    EngineCommand,
+    EngineNews,
+    EngineReady,
+    MemberHeartbeat,
+    Outputs,
+    Stop,
+    Submit,
+)
 from podquant.tokenizer.tokenizer import Tokenizer
 
-Command = Callable[[Mapping[str, Any]], None]
+Send = Callable[[EngineCommand], None]
 
 _NO_LOAD = EngineStats(0, 0, 0, 0, 0, 0, 0)
 
@@ -27,22 +35,22 @@ _NO_LOAD = EngineStats(0, 0, 0, 0, 0, 0, 0)
 class _Outbox:
     """Sends commands to a process in their order, from a thread: encoding and sending hold up nobody else."""
 
-    def __init__(self, command: Command) -> None:
-        self._command = command
-        self._waiting: queue.SimpleQueue[Callable[[], Mapping[str, Any]] | None] = queue.SimpleQueue()
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._waiting: queue.SimpleQueue[EngineCommand | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="commands", daemon=True).start()
 
-    def put(self, make: Callable[[], Mapping[str, Any]]) -> None:
-        """Send what `make` gives, in its turn."""
-        self._waiting.put(make)
+    def put(self, command: EngineCommand) -> None:
+        """Send a command, in its turn."""
+        self._waiting.put(command)
 
     def close(self) -> None:
         """End once what is there has been sent."""
         self._waiting.put(None)
 
     def _run(self) -> None:
-        while (make := self._waiting.get()) is not None:
-            self._command(make())
+        while (command := self._waiting.get()) is not None:
+            self._send(command)
 
 
 class RemoteEngine:
@@ -85,12 +93,12 @@ class RemoteEngine:
                 raise RequestError(f"A request with id {request.id!r} is running already.", "id")
             self.limits.check_load(len(self._open))
             self._open[request.id] = on_output
-            outbox.put(lambda: {"do": "submit", "request": encode_request(request)})
+            outbox.put(Submit(request))
 
     def abort(self, request_id: str) -> None:
         with self._lock:
             if self._open.pop(request_id, None) is not None and self._outbox is not None:
-                self._outbox.put(lambda: {"do": "abort", "id": request_id})
+                self._outbox.put(Abort(request_id))
 
     def stats(self) -> EngineStats:
         now, before = self._stats, self._before
@@ -109,14 +117,14 @@ class RemoteEngine:
         with self._lock:
             self._is_stopping, self._loss, self._state = True, "", "the server is shutting down"
             if self._outbox is not None:
-                self._outbox.put(lambda: {"do": "stop", "drain": drain_seconds})
+                self._outbox.put(Stop(drain_seconds))
 
-    def attach(self, command: Command, limits: Mapping[str, Any], stats: Mapping[str, Any]) -> None:
+    def attach(self, send: Send, ready: EngineReady) -> None:
         """Serve with a process that is ready from now on; its stats begin at 0, the totals go on."""
         with self._lock:
-            self.limits = Limits(**limits)
-            self._before, self._stats = self.stats(), EngineStats(**stats)
-            self._outbox, self._loss, self._state = _Outbox(command), "", ""
+            self.limits = ready.limits
+            self._before, self._stats = self.stats(), ready.stats
+            self._outbox, self._loss, self._state = _Outbox(send), "", ""
 
     def detach(self, reason: str) -> None:
         """The process is lost: end what is in flight, take nothing."""
@@ -134,14 +142,14 @@ class RemoteEngine:
         if self._outbox is None:
             self._state = state
 
-    def hear(self, body: Mapping[str, Any]) -> None:
-        """Take a word of the process that is attached; others are ignored."""
-        match body["is"]:
-            case "news":
-                for value in body["outputs"]:
-                    self._deliver(decode_output(value))
-            case "beat" if body["stats"] is not None:
-                self._stats = EngineStats(**body["stats"])
+    def take(self, news: EngineNews) -> None:
+        """Hear of the process that is attached."""
+        match news:
+            case Outputs(outputs):
+                for output in outputs:
+                    self._deliver(output)
+            case MemberHeartbeat(stats=EngineStats() as stats):
+                self._stats = stats
 
     def _deliver(self, output: Output) -> None:
         if output.finish_reason is FinishReason.ERROR:

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from podquant.engine.backend import Backend
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import OnLoad, load_tokenizer, open_model
-from podquant.group.children import Children, Word
+from podquant.group.children import Children
 from podquant.group.group import Group
-from podquant.group.hosts import Host, LocalHost, Reception, RemoteHost, Roll
-from podquant.group.launch import Deadlines, Place, place_of
+from podquant.group.hosts import Host, HostAcceptor, LocalHost, RemoteHost, SharedFlags
+from podquant.group.launch import Deadlines, Member, members_on
+from podquant.group.messages import Report
 from podquant.group.remote_engine import RemoteEngine
 from podquant.group.replicas import Replicas
-from podquant.group.wire import Listener
+from podquant.group.wire import PeerListener
 
 
 @dataclass(frozen=True)
-class Members:
+class GroupOptions:
     """Which hosts serve together, and how they find each other.
 
     Attributes:
@@ -44,26 +45,23 @@ class Members:
 class GroupService:
     """The service on host 0. `start`, then serve with `backend`; `stop` ends all processes on all hosts."""
 
-    def __init__(self, options: EngineOptions, members: Members, on_load: OnLoad = lambda done, total: None) -> None:
+    def __init__(self, options: EngineOptions, group: GroupOptions, on_load: OnLoad = lambda done, total: None) -> None:
         """`on_load` is told, from a thread, how far the first group is with loading, whenever it loads.
 
         Raises:
-            ConfigError: hosts and replicas do not come out even.
+            ConfigError: the numbers of hosts and of groups do not divide one another.
             ClusterError: the address cannot be had.
         """
-        self._members, self._options, self._on_load = members, options, on_load
-        places: dict[int, list[tuple[int, Place]]] = {}
-        for host in range(members.num_hosts):
-            for place in place_of(host, members.num_hosts, members.num_groups):
-                places.setdefault(place.group, []).append((host, place))
-        self._places = places
-        self._children = Children(members.secret, self._hear)
-        self._remote = {
-            number: RemoteHost(number, self._hear, members.deadlines) for number in range(1, members.num_hosts)
-        }
+        self._group_options, self._options, self._on_load = group, options, on_load
+        self._members: dict[int, list[tuple[int, Member]]] = {}
+        for host in range(group.num_hosts):
+            for member in members_on(host, group.num_hosts, group.num_groups):
+                self._members.setdefault(member.group, []).append((host, member))
+        self._children = Children(group.secret, self._take)
+        self._remote = {number: RemoteHost(number, self._take, group.deadlines) for number in range(1, group.num_hosts)}
         self._groups: list[Group] = []
-        self._listener = Listener(*members.address) if members.num_hosts > 1 else None
-        self._reception: Reception | None = None
+        self._listener = PeerListener(*group.address) if group.num_hosts > 1 else None
+        self._acceptor: HostAcceptor | None = None
         self.backend: Backend
 
     def start(self) -> None:
@@ -72,22 +70,22 @@ class GroupService:
         Raises:
             PodquantError: the model or the options are wrong, hosts do not come, or processes end again and again.
         """
-        members = self._members
-        with open_model(self._options, by_ranges=members.num_hosts > 1) as opened:
+        shared = self._group_options
+        with open_model(self._options, by_ranges=shared.num_hosts > 1) as opened:
             tokenizer = load_tokenizer(opened)
             options = opened.options  # at one commit for all processes, of all hosts and of every generation
-        hosts: Mapping[int, Host] = {0: LocalHost(members.address[0] or "127.0.0.1", self._children), **self._remote}
-        for placed in self._places.values():
+        hosts: Mapping[int, Host] = {0: LocalHost(shared.address[0] or "127.0.0.1", self._children), **self._remote}
+        for placed in self._members.values():
             engine = RemoteEngine(self._options.model_path, tokenizer)
             on_load = (lambda done, total: None) if self._groups else self._on_load
             where = [hosts[host] for host, _ in placed]
-            places = [place for _, place in placed]
-            self._groups.append(Group(places, where, options, members.deadlines, engine, on_load))
+            members = [member for _, member in placed]
+            self._groups.append(Group(members, where, options, shared.deadlines, engine, on_load))
         engines = [group.engine for group in self._groups]
         self.backend = engines[0] if len(engines) == 1 else Replicas(engines)
         if self._listener is not None:
-            roll = Roll(members.num_hosts, members.num_groups, self._options)
-            self._reception = Reception(self._listener, members.secret, roll, self._remote)
+            flags = SharedFlags(shared.num_hosts, shared.num_groups, self._options)
+            self._acceptor = HostAcceptor(self._listener, shared.secret, flags, self._remote)
         for group in self._groups:
             group.start()
         for group in self._groups:
@@ -97,7 +95,7 @@ class GroupService:
                 raise group.error
 
     def stop(self, drain_seconds: float) -> None:
-        """Let requests on the way end for `drain_seconds`, then end everything on every host."""
+        """Let requests in flight end for `drain_seconds`, then end everything on every host."""
         stopping = [threading.Thread(target=group.stop, args=(drain_seconds,), daemon=True) for group in self._groups]
         for thread in stopping:
             thread.start()
@@ -105,9 +103,9 @@ class GroupService:
             thread.join()
         for host in self._remote.values():
             host.stop()
-        if self._reception is not None:
-            time.sleep(0.2)  # for the words to leave
-            self._reception.close()
+        if self._acceptor is not None:
+            time.sleep(0.2)  # for the messages to leave
+            self._acceptor.close()
         elif self._listener is not None:
             self._listener.close()
         self._children.end_all()
@@ -117,6 +115,6 @@ class GroupService:
         """The processes of groups on this host."""
         return self._children.pids
 
-    def _hear(self, word: Word) -> None:
-        if word.place.group < len(self._groups):
-            self._groups[word.place.group].hear(word)
+    def _take(self, report: Report) -> None:
+        if report.member.group < len(self._groups):
+            self._groups[report.member.group].take(report)

@@ -1,33 +1,27 @@
-"""Messages between the processes of a group: over TCP, authenticated, in plain data, never without a deadline.
+"""Connections between the processes of a service: in order, whole, of one protocol version, never without a deadline.
 
-Both ends prove that they know a secret before anything else is read, and every message carries an HMAC-SHA256 over its
-place in the sequence, so a stranger can neither speak nor change, repeat or drop a message unnoticed. Nothing is
-encrypted: prompts and tokens travel as they are, inside the network of the hosts. A message is JSON and, behind it, the
-bytes of NumPy arrays; nothing received is ever executed or unpickled. Knows nothing of what messages mean.
+Between hosts they are authenticated: both ends prove that they know a secret before anything else is read, and every
+message carries an HMAC-SHA256 over its place in the sequence, so a stranger can neither send nor change, repeat or drop
+a message unnoticed. Nothing is encrypted: prompts and tokens travel as they are, inside the network of the hosts. On a
+pair of sockets that only two processes of this host have there is nothing to prove. Knows no message by name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hmac
-import json
 import secrets
 import socket
 import struct
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from podquant.errors import ClusterError
+from podquant.group.codec import Codec, MalformedError, encode
+from podquant.group.messages import VERSION
 
-VERSION = 1
-"""Of the protocol; others are refused."""
-
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 """Of one message: a longer one is an attack, or a fault."""
 
 HANDSHAKE_SECONDS = 10.0
@@ -36,52 +30,57 @@ _MAGIC = b"podquant"
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
 _HEAD = struct.Struct(">I")
-_DTYPES = {"int32": np.dtype(np.int32), "float32": np.dtype(np.float32)}
-
-Array = npt.NDArray[Any]
 
 
 class WireError(ClusterError):
-    """The other end is gone, silent for too long, a stranger, or does not keep to the protocol."""
+    """The other end is gone, silent for too long, a stranger, or does not follow the protocol."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """What came: JSON's values, and arrays."""
-
-    body: dict[str, Any]
-    arrays: tuple[Array, ...] = ()
+class VersionError(WireError):
+    """The other end speaks another version of the protocol."""
 
 
 @dataclass
-class _Way:
-    """One direction of a connection: its key, and how many messages it has carried."""
+class _Direction:
+    """One direction of a connection: its key (None: nobody could interfere), and how many messages it has carried."""
 
-    key: bytes
+    key: bytes | None = None
     count: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def mac(self, payload: bytes | bytearray) -> bytes:
         """Of the next message."""
+        if self.key is None:
+            return b""
         self.count += 1
         return hmac.digest(self.key, struct.pack(">Q", self.count) + payload, "sha256")
 
 
-class Connection:
-    """One end of an authenticated connection. One thread may receive while others send.
+class Connection[M]:
+    """One end of a connection, on which messages M arrive. One thread may receive while others send.
 
     Every method raises WireError, after which the connection is closed.
     """
 
     def __init__(
-        self, peer: socket.socket, secret: bytes, *, is_server: bool, timeout: float = HANDSHAKE_SECONDS
+        self,
+        peer: socket.socket,
+        incoming: Codec[M],
+        secret: bytes | None,
+        *,
+        is_server: bool = False,
+        timeout: float = HANDSHAKE_SECONDS,
     ) -> None:
         """Shake hands, each part within `timeout`; `peer` is closed if that fails.
 
+        Args:
+            secret: that both ends know; None for a pair of sockets that nobody else has.
+
         Raises:
+            VersionError: the other end speaks another version of the protocol; it is told this end's.
             WireError: the other end does not know the secret, or gave no answer in time.
         """
-        self._socket = peer
+        self._socket, self._incoming = peer, incoming
         try:
             peer.settimeout(timeout)
             if peer.family != socket.AF_UNIX:
@@ -94,14 +93,14 @@ class Connection:
                 raise
             raise WireError(f"{_address(peer)}: no handshake: {_reason(error)}") from error
 
-    def send(self, body: Mapping[str, Any], arrays: Sequence[Array] = (), *, timeout: float = 10.0) -> None:
-        """Send a message; arrays must be int32 or float32. Blocks while the network is full, `timeout` at most."""
-        self.send_encoded(encode(body, arrays), timeout=timeout)
+    def send(self, message: object, *, timeout: float = 10.0) -> None:
+        """Send a message of `messages`. Blocks while the network is full, `timeout` at most."""
+        self.send_encoded(encode(message), timeout=timeout)
 
     def send_encoded(self, payload: bytes, *, timeout: float = 10.0) -> None:
         """Send what `encode` made: once, for several connections."""
-        if len(payload) > MOST_BYTES:
-            raise WireError(f"{self.address}: a message of {len(payload):,} bytes; the most is {MOST_BYTES:,}")
+        if len(payload) > MAX_BYTES:
+            raise WireError(f"{self.address}: a message of {len(payload):,} bytes; the most is {MAX_BYTES:,}")
         try:
             with self._send.lock:
                 frame = b"".join((_HEAD.pack(len(payload)), payload, self._send.mac(payload)))
@@ -111,22 +110,32 @@ class Connection:
             self.close()
             raise WireError(f"{self.address}: cannot send: {_reason(error)}") from error
 
-    def receive(self, *, timeout: float) -> Message:
+    def receive(self, *, timeout: float) -> M:
         """The next message. Waits `timeout` seconds at most for its next byte."""
         try:
             length = _HEAD.unpack(self._read(_HEAD.size, timeout))[0]
-            if length > MOST_BYTES:
-                raise WireError(f"{self.address}: announced a message of {length:,} bytes; the most is {MOST_BYTES:,}")
+            if length > MAX_BYTES:
+                raise WireError(f"{self.address}: announced a message of {length:,} bytes; the most is {MAX_BYTES:,}")
             payload = self._read(length, timeout)
-            if not hmac.compare_digest(self._read(_MAC_BYTES, timeout), self._receive.mac(payload)):
-                raise WireError(f"{self.address}: a message that was changed on the way, or is not from the other end")
-            return _decode(payload, self.address)
+            if self._receive.key is not None:
+                mac = self._read(_MAC_BYTES, timeout)
+                if not hmac.compare_digest(mac, self._receive.mac(payload)):
+                    raise WireError(f"{self.address}: a message was changed in transit, or is not from the other end")
+            return self._incoming.decode(payload)
         except OSError as error:
             self.close()
             raise WireError(f"{self.address}: {_reason(error)}") from error
+        except MalformedError as error:
+            self.close()
+            raise WireError(f"{self.address}: malformed message: {error}") from error
         except WireError:
             self.close()
             raise
+
+    def unexpected(self, message: object) -> WireError:
+        """The error for a message that comes at the wrong time; closes the connection."""
+        self.close()
+        return WireError(f"{self.address}: did not expect the message {type(message).__name__} now")
 
     def close(self) -> None:
         """End it, also for a thread that waits in `receive`. Again: no effect."""
@@ -140,17 +149,19 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _shake_hands(self, secret: bytes, is_server: bool, timeout: float) -> tuple[_Way, _Way]:
-        mine = _MAGIC + bytes([VERSION]) + secrets.token_bytes(_NONCE_BYTES)
+    def _shake_hands(self, secret: bytes | None, is_server: bool, timeout: float) -> tuple[_Direction, _Direction]:
+        mine = _MAGIC + bytes([VERSION]) + (b"" if secret is None else secrets.token_bytes(_NONCE_BYTES))
         self._socket.sendall(mine)
         theirs = bytes(self._read(len(mine), timeout))
         if not theirs.startswith(_MAGIC):
             raise WireError(f"{self.address}: does not speak podquant's protocol")
-        if theirs[len(_MAGIC)] != VERSION:
-            raise WireError(
-                f"{self.address}: speaks version {theirs[len(_MAGIC)]} of the protocol, this is {VERSION}: install the "
-                "same podquant on all hosts"
+        if (version := theirs[len(_MAGIC)]) != VERSION:
+            raise VersionError(
+                f"{self.address}: speaks version {version} of podquant's protocol, this process version {VERSION}: "
+                "install the same podquant on all hosts, and restart them"
             )
+        if secret is None:
+            return _Direction(), _Direction()
         both = theirs + mine if is_server else mine + theirs
         keys = {name: hmac.digest(secret, name.encode() + both, "sha256") for name in ("client", "server")}
         me, you = ("server", "client") if is_server else ("client", "server")
@@ -158,7 +169,7 @@ class Connection:
         proof = self._read(_MAC_BYTES, timeout)
         if not hmac.compare_digest(proof, hmac.digest(keys[you], b"proof", "sha256")):
             raise WireError(f"{self.address}: does not know this group's secret: give all hosts the same one")
-        return _Way(keys[me]), _Way(keys[you])
+        return _Direction(keys[me]), _Direction(keys[you])
 
     def _read(self, count: int, timeout: float) -> bytearray:
         data = bytearray(count)
@@ -172,8 +183,8 @@ class Connection:
         return data
 
 
-class Listener:
-    """A TCP port for the other members of a group."""
+class PeerListener:
+    """A TCP port for the other processes of a service."""
 
     def __init__(self, host: str, port: int) -> None:
         """Port 0 takes a free one. Raises ClusterError if the address cannot be had."""
@@ -199,44 +210,18 @@ class Listener:
         self._socket.close()
 
 
-def connect(address: tuple[str, int], secret: bytes, *, timeout: float) -> Connection:
-    """Call a listener. Raises WireError: it is not there, or does not know the secret."""
+def connect[M](address: tuple[str, int], incoming: Codec[M], secret: bytes, *, timeout: float) -> Connection[M]:
+    """Call a listener. Raises WireError: it is not there, speaks another version, or does not know the secret."""
     try:
         peer = socket.create_connection(address, timeout)
     except OSError as error:
         raise WireError(f"{address[0]}:{address[1]}: cannot connect: {_reason(error)}") from error
-    return Connection(peer, secret, is_server=False)
-
-
-def encode(body: Mapping[str, Any], arrays: Sequence[Array] = ()) -> bytes:
-    """A message as bytes: JSON with the arrays' types and shapes, and behind it their own."""
-    described = [[array.dtype.name, list(array.shape)] for array in arrays]
-    head = json.dumps([body, described], separators=(",", ":")).encode()
-    return b"".join([_HEAD.pack(len(head)), head, *(np.ascontiguousarray(array).tobytes() for array in arrays)])
-
-
-def _decode(payload: bytearray, address: str) -> Message:
-    try:
-        size = _HEAD.unpack_from(payload)[0]
-        body, described = json.loads(payload[_HEAD.size : _HEAD.size + size])
-        if not isinstance(body, dict):
-            raise TypeError("a message is an object")
-        arrays, offset = [], _HEAD.size + size
-        for name, shape in described:
-            dtype = _DTYPES[name]
-            count = int(np.prod(shape, dtype=np.int64))
-            arrays.append(np.frombuffer(payload, dtype, count, offset).reshape(shape))
-            offset += count * dtype.itemsize
-        if offset != len(payload):
-            raise ValueError(f"{len(payload) - offset} bytes more than announced")
-    except (ValueError, TypeError, KeyError, struct.error) as error:
-        raise WireError(f"{address}: a message that is none of this protocol: {error}") from error
-    return Message(body, tuple(arrays))
+    return Connection(peer, incoming, secret)
 
 
 def _address(peer: socket.socket) -> str:
     try:
-        name = peer.getpeername()
+        name: Any = peer.getpeername()
     except OSError:
         return "a caller that has gone"
     return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "a process of this host"

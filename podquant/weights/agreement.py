@@ -38,7 +38,7 @@ def agree(exchange: Exchange, failure: Exception | None) -> None:
     for rank, text in enumerate(heard):
         if text:
             kind, message = json.loads(text)
-            raise getattr(errors, kind)(f"process {rank} of {len(heard)}: {message}")
+            raise (errors.error_named(kind) or errors.StorageError)(f"process {rank} of {len(heard)}: {message}")
 
 
 def check_same_weights(source: WeightSource, exchange: Exchange) -> None:

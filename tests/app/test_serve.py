@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from podquant.app.options import ServeOptions
-from podquant.app.serve import engine_options, http_options, members_of, options_of
+from podquant.app.serve import engine_options, group_options, http_options, options_of
 from podquant.config.job import ServeJob
 from podquant.engine.options import EngineOptions
 from podquant.errors import ConfigError
@@ -45,17 +45,17 @@ def test_the_log_of_requests_is_for_debugging() -> None:
 )
 def test_hosts_that_cannot_meet(change: dict[str, Any], secret: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        members_of(ServeOptions(**MANY | change), secret)
+        group_options(ServeOptions(**MANY | change), secret)
     assert message in str(caught.value)
 
 
 def test_hosts_that_meet() -> None:
-    members = members_of(ServeOptions(**MANY | {"dist_init_addr": "[fd00::1]:7", "step_seconds": 9.0}), SECRET)
+    members = group_options(ServeOptions(**MANY | {"dist_init_addr": "[fd00::1]:7", "step_seconds": 9.0}), SECRET)
     assert (members.num_hosts, members.num_groups, members.address) == (2, 1, ("fd00::1", 7))
     assert members.secret == SECRET.encode()
     assert members.deadlines.step == 9.0
     alone = ServeOptions(model_path="m")
-    assert members_of(alone, "").secret != members_of(alone, "").secret
+    assert group_options(alone, "").secret != group_options(alone, "").secret
 
 
 def test_a_job_that_cannot_be_is_named() -> None:

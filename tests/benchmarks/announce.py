@@ -1,9 +1,9 @@
-"""What it costs to announce a decode step to the other hosts of a group, over TCP on this machine.
+"""What it costs to broadcast a decode step to the other hosts of a group, over TCP on this machine.
 
     .venv/bin/python tests/benchmarks/announce.py [--followers 1 3 15] [--steps 2000] [--batch 64] [--context 8192]
 
 Rank 0 sends each step to every follower before it dispatches it: that time is added to a step unless the devices are
-busy with the one before. Followers here are processes that receive, check and unpack, and do nothing else.
+busy with the one before. Followers here are processes that receive, check and decode, and do nothing else.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import numpy as np
 
 from podquant.engine.programs import NUM_INTS, Bucket
 from podquant.group.launch import Deadlines
-from podquant.group.lockstep import Announcer
-from podquant.group.wire import Connection, Listener, connect
+from podquant.group.lockstep import StepBroadcaster
+from podquant.group.messages import FROM_RANK, TO_RANK, EndOfSteps, Step
+from podquant.group.wire import Connection, PeerListener, connect
 
 KEY = b"a secret of the benchmark"
 
 
 def follow(port: int, steps: int) -> None:
-    """Hear that many steps."""
-    with connect(("127.0.0.1", port), KEY, timeout=30) as connection:
-        heard = 0
-        while heard < steps:
-            heard += "step" in connection.receive(timeout=30).body
-        connection.send({"heard": heard})
+    """Receive that many steps, and the end."""
+    with connect(("127.0.0.1", port), TO_RANK, KEY, timeout=30) as connection:
+        received = 0
+        while not isinstance(message := connection.receive(timeout=30), EndOfSteps):
+            received += isinstance(message, Step)
+    assert received == steps
 
 
 def measure(followers: int, steps: int, arrays: list[Any], bucket: Bucket) -> tuple[float, float]:
-    """Microseconds of one announcement, the median and the 99th percentile."""
-    listener = Listener("127.0.0.1", 0)
+    """Microseconds of one broadcast, the median and the 99th percentile."""
+    listener = PeerListener("127.0.0.1", 0)
     processes = [multiprocessing.Process(target=follow, args=(listener.port, steps)) for _ in range(followers)]
     for process in processes:
         process.start()
@@ -43,21 +44,20 @@ def measure(followers: int, steps: int, arrays: list[Any], bucket: Bucket) -> tu
     for _ in range(followers):
         peer = listener.accept(timeout=60)
         assert peer is not None
-        connections.append(Connection(peer, KEY, is_server=True))
-    announcer = Announcer(connections, Deadlines())
+        connections.append(Connection(peer, FROM_RANK, KEY, is_server=True))
+    broadcaster = StepBroadcaster(connections, Deadlines())
     seconds = []
     for _ in range(steps):
         begin = time.perf_counter()
-        announcer.announce(bucket, arrays)
+        broadcaster.broadcast(bucket, arrays)
         seconds.append(time.perf_counter() - begin)
         time.sleep(0.002)  # a step of the devices
-    for connection in connections:
-        assert connection.receive(timeout=60).body == {"heard": steps}
-    announcer.end()
-    for connection in connections:
-        connection.close()
+    broadcaster.end()
     for process in processes:
         process.join()
+        assert process.exitcode == 0
+    for connection in connections:
+        connection.close()
     listener.close()
     return 1e6 * statistics.median(seconds), 1e6 * float(np.percentile(seconds, 99))
 

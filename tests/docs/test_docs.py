@@ -23,7 +23,7 @@ from ray.dashboard.modules.job import cli as ray_jobs
 
 import podquant
 from podquant.app.options import API_KEY_VARIABLE, SECRET_VARIABLE, flag_kinds
-from podquant.app.serve import engine_options, members_of
+from podquant.app.serve import engine_options, group_options
 from podquant.cli.main import COMMANDS, main
 from podquant.cli.options import read_options
 from podquant.cluster.topology import parse_slice
@@ -128,7 +128,7 @@ def _podquant(arguments: list[str], places: Mapping[str, Path], scratch: Path) -
     parsed = parser_of(command).parse_args(words)
     if command == "serve":
         options = read_options(parsed)
-        members_of(options, "a secret of the documentation" if options.nnodes > 1 else "")
+        group_options(options, "a secret of the documentation" if options.nnodes > 1 else "")
         assert engine_options(options).tp_size
     elif getattr(parsed, "address", None):
         parse_slice(parsed.accelerator)

@@ -22,8 +22,9 @@ from podquant.engine.programs import Bucket
 from podquant.errors import ClusterError, ConfigError
 from podquant.group.fingerprint import Fingerprints, fingerprints
 from podquant.group.launch import Deadlines, new_nonce, step_key
-from podquant.group.lockstep import Announcer, follow, gather, join
-from podquant.group.wire import Connection, Listener, WireError
+from podquant.group.lockstep import Follower, Leader, StepBroadcaster, accept_ranks, follow, join
+from podquant.group.messages import FROM_RANK, TO_RANK, RankHello, Step, Welcome
+from podquant.group.wire import Connection, PeerListener, WireError
 from podquant.weights.source import open_source
 from tests.storage.kinds import KINDS, fine_tune, storage
 
@@ -54,7 +55,7 @@ class Results(list[Any]):
 def test_ranks_meet_whatever_strangers_do_meanwhile() -> None:
     key, stale = step_key(SECRET, new_nonce()), step_key(SECRET, new_nonce())
     joined, strangers = Results(), Results()
-    with closing(Listener("127.0.0.1", 0)) as listener:
+    with closing(PeerListener("127.0.0.1", 0)) as listener:
         address = ("127.0.0.1", listener.port)
         silent = socket.create_connection(address)
         threads = [
@@ -63,20 +64,20 @@ def test_ranks_meet_whatever_strangers_do_meanwhile() -> None:
             joined.run(join, address, key, 1, PRINTS, 5.0),
         ]
         begin = time.monotonic()
-        met = gather(listener, key, PRINTS, 3, 10.0)
+        met = accept_ranks(listener, key, PRINTS, 3, 10.0)
         assert time.monotonic() - begin < 9  # it did not wait for the silent one
         for thread in threads:
             thread.join()
         silent.close()
     assert isinstance(strangers[0], WireError)
     assert "does not know this group's secret" in str(strangers[0])
-    announcer = Announcer(met, DEADLINES)
+    broadcaster = StepBroadcaster(met, DEADLINES)
     ints = np.pad(np.arange(6, dtype=np.int32).reshape(1, 6), ((0, 1), (0, 100)))
     floats, tokens = np.ones((2, 3), np.float32), np.full((2, 32), 7, np.int32)
     steps = [(Bucket(2, 32, scores=True), [ints, floats, tokens, tokens]), (Bucket(2, 1), [ints * 0, floats])]
     for bucket, arrays in steps:
-        announcer.announce(bucket, arrays)
-    announcer.end()
+        broadcaster.broadcast(bucket, arrays)
+    broadcaster.end()
     expected = [(bucket, [array.tolist() for array in arrays]) for bucket, arrays in steps]
     for connection in joined:
         executor = Recorder()
@@ -89,10 +90,10 @@ def test_ranks_meet_whatever_strangers_do_meanwhile() -> None:
 def refused(theirs: Fingerprints, here: Fingerprints) -> str:
     """What rank 1 is told, as rank 0 tells whoever started it."""
     key, joined = step_key(SECRET, new_nonce()), Results()
-    with closing(Listener("127.0.0.1", 0)) as listener:
+    with closing(PeerListener("127.0.0.1", 0)) as listener:
         thread = joined.run(join, ("127.0.0.1", listener.port), key, 1, theirs, 5.0)
         with pytest.raises(ConfigError) as caught:
-            gather(listener, key, here, 2, 5.0)
+            accept_ranks(listener, key, here, 2, 5.0)
         thread.join()
     assert isinstance(joined[0], ConfigError)
     assert str(joined[0]) == str(caught.value)
@@ -141,10 +142,10 @@ def test_a_rank_with_another_fine_tune_is_refused(kind: str, tmp_path: Path, mon
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     key, joined = step_key(SECRET, new_nonce()), Results()
-    with closing(Listener("127.0.0.1", 0)) as listener:
+    with closing(PeerListener("127.0.0.1", 0)) as listener:
         thread = joined.run(join, ("127.0.0.1", listener.port), key, 1, PRINTS, 5.0)
         with pytest.raises(ClusterError, match=r"rank 2 has not come to the step channel within 0\.5 s"):
-            gather(listener, key, PRINTS, 3, 0.5)
+            accept_ranks(listener, key, PRINTS, 3, 0.5)
         thread.join()
     joined[0].close()
 
@@ -160,23 +161,60 @@ class Recorder:
         return SimpleNamespace(tokens=jnp.zeros(1)), None
 
 
-def pair() -> tuple[Connection, Connection]:
+def pair() -> tuple[Follower, Leader]:
+    """Rank 0's end and that of another rank."""
     left, right = socket.socketpair()
     ends = Results()
-    thread = ends.run(lambda: Connection(left, SECRET, is_server=True))
-    client = Connection(right, SECRET, is_server=False)
+    thread = ends.run(lambda: Connection(left, FROM_RANK, SECRET, is_server=True))
+    client = Connection(right, TO_RANK, SECRET)
     thread.join()
     return ends[0], client
 
 
-def test_a_follower_notices_a_step_that_is_missing_and_a_leader_that_is_silent() -> None:
+def step(number: int, *arrays: Any) -> Step:
+    return Step(number, batch=1, length=1, scores=False, width=4, arrays=arrays)
+
+
+INTS = np.zeros((1, 4), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (step(2, INTS), "broadcast step 2, expected 1"),
+        (step(1), "broadcast step 1 without its arrays"),
+        (step(1, np.zeros((1, 9), np.int32)), r"broadcast step 1 with ints of shape \[1, 9\], at most 4 wide"),
+        (Welcome(), "did not expect the message Welcome now"),
+        (RankHello(1, PRINTS), "malformed message: message 'RankHello': unknown here"),
+    ],
+)
+def test_a_follower_refuses_what_is_no_next_step(message: object, error: str) -> None:
     leader, follower = pair()
+    executor = Recorder()
     with leader, follower:
-        leader.send({"step": 2, "batch": 1, "length": 1, "scores": False})
-        with pytest.raises(WireError, match="announced step 2, expected 1"):
-            follow(Recorder(), follower, DEADLINES, lambda since: None)  # type: ignore[arg-type]
+        leader.send(message)
+        with pytest.raises(WireError, match=error):
+            follow(executor, follower, DEADLINES, lambda since: None)  # type: ignore[arg-type]
+    assert executor.ran == []
+
+
+def test_a_follower_notices_a_leader_that_is_silent() -> None:
     leader, follower = pair()
     begin = time.monotonic()
     with leader, follower, pytest.raises(WireError, match="no answer in time"):
         follow(Recorder(), follower, Deadlines(liveness=0.2), lambda since: None)  # type: ignore[arg-type]
     assert time.monotonic() - begin < 20  # and not 60
+
+
+def test_heartbeats_keep_a_follower_while_there_is_no_step() -> None:
+    leader, follower = pair()
+    quick = Deadlines(liveness=0.3)
+    results = Results()
+    with leader, follower:
+        broadcaster = StepBroadcaster([leader], quick)
+        thread = results.run(follow, Recorder(), follower, quick, lambda since: None)
+        thread.join(1.5)
+        assert thread.is_alive()
+        broadcaster.end()
+        thread.join(5)
+    assert results == [None]

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from podquant.conversion.run import convert
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import Request, SamplingParams
 from podquant.engine.start import start_engine
+from podquant.group.messages import VERSION
 from tests.group.hosts import PATIENCE, Service, cmdline, is_alive, wait_until
 from tests.matrix import half
 from tests.storage.hub.emulator import HubEmulator
@@ -238,7 +239,33 @@ def test_a_host_with_other_flags_is_refused(service: Service, flags: list[str], 
     service.start(number, "--node-rank", "1", *flags)
     other = service.hosts.pop(number)
     assert other.wait(PATIENCE) == 1
-    assert f"error: host 1 was started unlike host 0: {message}" in service.logs[number].read_text()
+    assert f"error: host 1 was started with other flags than host 0: {message}" in service.logs[number].read_text()
+
+
+def changed_code(place: Path, file: str, change: Callable[[str], str]) -> dict[str, str]:
+    """The environment of processes that run podquant with one file changed."""
+    package = Path(__file__).parents[2] / "podquant"
+    shutil.copytree(package, place / "podquant", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package.parent / "configs", place / "configs")
+    changed = place / "podquant" / file
+    changed.write_text(change(changed.read_text()))
+    return {"PYTHONPATH": str(place)}
+
+
+def test_a_host_of_another_version_is_refused(service: Service, tmp_path: Path) -> None:
+    """Both sides name both versions."""
+    environment = changed_code(
+        tmp_path, "group/messages.py", lambda text: text.replace(f"VERSION = {VERSION}", f"VERSION = {VERSION + 1}")
+    )
+    service.logs.append(service.logs[0].with_name("version.log"))
+    number = len(service.logs) - 1
+    service.start(number, "--node-rank", "1", **environment)
+    other = service.hosts.pop(number)
+    assert other.wait(PATIENCE) == 1
+    speaks = "speaks version {} of podquant's protocol, this process version {}: install the same podquant on all hosts"
+    assert "error: host 0: 127.0.0.1:" in service.logs[number].read_text()
+    assert speaks.format(VERSION, VERSION + 1) in service.logs[number].read_text()
+    assert speaks.format(VERSION + 1, VERSION) in service.logs[0].read_text()
 
 
 def test_a_stop_lets_requests_end_and_leaves_no_process(artifact: Path, cache: dict[str, str], tmp_path: Path) -> None:
@@ -265,12 +292,7 @@ def test_a_host_with_other_weights_or_code_is_refused(cache: dict[str, str], tmp
     if what == "weights":
         other = fine_tune(model, tmp_path / "other")
     else:
-        package = Path(__file__).parents[2] / "podquant"
-        shutil.copytree(package, tmp_path / "code" / "podquant", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(package.parent / "configs", tmp_path / "code" / "configs")
-        changed = tmp_path / "code" / "podquant" / "dtypes.py"
-        changed.write_text(changed.read_text() + "# another version\n")
-        environment = {"PYTHONPATH": str(tmp_path / "code")}
+        environment = changed_code(tmp_path / "code", "dtypes.py", lambda text: text + "# other code\n")
     verb = "differ" if what == "weights" else "differs"
     with Service(model, 2, "--tp-size", "2", *FLAGS, folder=tmp_path, environment=cache, absent=[1]) as service:
         service.start(1, "--model-path", str(other), **environment)
