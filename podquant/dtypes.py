@@ -52,7 +52,7 @@ _TABLE = (
 BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_DISK_NAME = {dtype.disk: dtype for dtype in _TABLE}
 
-SOURCE_DTYPES = ("bfloat16", "float16", "float32")
+SOURCE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 """Names of the types a weight may have to be quantized."""
 
 QUANTIZED_DTYPES = tuple(dtype.name for dtype in _TABLE if dtype.qmax is not None)

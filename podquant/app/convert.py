@@ -16,7 +16,7 @@ from podquant.cluster.hosts import Hosts, Progress
 from podquant.config.job import ConvertJob
 from podquant.conversion import run
 from podquant.conversion.plan import Plan
-from podquant.conversion.run import Conversion, check_source, check_target
+from podquant.conversion.run import Conversion, check_target
 from podquant.errors import ArtifactExistsError
 
 
@@ -90,11 +90,17 @@ def _opened(job: ConvertJob, download_dir: str | None) -> Iterator[tuple[Checkpo
     check_target(job.target, overwrite=job.overwrite)
     checkpoint, plan = open_source(
         SourceOptions(
-            job.source, job.quantization_config_path, job.revision, download_dir, job.tp_size, job.strict_rules
+            job.source,
+            job.quantization_config_path,
+            job.revision,
+            download_dir,
+            job.tp_size,
+            job.strict_rules,
+            job.weights_only,
+            job.allow_extra_tensors,
         )
     )
     with closing(checkpoint):
-        check_source(checkpoint)
         yield checkpoint, plan
 
 
@@ -118,5 +124,6 @@ def _carry_out(
         hosts=hosts,
         threads=job.cluster.threads_per_worker,
         overwrite=job.overwrite,
+        allow_nonfinite=job.allow_nonfinite,
         on_progress=advance,
     )

@@ -105,6 +105,8 @@ class ServeOptions:
     max_logprobs: int = _flag(
         "how many most likely tokens, with their log-probabilities, a request may ask for at each position", 20, "N"
     )
+    allow_extra_tensors: bool = _flag("serve a checkpoint that holds tensors which its model does not use", False)
+    allow_nonfinite: bool = _flag("serve a checkpoint with NaN or infinities in what is not quantized", False)
     disable_radix_cache: bool = _flag("keep no prefixes for later requests; this version never keeps any", False)
     random_seed: int = _flag("seed from which requests that give none draw theirs", 0, "SEED")
     skip_server_warmup: bool = _flag("compile each shape at its first use instead of before the first request", False)

@@ -41,13 +41,9 @@ def note_lines(plan: Plan) -> list[str]:
     """What a user should know of a plan before it is carried out."""
     lines = [f"warning: {rule}" for rule in plan.unmatched]
     lines += [f"note: {note}" for note in plan.notes]
-    if plan.unsupported is not None:
-        lines.append(f"warning: podquant does not run {plan.unsupported} yet: convert refuses it")
     if plan.redundant is not None:
         left_out, kept = plan.redundant
         lines.append(f"note: {left_out.name} is left out: config.json ties it to {kept.name}")
-    for layer in plan.further:
-        lines.append(f"note: {layer} is left out: podquant runs no layers that predict further tokens")
     if not any(module.scheme for module in plan.modules.values()):
         lines.append("warning: nothing is quantized: every module is kept in its own dtype")
     return lines

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.job import is_hugging_face_id
 from podquant.config.rules import load_quantization_config
+from podquant.conversion.fitness import check_fitness
 from podquant.conversion.plan import Plan, plan_conversion
 from podquant.errors import ConfigError
 from podquant.storage.hub.ids import download_model, is_offline
@@ -24,6 +25,8 @@ class SourceOptions:
         download_dir: download a Hugging Face id whole, to there, first.
         tp_size: tensor-parallel slices to cut every weight into.
         strict_rules: a rule that matches nothing is an error.
+        weights_only: convert the weights of any model, whether or not podquant can serve it.
+        allow_extra_tensors: go on where tensors are there that no weight of the model is in.
     """
 
     model: str
@@ -32,6 +35,8 @@ class SourceOptions:
     download_dir: str | None = None
     tp_size: int = 1
     strict_rules: bool = False
+    weights_only: bool = False
+    allow_extra_tensors: bool = False
 
 
 def open_source(options: SourceOptions) -> tuple[Checkpoint, Plan]:
@@ -44,8 +49,18 @@ def open_source(options: SourceOptions) -> tuple[Checkpoint, Plan]:
     uri, name = _locate(options.model, options.revision, options.download_dir)
     checkpoint = Checkpoint.open(uri)
     try:
+        notes = check_fitness(
+            checkpoint,
+            options.tp_size,
+            weights_only=options.weights_only,
+            allow_extra=options.allow_extra_tensors,
+        )
         plan = plan_conversion(
-            checkpoint, rules, source_name=name or checkpoint.store.uri.removeprefix("hf://"), tp_size=options.tp_size
+            checkpoint,
+            rules,
+            source_name=name or checkpoint.store.uri.removeprefix("hf://"),
+            tp_size=options.tp_size,
+            notes=notes,
         )
         if options.strict_rules:
             plan.refuse_unmatched()

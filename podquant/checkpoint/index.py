@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from podquant.checkpoint.companions import companions
@@ -16,6 +16,7 @@ from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.jsonfile import parse_object
 from podquant.checkpoint.shards import adapter_note, find_shards
 from podquant.checkpoint.undeclared import declared_config
+from podquant.checkpoint.wrappers import unwrapped
 from podquant.errors import CheckpointError
 from podquant.storage.publication import refuse_half_replaced
 from podquant.storage.runs import Run, Whole
@@ -88,6 +89,7 @@ class Checkpoint:
                 headers = dict(zip(shards.files, found, strict=True))
             tensors = _collect(store, headers)
             shards.check_index(store.uri, headers)
+            tensors, wrapped = _unwrapped(tensors)
             config, notes = declared_config(config, tensors, store.uri)
             tensors = name_experts(tensors, config, store.uri)
         except BaseException:
@@ -97,7 +99,7 @@ class Checkpoint:
             file: FileInfo(header.size, store.version(file), header.sha256, header.crc32c, header.data_offset)
             for file, header in headers.items()
         }
-        notes += shards.notes if adapter is None else (*shards.notes, adapter)
+        notes += (*wrapped, *shards.notes, *(() if adapter is None else (adapter,)))
         return cls(store, config, tensors, infos, companions(store, sizes), notes)
 
     @property
@@ -113,6 +115,16 @@ class Checkpoint:
     def close(self) -> None:
         """Close the store."""
         self.store.close()
+
+
+def _unwrapped(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """The tensors under their own names, where training wrappers have changed them, and what to say of it."""
+    names = unwrapped(tensors)
+    if not names:
+        return tensors, ()
+    first = next(name for name in names if names[name] != name)
+    note = f"names are taken without those of training wrappers: {first} is read as {names[first]}"
+    return {names[name]: replace(info, name=names[name]) for name, info in tensors.items()}, (note,)
 
 
 def _collect(store: Store, headers: Mapping[str, Header]) -> dict[str, TensorInfo]:

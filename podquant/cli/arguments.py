@@ -20,6 +20,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strict-rules", action="store_true", help="a rule that matches nothing is an error")
     parser.add_argument(
+        "--weights-only", action="store_true", help="of any model, whether or not podquant can serve it"
+    )
+    parser.add_argument(
+        "--allow-extra-tensors", action="store_true", help="go on where tensors are there that the model does not use"
+    )
+    parser.add_argument(
         "--tp-size", metavar="N", type=positive, default=1, help="cut every weight into N tensor-parallel slices"
     )
     parser.add_argument(

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace the artifact that is at OUT, once done; give up another conversion that was begun there",
     )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="keep NaN and infinities in what is not quantized"
+    )
     cluster = parser.add_argument_group("on a Ray cluster")
     cluster.add_argument(
         "--address", help="convert on the hosts of this cluster (host:6379), or of the one here (auto)"
@@ -45,6 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
         tp_size=arguments.tp_size,
         strict_rules=arguments.strict_rules,
         overwrite=arguments.overwrite,
+        weights_only=arguments.weights_only,
+        allow_extra_tensors=arguments.allow_extra_tensors,
+        allow_nonfinite=arguments.allow_nonfinite,
         cluster=ClusterOptions(
             accelerator=arguments.accelerator,
             workers_per_host=arguments.workers_per_host or 1,

@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         download_dir=arguments.download_dir,
         tp_size=arguments.tp_size,
         strict_rules=arguments.strict_rules,
+        weights_only=arguments.weights_only,
+        allow_extra_tensors=arguments.allow_extra_tensors,
     )
     report = plan_report(
         options,

@@ -56,6 +56,9 @@ class ConvertJob:
         strict_rules: a rule that matches no module is an error.
         overwrite: replace an artifact that is at the target, once the new one is complete, and discard an unfinished
             conversion of something else there.
+        weights_only: convert the weights of any model, whether or not podquant can serve it.
+        allow_extra_tensors: go on where tensors are there that no weight of the model is in.
+        allow_nonfinite: keep NaN and infinities in what is not quantized, instead of refusing them.
         cluster: where it runs.
         name: the job, for messages: the file's name without its directory.
     """
@@ -67,6 +70,9 @@ class ConvertJob:
     tp_size: int = 1
     strict_rules: bool = False
     overwrite: bool = False
+    weights_only: bool = False
+    allow_extra_tensors: bool = False
+    allow_nonfinite: bool = False
     cluster: ClusterOptions = ClusterOptions()
     name: str = "command line"
 
@@ -170,6 +176,9 @@ def _convert_job(root: Node, entries: Mapping[str, Node], name: str) -> ConvertJ
         tp_size=_positive(entries, "tp_size", 1),
         strict_rules=_flag(entries, "strict_rules"),
         overwrite=_flag(entries, "overwrite"),
+        weights_only=_flag(entries, "weights_only"),
+        allow_extra_tensors=_flag(entries, "allow_extra_tensors"),
+        allow_nonfinite=_flag(entries, "allow_nonfinite"),
         cluster=_cluster(entries.get("cluster")),
         name=name,
     )

@@ -6,11 +6,12 @@ Knows nothing of rules or of how a tensor is quantized.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from podquant.artifact.naming import module_of
+from podquant.checkpoint.extras import further_layers, is_further
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import quant_method
@@ -32,7 +33,6 @@ class Contents:
             not known to be what `checkpoint.experts` takes apart.
         tied: lm_head shares the embedding's tensor.
         redundant: an lm_head stored beside the embedding it is tied to, left out → that embedding.
-        further: the layers beyond those that config.json counts, which predict further tokens: left out, by name.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -40,7 +40,6 @@ class Contents:
     fused: Mapping[str, TensorInfo]
     tied: bool
     redundant: tuple[TensorInfo, TensorInfo] | None
-    further: tuple[str, ...] = ()
 
 
 def read_contents(checkpoint: Checkpoint) -> Contents:
@@ -51,15 +50,16 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         CheckpointError: tensors are missing, or contradict config.json.
     """
     where, config = checkpoint.store.uri, checkpoint.config
-    _refuse_quantized(where, checkpoint)
+    refuse_quantized(checkpoint)
     matrices = {
         module: info
         for name, info in checkpoint.tensors.items()
         if (module := module_of(name)) is not None and len(info.shape) >= 2
     }
     _check_layers(where, config, matrices)
-    further = _further_layers(config, checkpoint.tensors)
-    matrices = {module: info for module, info in matrices.items() if _layer_of(info.name) not in further}
+    count = config.get("num_hidden_layers")
+    further = further_layers(checkpoint.tensors, count) if isinstance(count, int) else ()
+    matrices = {module: info for module, info in matrices.items() if not is_further(info.name, further)}
     embedding = next((info for module, info in matrices.items() if kind_of(module) == "embedding"), None)
     head = next((info for module, info in matrices.items() if kind_of(module) == "lm_head"), None)
     tied = is_tied(config, checkpoint.tensors, f"{where}/config.json")
@@ -81,32 +81,19 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     tensors = {
         name: info
         for name, info in checkpoint.tensors.items()
-        if (redundant is None or name != redundant[0].name) and _layer_of(name) not in further
+        if (redundant is None or name != redundant[0].name) and not is_further(name, further)
     }
     fused = {
         name: info
         for name, info in tensors.items()
         if module_of(name) is None and len(info.shape) >= 3 and kind_of(name) == "expert"
     }
-    return Contents(tensors, matrices, fused, tied, redundant, further)
+    return Contents(tensors, matrices, fused, tied, redundant)
 
 
-def _layer_of(tensor: str) -> str | None:
-    """The layer that a tensor belongs to: `model.layers.3`."""
-    match = _LAYER.match(tensor)
-    return f"{match[1]}.{match[2]}" if match else None
-
-
-def _further_layers(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
-    """Layers beyond `num_hidden_layers`, where config.json says that it has some that predict further tokens."""
-    count = config.get("num_hidden_layers")
-    if not isinstance(count, int) or not (config.get("num_nextn_predict_layers") or config.get("num_mtp_layers")):
-        return ()
-    matches = [match for name in names if (match := _LAYER.match(name)) and int(match[2]) >= count]
-    return tuple(dict.fromkeys(f"{match[1]}.{match[2]}" for match in matches))
-
-
-def _refuse_quantized(where: str, checkpoint: Checkpoint) -> None:
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError if a checkpoint is quantized already."""
+    where = checkpoint.store.uri
     if method := quant_method(checkpoint.config):
         raise UnsupportedModelError(
             f"{where}: already quantized: config.json has {method}. Nothing is gained by quantizing it again: serve it "

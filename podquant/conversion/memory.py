@@ -42,7 +42,7 @@ def worker_nbytes(units: Sequence[Unit], *, threads: int, window_bytes: int) -> 
 def _unit_nbytes(unit: Unit, threads: int, window_bytes: int) -> int:
     """Buffers of the windows in flight, what is cut across their rows, what waits for a tensor's end, and uploads."""
     source = min(source_nbytes(unit.tensors, window_bytes), unit.bytes_in)  # what no window touches costs nothing
-    codes = codes_nbytes(source) if any(tensor.scheme for tensor in unit.tensors) else 0
+    codes = codes_nbytes(source) if any(tensor.is_changed for tensor in unit.tensors) else 0
     copies = int(source * max((tensor.copied_share for tensor in unit.tensors), default=0))
     held = max((tensor.held_nbytes for tensor in unit.tensors), default=0)
     depth = windows_in_flight(threads)

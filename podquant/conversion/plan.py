@@ -23,7 +23,7 @@ from podquant.conversion.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import CheckpointError, ConfigError, UnsupportedModelError
 from podquant.families.declaration import DiskTensor, declare
-from podquant.families.registry import read_model_config, unsupported_architecture
+from podquant.families.registry import read_model_config
 from podquant.quantize.qarray import scales_shape
 
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, _UNITS_AT_LEAST = 64 << 20, 1 << 30, 32
@@ -42,7 +42,6 @@ class Plan:
         units: in the order of their files.
         unmatched: rules that decide nothing in this model.
         redundant: a tied lm_head stored beside its embedding: left out, after checking that the two are equal.
-        further: layers that predict further tokens, which are left out, by name.
         copied: files copied unchanged → size.
         notes: what a user should know before it is carried out, a sentence each.
         tp_size: slices that a tensor is cut into.
@@ -55,7 +54,6 @@ class Plan:
     unmatched: tuple[UnmatchedRule, ...]
     redundant: tuple[TensorInfo, TensorInfo] | None
     copied: Mapping[str, int]
-    further: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tp_size: int = 1
 
@@ -79,11 +77,6 @@ class Plan:
         """The units in the order to give them out: the largest first, so that none is begun when the others end."""
         return sorted(self.units, key=lambda unit: unit.bytes_in, reverse=True)
 
-    @property
-    def unsupported(self) -> str | None:
-        """The architecture, if podquant does not run it: planned all the same, but `convert` refuses it."""
-        return unsupported_architecture(self.config)
-
     def refuse_unmatched(self) -> None:
         """Raise ConfigError, naming them all, if a rule decides nothing in this model."""
         if self.unmatched:
@@ -103,6 +96,7 @@ def plan_conversion(
     source_name: str,
     tp_size: int = 1,
     unit_bytes: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Decide a whole conversion; the same checkpoint and rules give the same plan.
 
@@ -111,6 +105,8 @@ def plan_conversion(
         tp_size: slices to cut every weight into.
         unit_bytes: source bytes a unit holds at most, save for a tensor that is larger by itself; decides which tensors
             share a file. None for what suits the size of the checkpoint.
+
+        notes: what a user should know of the checkpoint, beside what the checkpoint itself says.
 
     Raises:
         CheckpointError: the checkpoint lacks tensors, or contradicts its config.json.
@@ -131,7 +127,7 @@ def plan_conversion(
     modules = {name: decisions[name] for name in contents.modules}
     tensors = _plan_tensors(checkpoint, contents, modules, tp_size)
     runs = list(_runs(tensors, unit_bytes or _unit_bytes(tensors)))
-    config, notes = _without_lost_code(checkpoint)
+    config, lost = _without_lost_code(checkpoint)
     section = quantization_config(modules, tied=contents.tied)
     if section is not None:
         config["quantization_config"] = section
@@ -146,9 +142,28 @@ def plan_conversion(
         unmatched=resolution.unmatched,
         redundant=contents.redundant,
         copied={name: checkpoint.store.size(name) for name in checkpoint.other_files},
-        further=contents.further,
-        notes=(*checkpoint.notes, *notes),
+        notes=(*checkpoint.notes, *notes, *lost, *_split_notes(modules)),
         tp_size=tp_size,
+    )
+
+
+_FUSED_ELSEWHERE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Modules that other software loads as one."""
+
+
+def _split_notes(modules: Mapping[str, ModuleRule]) -> tuple[str, ...]:
+    """Modules that the rules quantize differently, and that other software fuses: a note for each group, not layer."""
+    found: dict[tuple[str, ...], str] = {}
+    for name in modules:
+        block, _, last = name.rpartition(".")
+        for group in _FUSED_ELSEWHERE:
+            schemes = {modules[each].scheme for part in group if (each := f"{block}.{part}") in modules}
+            if last == group[0] and len(schemes) > 1:
+                found.setdefault(group, block)
+    return tuple(
+        f"{', '.join(group)} of {block} (and perhaps others) are quantized differently: podquant serves that, other "
+        "software fuses them and cannot load it"
+        for group, block in found.items()
     )
 
 
@@ -179,7 +194,8 @@ def _plan_tensors(
         module = module_by_name.get(name)
         scheme = None if module is None else modules[module].scheme
         cut = cut_of(name, info.shape, tp_size, declared.get(name))
-        outputs: tuple[Output, ...] = (Output(name, info.dtype, info.shape, cut),)
+        kept = BY_NAME["float32"] if info.dtype.name == "float64" else info.dtype
+        outputs: tuple[Output, ...] = (Output(name, kept, info.shape, cut),)
         if module is not None and scheme is not None:
             _check_quantizable(checkpoint, info, modules[module])
             block = scheme.weight_block_size

@@ -27,7 +27,6 @@ from podquant.conversion.resume import check_staged, describe, resume
 from podquant.conversion.task import Setting, check_tied, do_unit, receipt_name
 from podquant.conversion.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
-from podquant.families.registry import refuse_unsupported
 from podquant.quantize.quality import Quality
 from podquant.storage.publication import Publication, finish_replacement, open_publication
 from podquant.storage.records import Records, open_records
@@ -67,6 +66,7 @@ def convert(
     hosts: Hosts | None = None,
     window_bytes: int | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> Conversion:
     """Carry out a plan of this checkpoint. The artifact appears at `target` whole, or nothing does.
@@ -81,10 +81,10 @@ def convert(
             never the result.
         overwrite: put the result in the place of an artifact that is at `target`, which stays until the end; and give
             up what an earlier run began there, if that was another conversion.
+        allow_nonfinite: keep NaN and infinities in what is not quantized, instead of refusing them.
         on_progress: told the source bytes done since it was last called; what it raises ends the conversion.
 
     Raises:
-        UnsupportedModelError: podquant does not run the architecture.
         ArtifactExistsError: `target` is taken (or, to overwrite, holds something that is no artifact), or another
             conversion was begun there.
         StorageError: the disk is too small or fills up, another run writes there, bytes cannot be read or written, or
@@ -93,12 +93,11 @@ def convert(
         NonFiniteWeightError: names the tensor, the row and the file.
         ClusterError: there are no hosts, or they die one after another.
     """
-    check_source(checkpoint)
     replaces = check_target(target, overwrite=overwrite)
     publication = open_publication(target, keep=True, replaces=replaces, files_at_a_time=files_at_a_time(plan.tp_size))
     records = open_records(f"{publication.uri}.receipts")
     window_bytes = window_bytes or checkpoint.store.window_bytes
-    setting = Setting(checkpoint.store.uri, publication.staging, records, threads, window_bytes)
+    setting = Setting(checkpoint.store.uri, publication.staging, records, threads, window_bytes, allow_nonfinite)
     described = describe(checkpoint, plan)
     with publication:
         receipts = resume(described, plan, publication, records, overwrite=overwrite)
@@ -124,11 +123,6 @@ def _conversion(manifest: Manifest, receipts: Mapping[str, Receipt], resumed: se
     quality = {name: figures for receipt in receipts.values() for name, figures in receipt.quality.items()}
     seconds = sum((receipt.seconds for unit, receipt in receipts.items() if unit not in resumed), Seconds())
     return Conversion(manifest, quality, len(resumed), seconds)
-
-
-def check_source(checkpoint: Checkpoint) -> None:
-    """Refuse an architecture that can be planned but that podquant does not run. `convert` does this itself."""
-    refuse_unsupported(checkpoint.config, f"{checkpoint.store.uri}/config.json")
 
 
 def check_target(target: str, *, overwrite: bool) -> frozenset[str] | None:

@@ -31,6 +31,7 @@ class Setting:
         receipts: where receipts are left.
         threads: how many read and quantize.
         window_bytes: source bytes of a window.
+        allow_nonfinite: keep NaN and infinities in what is not quantized.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Setting:
     receipts: Records
     threads: int
     window_bytes: int
+    allow_nonfinite: bool = False
 
 
 def do_unit(setting: Setting, unit: Unit, versions: Mapping[str, str], on_progress: Progress) -> Receipt:
@@ -53,7 +55,9 @@ def do_unit(setting: Setting, unit: Unit, versions: Mapping[str, str], on_progre
     with closing(open_store(setting.source)) as store:
         refuse_changed(store, versions)
         with Workbench(unit.tensors, threads=setting.threads, window_bytes=setting.window_bytes) as bench:
-            receipt = convert_unit(store, unit, setting.staging.writer, bench, on_progress)
+            receipt = convert_unit(
+                store, unit, setting.staging.writer, bench, on_progress, allow_nonfinite=setting.allow_nonfinite
+            )
     setting.receipts.write(receipt_name(unit.file), receipt.encode())
     return receipt
 

@@ -46,6 +46,11 @@ class TensorPlan:
     scheme: Scheme | None
     outputs: tuple[Output, ...]
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is written in another type than it is read in."""
+        return self.scheme is not None or any(each.dtype != self.source.dtype for each in self.outputs)
+
     def windows(self, window_bytes: int) -> Iterator[tuple[int, int]]:
         """Row ranges that cover the tensor in order; whole rows of blocks, at least one each."""
         if not self.source.shape:

@@ -24,10 +24,12 @@ from podquant.artifact.manifest import OutputFile, Piece
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.reader import read_bytes
 from podquant.checkpoint.writer import SafetensorsWriter
+from podquant.config.scheme import Scheme
 from podquant.conversion.memory import codes_nbytes, source_nbytes, windows_in_flight
 from podquant.conversion.receipts import Receipt, Seconds
 from podquant.conversion.units import Output, TensorPlan, Unit
 from podquant.errors import CheckpointError, NonFiniteWeightError
+from podquant.quantize.finite import refuse_nonfinite
 from podquant.quantize.qarray import QArray, scales_shape
 from podquant.quantize.quality import Quality, QualityRows
 from podquant.quantize.weights import quantize_window
@@ -115,13 +117,20 @@ class Workbench:
 
 
 def convert_unit(
-    store: Store, unit: Unit, create: Callable[[str], Writer], bench: Workbench, on_progress: Progress
+    store: Store,
+    unit: Unit,
+    create: Callable[[str], Writer],
+    bench: Workbench,
+    on_progress: Progress,
+    *,
+    allow_nonfinite: bool = False,
 ) -> Receipt:
     """Write the files of one unit. The bytes depend on the source and the unit only.
 
     Args:
         store: where the source is.
         create: starts a file of the artifact; it is abandoned if this ends in an error.
+        allow_nonfinite: keep NaN and infinities in what is not quantized.
 
     Raises:
         NonFiniteWeightError: names the first wrong row in the order of the source, with tensor and file.
@@ -138,7 +147,7 @@ def convert_unit(
         writers = {name: SafetensorsWriter(files[name], entries) for name, entries in unit.files.items()}
         scales: list[npt.NDArray[np.float32]] = []
         rows: list[QualityRows] = []
-        for done in _in_order(store, unit, bench):
+        for done in _in_order(store, unit, bench, allow_nonfinite):
             ready = time.perf_counter()
             threads += done.seconds
             for window in done.windows:
@@ -194,14 +203,14 @@ def _recording(store: Store) -> RecordingStore:
     return RecordingStore(store, lambda file: store.known_crc32c(file) is not None)
 
 
-def _in_order(store: Store, unit: Unit, bench: Workbench) -> Iterator[_Done]:
+def _in_order(store: Store, unit: Unit, bench: Workbench, allow_nonfinite: bool) -> Iterator[_Done]:
     """The unit's batches, done by the threads up to `bench.depth` ahead."""
     ahead: deque[Future[_Done]] = deque()
     tensors = [(tensor, unit.pieces(tensor.outputs[0])) for tensor in unit.tensors]
     for batch in _batches(tensors, bench.window_bytes):
         if len(ahead) == bench.depth:
             yield ahead.popleft().result()
-        ahead.append(bench.threads.submit(_do_batch, store, batch, bench.buffers))
+        ahead.append(bench.threads.submit(_do_batch, store, batch, bench.buffers, allow_nonfinite))
     while ahead:
         yield ahead.popleft().result()
 
@@ -233,7 +242,7 @@ def _joins(batch: Batch, rows: _Rows, window_bytes: int) -> bool:
     )
 
 
-def _do_batch(store: Store, batch: Batch, free: SimpleQueue[_Buffers]) -> _Done:
+def _do_batch(store: Store, batch: Batch, free: SimpleQueue[_Buffers], allow_nonfinite: bool) -> _Done:
     """Read rows, quantize them where there is a scheme, and cut them. In a thread; the GIL is released in all three."""
     buffers = free.get()
     begun = time.perf_counter()
@@ -244,28 +253,52 @@ def _do_batch(store: Store, batch: Batch, free: SimpleQueue[_Buffers]) -> _Done:
     windows = []
     for rows in batch:
         first = rows.offset - begin
-        windows.append(_do_window(store, rows, source[first : first + rows.nbytes], buffers.codes[first // 2 :]))
+        data, codes = source[first : first + rows.nbytes], buffers.codes[first // 2 :]
+        if rows.tensor.scheme is None:
+            windows.append(_keep_window(store, rows, data, codes, allow_nonfinite))
+        else:
+            windows.append(_quantize_window(store, rows, rows.tensor.scheme, data, codes))
     return _Done(windows, source, buffers, Seconds(read - begun, time.perf_counter() - read))
 
 
-def _do_window(store: Store, rows: _Rows, data: Bytes, free_codes: Bytes) -> _Window:
-    tensor, info = rows.tensor, rows.tensor.source
-    source = data.view(info.dtype.numpy)
+def _keep_window(store: Store, rows: _Rows, data: Bytes, free: Bytes, allow_nonfinite: bool) -> _Window:
+    """Rows of a tensor that is not quantized, in the type it is written in (float64 is rounded to float32)."""
+    info, written = rows.tensor.source, rows.tensor.outputs[0].dtype
+    values = data.view(info.dtype.numpy)
+    if not allow_nonfinite:
+        _naming(store, rows, lambda: refuse_nonfinite(values.reshape(max(1, rows.stop - rows.start), -1), rows.start))
+    if written != info.dtype:
+        rounded = free[: values.size * written.itemsize].view(written.numpy)
+        rounded[...] = values
+        values = rounded
     if not info.shape:
-        return _Window(rows, [(rows.pieces[0].file, source.reshape(()))], None, None)
-    source = source.reshape(rows.stop - rows.start, *info.shape[1:])
-    if tensor.scheme is None:
-        return _Window(rows, _parts(source, rows.start, rows.pieces), None, None)
+        return _Window(rows, [(rows.pieces[0].file, values.reshape(()))], None, None)
+    values = values.reshape(rows.stop - rows.start, *info.shape[1:])
+    return _Window(rows, _parts(values, rows.start, rows.pieces), None, None)
+
+
+def _quantize_window(store: Store, rows: _Rows, scheme: Scheme, data: Bytes, free: Bytes) -> _Window:
+    info = rows.tensor.source
+    source = data.view(info.dtype.numpy).reshape(rows.stop - rows.start, *info.shape[1:])
     shape = (source.shape[0], source.shape[1])
-    codes = free_codes[: source.size].view(tensor.outputs[0].dtype.numpy).reshape(shape)
-    block = tensor.scheme.weight_block_size
+    codes = free[: source.size].view(rows.tensor.outputs[0].dtype.numpy).reshape(shape)
+    block = scheme.weight_block_size
     out = QArray(codes, np.empty(scales_shape(shape, block), np.float32), block)
-    try:
-        _, quality = quantize_window(source, tensor.scheme, first_row=rows.start, total_rows=info.shape[0], out=out)
-    except NonFiniteWeightError as error:
-        place = f"{store.uri}/{info.file}: {info.name}"
-        raise NonFiniteWeightError(f"{place}: {error}") from error
+    _, quality = _naming(
+        store,
+        rows,
+        lambda: quantize_window(source, scheme, first_row=rows.start, total_rows=info.shape[0], out=out),
+    )
     return _Window(rows, _parts(codes, rows.start, rows.pieces), out.scales, quality)
+
+
+def _naming[T](store: Store, rows: _Rows, work: Callable[[], T]) -> T:
+    """What work gives; its error of a weight that is not finite with file and tensor."""
+    try:
+        return work()
+    except NonFiniteWeightError as error:
+        info = rows.tensor.source
+        raise NonFiniteWeightError(f"{store.uri}/{info.file}: {info.name}: {error}") from error
 
 
 def _parts(rows: npt.NDArray[Any], start: int, pieces: tuple[Piece, ...]) -> Parts:

@@ -39,6 +39,8 @@ class EngineOptions:
         skip_tokenizer_init: serve token ids only.
         skip_server_warmup: compile each shape at its first use instead of before the first request.
         max_logprobs: the most log-probabilities of top tokens a request may ask for at a position.
+        allow_extra_tensors: serve a checkpoint that holds tensors which its model does not use.
+        allow_nonfinite: serve a checkpoint with NaN or infinities in what is not quantized.
         revision, download_dir: of a Hugging Face id, as in `huggingface_hub`.
     """
 
@@ -59,5 +61,7 @@ class EngineOptions:
     skip_tokenizer_init: bool = False
     skip_server_warmup: bool = False
     max_logprobs: int = 20
+    allow_extra_tensors: bool = False
+    allow_nonfinite: bool = False
     revision: str | None = None
     download_dir: str | None = None

@@ -23,8 +23,6 @@ from podquant.engine.scheduler import Scheduler
 from podquant.engine.slots import slot_arrays
 from podquant.errors import CapacityError, ConfigError
 from podquant.families.config import ModelConfig
-from podquant.families.layout import plan_layout
-from podquant.families.registry import read_model_config
 from podquant.model.attention import CHUNK_TOKENS
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
@@ -33,7 +31,7 @@ from podquant.storage.hub.ids import download_model, is_offline
 from podquant.storage.places import SCHEME_HUB
 from podquant.tokenizer.tokenizer import FILES, Tokenizer
 from podquant.weights.load import load_weights
-from podquant.weights.source import WeightSource, open_source
+from podquant.weights.source import WeightSource, check_source, open_source
 
 _log = logging.getLogger(__name__)
 
@@ -85,18 +83,19 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
     _check(options)
     rules = load_quantization_config(options.quantization_config_path) if options.quantization_config_path else None
     uri, revision = _locate(options, by_ranges=by_ranges)
-    source = open_source(uri, rules)
+    source = open_source(uri, rules, allow_nonfinite=options.allow_nonfinite)
     if source.store.uri.startswith(SCHEME_HUB):
         revision = source.store.uri.rpartition("@")[2]
     options = replace(options, revision=revision or options.revision)
     try:
-        config = read_model_config(source.config, source.tensors, f"{source.store.uri}/config.json")
-        _check_context(options, config)
-        plan_layout(config, options.tp_size, options.ep_size)
+        checked = check_source(source, options.tp_size, options.ep_size, allow_extra=options.allow_extra_tensors)
+        _check_context(options, checked.config)
+        for note in (*source.notes, *checked.notes):
+            _log.warning("%s", note)
     except BaseException:
         source.close()
         raise
-    return Opened(options, source, config)
+    return Opened(options, source, checked.config)
 
 
 def start_executor(
@@ -254,7 +253,7 @@ def _check_context(options: EngineOptions, config: ModelConfig) -> None:
 def _dtype(options: EngineOptions, config: ModelConfig) -> str:
     if options.dtype != "auto":
         return options.dtype
-    return "float32" if config.dtype == "float32" else "bfloat16"
+    return "float32" if config.dtype in ("float32", "float64") else "bfloat16"
 
 
 def _cache_shape(

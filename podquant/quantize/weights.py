@@ -47,8 +47,8 @@ def quantize_window(
     and ends at one or at the end of the weight.
 
     Args:
-        window: bfloat16, float16 or float32, `[rows, in]`, all the columns of those rows. May be read-only; copied if
-            it is not C-contiguous.
+        window: bfloat16, float16, float32, or float64 (rounded to float32 first), `[rows, in]`, all the columns of
+            those rows. May be read-only; copied if it is not C-contiguous.
         scheme: the type of the codes and what shares a scale.
         first_row: where the window begins in the weight; errors name rows of the weight.
         total_rows: the rows of the whole weight.
@@ -60,6 +60,8 @@ def quantize_window(
         ValueError: a type, shape or alignment that is the caller's mistake.
     """
     block = _check(window, scheme, first_row, total_rows)
+    if window.dtype == np.float64:
+        window = _rounded(window)
     if out is None:
         out = QArray.empty((window.shape[0], window.shape[1]), scheme)
     _check_out(out, window.shape, scheme)
@@ -79,6 +81,12 @@ def quantize_window(
         raise _non_finite(window[failed], first_row + failed)
     columns = dict(zip(kernels.STATISTICS, statistics.T, strict=True))
     return out, QualityRows(**columns, columns=window.shape[1])
+
+
+def _rounded(window: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """To float32, half to even; what is too large for it becomes infinite, and is refused as that."""
+    with np.errstate(over="ignore"):
+        return window.astype(np.float32)
 
 
 def _check(window: npt.NDArray[Any], scheme: Scheme, first_row: int, total_rows: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from podquant.model.mesh import Exchange, exchange_over
 from podquant.weights.agreement import agree, check_files, check_same_weights
 from podquant.weights.placement import place
 from podquant.weights.reading import Blocks, read_block
-from podquant.weights.source import WeightSource, check_source
+from podquant.weights.source import WeightSource, require_weights
 from podquant.weights.windows import LIMITS, Limits, Window, local_devices, plan_windows
 
 _THREADS = 8
@@ -70,7 +70,7 @@ def load_weights(
     """
     exchange = exchange or exchange_over(model.mesh)
     check_same_weights(source, exchange)
-    check_source(model.declaration, source)
+    require_weights(model.declaration, source)
     module_of = {leaf: number for number, leaves in enumerate(model.modules) for leaf in leaves.values()}
     loaded: dict[int, jax.Array] = {}
     with _Reader(model, source, limits) as reader:

@@ -23,7 +23,6 @@ from podquant.checkpoint.quantized import (
     read_codes,
     read_scales,
 )
-from podquant.checkpoint.reader import read_rows
 from podquant.config.rules import QuantizationConfig
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME, DType
@@ -33,6 +32,7 @@ from podquant.families.registry import is_tied
 from podquant.quantize.qarray import QArray
 from podquant.storage.runs import RecordingStore, Whole
 from podquant.weights.hostmemory import empty
+from podquant.weights.plain import read_plain
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,6 +52,7 @@ class QuantizedSource:
         quantization: what its config.json says.
         rules: with `is_static_checkpoint`: must mean the same weights, and then decides what becomes of activations.
             None for what the checkpoint says of them.
+        allow_nonfinite: read NaN and infinities where it is not quantized, instead of refusing them.
 
     Raises:
         CheckpointError: its tensors contradict its config.json.
@@ -59,9 +60,15 @@ class QuantizedSource:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, quantization: Quantization, rules: QuantizationConfig | None = None
+        self,
+        checkpoint: Checkpoint,
+        quantization: Quantization,
+        rules: QuantizationConfig | None = None,
+        *,
+        allow_nonfinite: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
+        self._allow_nonfinite = allow_nonfinite
         self.store = RecordingStore(checkpoint.store, lambda file: checkpoint.store.known_crc32c(file) is not None)
         self._quantization = quantization
         self._weights = find_quantized(checkpoint.tensors, quantization, checkpoint.store.uri)
@@ -121,6 +128,10 @@ class QuantizedSource:
         return {**plain, **codes, **scales}
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return self._checkpoint.notes
+
+    @property
     def num_bytes(self) -> int:
         return sum(info.nbytes for info in self._checkpoint.tensors.values())
 
@@ -167,7 +178,7 @@ class QuantizedSource:
             check_scales(self._checkpoint.store, weight, start, scales)
             return scales
         info = self._checkpoint.tensors[tensor]
-        return read_rows(self.store, info, start, stop, empty((stop - start, *info.shape[1:]), info.dtype.numpy))
+        return read_plain(self.store, info, start, stop, allow_nonfinite=self._allow_nonfinite)
 
     def _one_scale(self, tensor: str, weight: QuantizedWeight) -> Array:
         """[1, 1], read once and past the record: the record is of bytes that one process reads, this is for all."""

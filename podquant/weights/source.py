@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from podquant.artifact.naming import MANIFEST, module_of, weight_of
 from podquant.artifact.reader import Artifact
-from podquant.checkpoint.check import Held, check_headers
+from podquant.checkpoint.check import CheckedModel, Held, check_headers, check_model
 from podquant.checkpoint.fingerprint import Fingerprint, fingerprint
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import read_quantization
-from podquant.checkpoint.reader import read_rows
 from podquant.checkpoint.scales import refuse_wrong_scales
 from podquant.config.rules import QuantizationConfig, Resolution
 from podquant.config.scheme import Scheme
@@ -39,6 +38,7 @@ from podquant.quantize.weights import quantize_window
 from podquant.storage.runs import RecordingStore, Whole
 from podquant.storage.store import open_store
 from podquant.weights.hostmemory import empty
+from podquant.weights.plain import read_plain
 from podquant.weights.quantized_source import QuantizedSource
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -58,6 +58,10 @@ class WeightSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, Held]:
         """All of them by name; quantized ones as an artifact has them: codes `X.weight` and scales `X.weight_scale`."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how it was opened, a sentence each."""
 
     @property
     def num_bytes(self) -> int:
@@ -106,13 +110,17 @@ class CheckpointSource:
     Args:
         checkpoint: the opened checkpoint, not quantized yet.
         rules: how to quantize, None to leave everything as it is.
+        allow_nonfinite: see `open_source`.
 
     Attributes:
         resolution: what the rules decided, None without rules.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rules: QuantizationConfig | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, rules: QuantizationConfig | None, *, allow_nonfinite: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
+        self._allow_nonfinite = allow_nonfinite
         self.store = RecordingStore(checkpoint.store, lambda file: checkpoint.store.known_crc32c(file) is not None)
         self.resolution: Resolution | None = None
         if rules is not None:
@@ -131,6 +139,10 @@ class CheckpointSource:
     @property
     def tensors(self) -> Mapping[str, Held]:
         return self._checkpoint.tensors
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._checkpoint.notes
 
     @property
     def num_bytes(self) -> int:
@@ -167,13 +179,13 @@ class CheckpointSource:
 
     def read_rows(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> Array:
         info = self._checkpoint.tensors[tensor]
-        return read_rows(self.store, info, start, stop, empty((stop - start, *info.shape[1:]), info.dtype.numpy))
+        return read_plain(self.store, info, start, stop, allow_nonfinite=self._allow_nonfinite)
 
     def read_quantized(self, module: str, start: int, stop: int) -> QArray:
         info = self._checkpoint.tensors[weight_of(module)]
         scheme = self.scheme_of(module)
         assert scheme is not None  # else there is nothing to quantize
-        rows = self.read_rows(info.name, start, stop)
+        rows = read_plain(self.store, info, start, stop, allow_nonfinite=True)  # quantizing refuses them itself
         block = scheme.weight_block_size
         scales = np.empty(scales_shape((len(rows), info.shape[1]), block), np.float32)
         out = QArray(empty((len(rows), info.shape[1]), BY_NAME[scheme.weight_dtype].numpy), scales, block)
@@ -202,6 +214,10 @@ class ArtifactSource:
     @property
     def tensors(self) -> Mapping[str, Held]:
         return self._artifact.tensors
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def num_bytes(self) -> int:
@@ -261,12 +277,13 @@ class ArtifactSource:
         self._artifact.close()
 
 
-def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSource:
+def open_source(uri: str, rules: QuantizationConfig | None = None, *, allow_nonfinite: bool = False) -> WeightSource:
     """Open an artifact or a checkpoint, which may be quantized already.
 
     Args:
         uri: a directory; one with a manifest is an artifact.
         rules: quantize a checkpoint by these while reading it.
+        allow_nonfinite: read NaN and infinities of a checkpoint where it is not quantized, instead of refusing them.
 
     Raises:
         ConfigError: rules that contradict an artifact or a checkpoint that is quantized already.
@@ -280,7 +297,7 @@ def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSour
         store.close()
     uri = store.uri  # a branch of the hub is a commit now, and stays that
     if not is_artifact:
-        return _open_checkpoint(uri, rules)
+        return _open_checkpoint(uri, rules, allow_nonfinite)
     artifact = Artifact.open(uri)
     if rules is not None and (difference := _contradiction(artifact, rules)):
         artifact.close()
@@ -291,13 +308,13 @@ def open_source(uri: str, rules: QuantizationConfig | None = None) -> WeightSour
     return ArtifactSource(artifact)
 
 
-def _open_checkpoint(uri: str, rules: QuantizationConfig | None) -> WeightSource:
+def _open_checkpoint(uri: str, rules: QuantizationConfig | None, allow_nonfinite: bool) -> WeightSource:
     checkpoint = Checkpoint.open(uri)
     try:
         quantization = read_quantization(checkpoint.config, f"{checkpoint.store.uri}/config.json")
         if quantization is None:
-            return CheckpointSource(checkpoint, rules)
-        return QuantizedSource(checkpoint, quantization, rules)
+            return CheckpointSource(checkpoint, rules, allow_nonfinite=allow_nonfinite)
+        return QuantizedSource(checkpoint, quantization, rules, allow_nonfinite=allow_nonfinite)
     except BaseException:
         checkpoint.close()
         raise
@@ -319,14 +336,35 @@ def _label(scheme: Scheme | None) -> str:
     return scheme.label if scheme else "not quantized"
 
 
-def check_source(declaration: Declaration, source: WeightSource) -> None:
+def check_source(
+    source: WeightSource, tp_size: int = 1, ep_size: int = 1, *, allow_extra: bool = False
+) -> CheckedModel:
+    """Check that a source holds a model that can be run, and that it can be laid out so. Nothing is read.
+
+    An artifact may hold what its model does not use: whoever converted it has allowed that.
+
+    Raises:
+        PodquantError: see `check_model`.
+    """
+    return check_model(
+        source.config,
+        source.tensors,
+        source.store.uri,
+        tp_size=tp_size,
+        ep_size=ep_size,
+        is_quantized=partial(_is_stored_quantized, source),
+        allow_extra=allow_extra or isinstance(source, ArtifactSource),
+    )
+
+
+def require_weights(declaration: Declaration, source: WeightSource) -> None:
     """Check that a source has every weight of a model.
 
     Raises:
         CheckpointError: see `check_headers`.
     """
+    check_headers(declaration, source.tensors, source.store.uri, partial(_is_stored_quantized, source))
 
-    def is_quantized(module: str) -> bool:
-        return source.scheme_of(module) is not None and not source.quantizes(module)
 
-    check_headers(declaration, source.tensors, source.store.uri, is_quantized)
+def _is_stored_quantized(source: WeightSource, module: str) -> bool:
+    return source.scheme_of(module) is not None and not source.quantizes(module)

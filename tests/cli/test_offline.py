@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from podquant.cli.main import COMMANDS, main
+from tests.checkpoint.tiny import write_tiny
 
 RULES = "--quantization-config-path"
 
@@ -24,14 +24,7 @@ RULES = "--quantization-config-path"
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A checkpoint of one layer."""
-    random = np.random.default_rng(0)
-    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head")
-    tensors = {f"{name}.weight": random.standard_normal((16, 8), np.float32).astype(np.float16) for name in names}
-    place = tmp_path / "model"
-    place.mkdir()
-    save_file(tensors, place / "model.safetensors")
-    (place / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1}))
-    return place
+    return write_tiny(tmp_path / "model")
 
 
 @pytest.fixture
@@ -47,7 +40,7 @@ def test_convert_tells_what_it_did(model: Path, tmp_path: Path, capsys: pytest.C
     assert main(["convert", str(model), str(tmp_path / "out"), RULES, "int8.yaml", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     assert "model.layers.*.self_attn.q_proj.weight      1" in out
-    assert out.splitlines()[-1].startswith(f"{tmp_path}/out: 768 B converted to ")
+    assert out.splitlines()[-1].startswith(f"{tmp_path}/out: 1.")
     assert err.startswith("converting: 0.0 of 0.0 MB, ")
     assert (tmp_path / "out/podquant.json").exists()
 
@@ -132,7 +125,7 @@ def cut(model: Path) -> None:
 
 def index(model: Path) -> None:
     """An index that names a tensor more than the file holds."""
-    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head", "model.norm")
+    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head", "model.none")
     weight_map = {f"{name}.weight": "model.safetensors" for name in names}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -148,7 +141,7 @@ def index(model: Path) -> None:
         (rewrite(lambda header: header["lm_head.weight"].update(shape=[16, 9])), "takes 288 bytes, but data_offsets"),
         (rewrite(lambda header: header["lm_head.weight"].update(dtype="F4")), "unknown dtype 'F4'"),
         (rewrite(lambda header: header.pop("lm_head.weight")), "leaves a gap of 256 bytes"),
-        (index, "model.safetensors.index.json: places model.norm.weight"),
+        (index, "model.safetensors.index.json: places model.none.weight"),
     ],
 )
 def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(
@@ -166,13 +159,13 @@ def test_a_bad_checkpoint_is_one_line_and_leaves_nothing(
 def test_strict_rules(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(
-        "quantization:\n  dense:\n    rules:\n      - {module_path: 'model.*k_proj', weight_dtype: int8}\n"
+        "quantization:\n  dense:\n    rules:\n      - {module_path: 'model.*z_proj', weight_dtype: int8}\n"
     )
     command = ["plan", str(model), RULES, str(rules)]
     assert main(command) == 0
-    assert 'warning: rules.yaml:4 "model.*k_proj"' in capsys.readouterr().out
+    assert 'warning: rules.yaml:4 "model.*z_proj"' in capsys.readouterr().out
     assert main([*command, "--strict-rules"]) == 1
-    assert 'error: rules.yaml:4 "model.*k_proj"' in capsys.readouterr().err
+    assert 'error: rules.yaml:4 "model.*z_proj"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -225,10 +218,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(artifact: Path) -> None:
 @pytest.mark.slow
 def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
     """A checkpoint large enough to be met at work."""
-    place = tmp_path / "model"
-    place.mkdir()
-    save_file({"model.embed_tokens.weight": np.zeros((100_000, 2000), np.float16)}, place / "model.safetensors")
-    (place / "config.json").write_text("{}")
+    place = write_tiny(
+        tmp_path / "model",
+        {f"{name}.weight": np.zeros((1_000_000, 8), np.float16) for name in ("model.embed_tokens", "lm_head")},
+        vocab_size=1_000_000,
+    )
     command = [
         sys.executable,
         "-m",

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from podquant.cli.main import main
 from podquant.config.job import ClusterOptions
+from tests.checkpoint.tiny import write_tiny
 
 RULES = ("--quantization-config-path", "int8.yaml")
 THREADS = ClusterOptions().threads_per_worker
 
 
-def write_model(place: Path, architecture: str) -> str:
-    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head")
-    place.mkdir()
-    save_file({f"{name}.weight": np.ones((16, 8), np.float16) for name in names}, place / "model.safetensors")
-    (place / "config.json").write_text(json.dumps({"architectures": [architecture], "num_hidden_layers": 1}))
-    return str(place)
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     """A checkpoint of one layer."""
-    return write_model(tmp_path / "model", "LlamaForCausalLM")
+    return str(write_tiny(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +68,19 @@ def test_topology_and_hosts_exclude_each_other(model: str, capsys: pytest.Captur
     assert "not allowed with argument" in capsys.readouterr().err
 
 
-def test_an_architecture_that_is_not_run_is_planned_but_not_converted(
+def test_a_model_that_is_not_run_is_refused_but_for_its_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = write_model(tmp_path / "model", "GptOssForCausalLM")
-    assert main(["plan", model, *RULES]) == 0
-    assert "warning: podquant does not run GptOssForCausalLM yet" in capsys.readouterr().out
-    assert main(["convert", model, str(tmp_path / "out"), *RULES]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: {model}/config.json: architecture 'GptOssForCausalLM' is not supported; ")
-    assert err.count("\n") == 1
+    model = str(write_tiny(tmp_path / "model", architectures=["UnheardOfForCausalLM"]))
+    for command in (["plan", model], ["convert", model, str(tmp_path / "out")]):
+        assert main([*command, *RULES]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {model}/config.json: architecture 'UnheardOfForCausalLM' is not supported; ")
+        assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert main(["plan", model, "--weights-only", *RULES]) == 0
+    line = "note: only the weights are converted: whether podquant can serve the model was not looked at"
+    assert line in capsys.readouterr().out.splitlines()
+    assert main(["convert", model, str(tmp_path / "out"), "--weights-only", *RULES]) == 0
+    assert line in capsys.readouterr().err.splitlines()
+    assert main(["verify", str(tmp_path / "out")]) == 0

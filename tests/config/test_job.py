@@ -57,14 +57,15 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     text = (
         HUB
-        + "tp_size: 16\nstrict_rules: true\noverwrite: true\ncluster:\n"
+        + "tp_size: 16\nstrict_rules: true\noverwrite: true\n"
+        + "weights_only: true\nallow_extra_tensors: true\nallow_nonfinite: true\ncluster:\n"
         + (
             "  accelerator: v6e:4x4\n  workers_per_host: 2\n  threads_per_worker: 8\n  unit_deadline_seconds: 0.5\n"
             "  max_retries: 0\n  env: {NAME: 'a b', _X1: ''}\n"
         )
     )
     cluster = ClusterOptions("v6e:4x4", 2, 8, 0.5, 0, {"NAME": "a b", "_X1": ""})
-    job = ConvertJob("org/name", "gs://b/out", "int8.yaml", "main", 16, True, True, cluster, "my.yaml")
+    job = ConvertJob("org/name", "gs://b/out", "int8.yaml", "main", 16, *(True,) * 5, cluster, "my.yaml")
     assert load(tmp_path, text) == job
 
 
@@ -243,7 +244,7 @@ def test_the_defaults_are_what_the_comments_of_the_shipped_job_say(tmp_path: Pat
             said = ""
         elif line.startswith("cluster:"):
             kept.append("cluster:\n")
-    assert len(kept) == 3 + 1 + len(fields(ClusterOptions))
+    assert len(kept) == 6 + 1 + len(fields(ClusterOptions))
     assert load(tmp_path, GOOD + "".join(kept)) == load(tmp_path, GOOD)
 
 

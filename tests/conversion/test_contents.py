@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from podquant.app.report import note_lines
 from podquant.checkpoint.index import Checkpoint
 from podquant.conversion.contents import read_contents
 from podquant.errors import CheckpointError, UnsupportedModelError
@@ -72,25 +71,17 @@ def test_layers_that_differ_on_purpose_are_no_loss(make_source: Callable[..., An
     assert "model.layers.1.mlp.experts.0.up_proj" in read_contents(Checkpoint.open(str(source.path))).modules
 
 
-def test_a_layer_beyond_the_count_may_hold_more(make_source: Callable[..., Any]) -> None:
-    """DeepSeek stores the layer that predicts a second token as one more, with projections of its own."""
-    extra = dict.fromkeys(("eh_proj", "mlp.up_proj"), MATRIX)
-    source = make_source(
-        {f"model.layers.1.{name}.weight": matrix for name, matrix in extra.items()}, num_hidden_layers=1
-    )
-    assert "model.layers.1.eh_proj" in read_contents(Checkpoint.open(str(source.path))).modules
-
-
-def test_layers_that_predict_further_tokens_are_left_out(make_source: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("config", [{"num_nextn_predict_layers": 1}, {}])
+def test_layers_that_predict_further_tokens_are_left_out(
+    make_source: Callable[..., Any], config: dict[str, Any]
+) -> None:
     """DeepSeek-V3 counts 61 layers and stores a 62nd, which only speculative decoding runs."""
     extra = {f"model.layers.1.{name}.weight": MATRIX for name in ("eh_proj", "mlp.up_proj")}
-    source = make_source(extra, num_hidden_layers=1, num_nextn_predict_layers=1)
+    source = make_source({**extra, "mtp.fc.weight": MATRIX}, num_hidden_layers=1, **config)
     contents = read_contents(Checkpoint.open(str(source.path)))
-    assert contents.further == ("model.layers.1",)
-    assert not any(name.startswith("model.layers.1.") for name in [*contents.tensors, *contents.modules])
+    names = [*contents.tensors, *contents.modules]
+    assert not any(name.startswith(("model.layers.1.", "mtp.")) for name in names)
     assert any(name.startswith("model.layers.0.") for name in contents.tensors)
-    line = "note: model.layers.1 is left out: podquant runs no layers that predict further tokens"
-    assert line in note_lines(source.plan("int8.yaml")[1])
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_windows_across_blocks_or_outside_the_weight_are_refused(block: tuple[in
 @pytest.mark.parametrize(
     ("window", "scheme", "text"),
     [
-        (np.ones((2, 2), np.float64), Scheme("int8"), "type float64: expected one of bfloat16"),
+        (np.ones((2, 2), np.int32), Scheme("int8"), "type int32: expected one of bfloat16"),
         (np.ones((2, 2), np.float32), Scheme("int4"), "weight_dtype 'int4': expected one of int8"),
         (np.ones((2, 0), np.float32), Scheme("int8"), r"shape \[2, 0\]"),
         (np.ones((2, 2, 2), np.float32), Scheme("int8"), r"shape \[2, 2, 2\].*one by one"),
@@ -343,3 +343,15 @@ def test_an_install_whose_cache_cannot_be_written_still_works() -> None:
     environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[[127, 1]]"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_float64_is_rounded_to_float32_once(dtype: str) -> None:
+    weight = np.random.default_rng(3).standard_normal((5, 64))
+    wide, _ = quantize_window(weight, Scheme(dtype), first_row=0, total_rows=5)
+    single, _ = quantize_window(weight.astype(np.float32), Scheme(dtype), first_row=0, total_rows=5)
+    np.testing.assert_array_equal(wide.codes.view(np.uint8), single.codes.view(np.uint8))
+    np.testing.assert_array_equal(wide.scales, single.scales)
+    weight[2, 3] = 1e300
+    with pytest.raises(NonFiniteWeightError, match="weight row 2, column 3: expected a finite number, got inf"):
+        quantize_window(weight, Scheme(dtype), first_row=0, total_rows=5)

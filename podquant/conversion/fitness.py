@@ -1,0 +1,35 @@
+"""Whether a checkpoint is worth converting: what serving it would refuse is refused before a byte is converted."""
+
+from __future__ import annotations
+
+from podquant.checkpoint.check import check_model
+from podquant.checkpoint.extras import further_note, sort_extras
+from podquant.checkpoint.index import Checkpoint
+from podquant.conversion.source import refuse_quantized
+
+
+def check_fitness(
+    checkpoint: Checkpoint, tp_size: int = 1, *, weights_only: bool = False, allow_extra: bool = False
+) -> tuple[str, ...]:
+    """What a user should know of a checkpoint that could be served once it is converted, a sentence each.
+
+    Args:
+        tp_size: slices it is to be cut into, and so shards it is to be served on.
+        weights_only: convert the weights of any model, whether or not podquant can serve it.
+        allow_extra: go on where tensors are there that no weight of the model is in.
+
+    Raises:
+        UnsupportedModelError: it is quantized already.
+        PodquantError: as `check_model` says, in the words of serving.
+    """
+    refuse_quantized(checkpoint)
+    if not weights_only:
+        return check_model(
+            checkpoint.config, checkpoint.tensors, checkpoint.store.uri, tp_size=tp_size, allow_extra=allow_extra
+        ).notes
+    count = checkpoint.config.get("num_hidden_layers")
+    left_out = sort_extras(checkpoint.tensors, count).further if isinstance(count, int) else ()
+    return (
+        "only the weights are converted: whether podquant can serve the model was not looked at",
+        *map(further_note, left_out),
+    )
