@@ -115,7 +115,7 @@ def test_shards_that_do_not_divide_are_refused_alike(tmp_path: Path, capsys: pyt
 
 def test_what_may_be_beside_the_weights_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = np.ones((2, 2), np.float16)
-    beside = {
+    beside: dict[str, Any] = {
         "visual.blocks.0.attn.qkv.weight": small,
         "model.layers.1.eh_proj.weight": small,
         f"{LAYER}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
