@@ -50,19 +50,6 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return FAMILIES.get(name) if isinstance(name, str) else None
 
 
-def unsupported_architecture(config: Mapping[str, Any]) -> str | None:
-    """The architecture that config.json names, if podquant does not run it."""
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names and family_of(config) is None else None
-
-
-def refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedModelError if config.json names an architecture that podquant does not run."""
-    name = unsupported_architecture(config)
-    if name is not None:
-        raise _unsupported(name, where)
-
-
 def _unsupported(name: str, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
