@@ -72,8 +72,8 @@ def check_headers(
         codes = name.endswith(".weight") and is_quantized(module)
         if not codes and found.dtype.name not in SOURCE_DTYPES:
             raise CheckpointError(
-                f"{where}: tensor {name}: expected {', '.join(SOURCE_DTYPES)}, got {found.dtype.name}; config.json does "
-                "not say how it is quantized. Use the original checkpoint, or the config.json that says so"
+                f"{where}: tensor {name}: expected {', '.join(SOURCE_DTYPES)}, got {found.dtype.name}; config.json "
+                "does not say how it is quantized. Use the original checkpoint, or the config.json that says so"
             )
     scales = {f"{tensor.module}.weight_scale" for tensor in needed.values() if is_quantized(tensor.module)}
     return tuple(name for name in tensors if name not in needed and name not in scales)
