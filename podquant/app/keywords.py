@@ -16,12 +16,15 @@ class PlanKeywords(TypedDict, total=False):
     revision: str | None
     tp_size: int
     strict_rules: bool
+    weights_only: bool
+    allow_extra_tensors: bool
 
 
 class ConvertKeywords(PlanKeywords, total=False):
     """Fields of `ConvertJob` beside the places and the cluster."""
 
     overwrite: bool
+    allow_nonfinite: bool
 
 
 class EngineKeywords(TypedDict, total=False):
@@ -43,6 +46,8 @@ class EngineKeywords(TypedDict, total=False):
     skip_tokenizer_init: bool
     skip_server_warmup: bool
     max_logprobs: int
+    allow_extra_tensors: bool
+    allow_nonfinite: bool
     revision: str | None
     download_dir: str | None
 

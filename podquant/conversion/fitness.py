@@ -5,7 +5,7 @@ from __future__ import annotations
 from podquant.checkpoint.check import check_model
 from podquant.checkpoint.extras import further_note, sort_extras
 from podquant.checkpoint.index import Checkpoint
-from podquant.conversion.source import refuse_quantized
+from podquant.conversion.contents import refuse_quantized
 
 
 def check_fitness(
