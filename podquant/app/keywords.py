@@ -61,6 +61,9 @@ class SamplingKeywords(TypedDict, total=False):
     top_p: float
     top_k: int
     min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
