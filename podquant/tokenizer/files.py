@@ -72,6 +72,20 @@ class TokenizerFiles:
             frozenset(special.union(listed)),
         )
 
+    @property
+    def class_name(self) -> str | None:
+        """`tokenizer_class` of tokenizer_config.json, less the ending that says in which language it is written.
+
+        Raises CheckpointError where it is no text.
+        """
+        name = self.settings.get("tokenizer_class")
+        if name is not None and not isinstance(name, str):
+            raise CheckpointError(
+                f"{self.where}/tokenizer_config.json: expected `tokenizer_class` to be a text, got {name!r}. "
+                "Download it again."
+            )
+        return name.removesuffix("Fast") if name else None
+
     def with_roles(self, roles: Mapping[str, str]) -> TokenizerFiles:
         """The same with further roles, where the files do not mention them."""
         more = {role: content for role, content in roles.items() if role not in self.roles | self.settings}
@@ -152,7 +166,9 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
 
 def _added_tokens(settings: Mapping[str, Any], where: str) -> dict[int, AddedToken]:
     tokens = {}
-    for key, value in (settings.get("added_tokens_decoder") or {}).items():
+    given = settings.get("added_tokens_decoder") or {}
+    entries = given.items() if isinstance(given, dict) else [("", given)]
+    for key, value in entries:
         if not key.isdecimal() or not isinstance(value, dict) or not isinstance(value.get("content"), str):
             raise CheckpointError(
                 f"{where}: expected `added_tokens_decoder` to map ids to objects with `content`, got {key!r}: {value!r}"

@@ -18,7 +18,7 @@ from podquant.tokenizer.vocabulary_json import load_json
 from podquant.tokenizer.vocabulary_merges import load_merges
 from podquant.tokenizer.vocabulary_sentencepiece import load_sentencepiece
 from podquant.tokenizer.vocabulary_tekken import load_tekken
-from podquant.tokenizer.vocabulary_tiktoken import TiktokenVocabulary, load_tiktoken
+from podquant.tokenizer.vocabulary_tiktoken import TiktokenVocabulary, holds_ranks, load_tiktoken
 
 _log = logging.getLogger(__name__)
 
@@ -148,12 +148,12 @@ def _load_vocabulary(files: TokenizerFiles, model_type: str | None) -> tuple[Voc
     whole = files.directory / "tokenizer.json"
     if whole.is_file():
         return load_json(files, whole), files
-    for path in sorted(files.directory.glob("*tekken*.json")):
+    for path in files.directory.glob("tekken.json"):
         return load_tekken(files, path)
     for path in [*sorted(files.directory.glob("*.tiktoken")), *files.directory.glob("tiktoken.model")]:
         return load_tiktoken(files, path)
     for path in [*files.directory.glob("tokenizer.model"), *sorted(files.directory.glob("*.model"))]:
-        return load_sentencepiece(files, path, model_type)
+        return load_tiktoken(files, path) if holds_ranks(path) else load_sentencepiece(files, path, model_type)
     for path in files.directory.glob("vocab.json"):
         return load_merges(files, path, model_type)
     raise CheckpointError(

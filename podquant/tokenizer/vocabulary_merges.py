@@ -54,7 +54,7 @@ def load_merges(files: TokenizerFiles, path: Path, model_type: str | None) -> tu
             f"{files.where}/{merges.name} is missing, without which {path.name} is no tokenizer. Download it, or save "
             "a tokenizer.json beside the weights."
         )
-    name = str(files.settings.get("tokenizer_class") or _CLASS_OF_MODEL.get(model_type or "")).removesuffix("Fast")
+    name = files.class_name or _CLASS_OF_MODEL.get(model_type or "")
     if name not in _CLASSES:
         raise UnsupportedModelError(
             f"{where}: how tokenizer class {name} splits a text is not known. Known are {', '.join(_CLASSES)}; for "

@@ -23,7 +23,7 @@ from podquant.tokenizer.sentencepiece_model import PieceType, SentencepieceModel
 _SPACE = "▁"
 _EACH_BYTE = "podquant.each_byte"
 
-_LLAMA_CLASSES = {"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"}
+_LLAMA_CLASSES = {"LlamaTokenizer", "CodeLlamaTokenizer"}
 _NOT_LLAMA = {"internlm2", "internlm3", "minicpm3", "ministral", "mistral", "mistral3", "mixtral", "phi3", "phimoe"}
 """Model types whose tokenizer transformers (5.24) builds from tokenizer.model alone, whatever class they name."""
 
@@ -223,7 +223,7 @@ def _added_tokens(files: TokenizerFiles, model: SentencepieceModel, is_llama: bo
 
 
 def _is_llama(files: TokenizerFiles, model_type: str | None) -> bool:
-    return files.settings.get("tokenizer_class") in _LLAMA_CLASSES and model_type not in _NOT_LLAMA
+    return files.class_name in _LLAMA_CLASSES and model_type not in _NOT_LLAMA
 
 
 def _prefix(files: TokenizerFiles, model: SentencepieceModel, is_llama: bool) -> Prefix:

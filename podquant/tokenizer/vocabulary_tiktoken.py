@@ -136,6 +136,12 @@ class TiktokenVocabulary:
         return ids
 
 
+def holds_ranks(path: Path) -> bool:
+    """Whether a file begins as one of ranks does, whatever its name."""
+    with path.open("rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(1024)) is not None
+
+
 def load_tiktoken(files: TokenizerFiles, path: Path) -> tuple[TiktokenVocabulary, TokenizerFiles]:
     """Read `path` with what its class and the other files say; also the files, with the class's roles.
 
@@ -168,9 +174,9 @@ def _role_ids(files: TokenizerFiles, tokens: Mapping[str, int], role: str) -> li
 
 def _class_of(files: TokenizerFiles, name: str, where: str) -> TiktokenClass:
     pattern = files.settings.get("pat_str")
-    if isinstance(pattern, str):
+    if isinstance(pattern, str) and pattern:
         return TiktokenClass(pattern)
-    class_name = files.settings.get("tokenizer_class") or _CLASS_OF_FILE.get(name)
+    class_name = files.class_name or _CLASS_OF_FILE.get(name)
     if class_name not in _CLASSES:
         raise UnsupportedModelError(
             f"{where}: how tokenizer class {class_name!r} splits a text is not known, as its code is not run. Known "

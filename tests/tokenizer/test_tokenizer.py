@@ -274,6 +274,8 @@ def test_an_added_token_beyond_the_model_is_told(checkpoint: Path, caplog: pytes
             {"added_tokens_decoder": {"7": "<a>"}},
             "`added_tokens_decoder` to map ids to objects",
         ),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<a>"]}, r"to map ids to objects .*got '': \['<a>'\]"),
+        ("special_tokens_map.json", ["</s>"], "expected a JSON object, got list"),
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(checkpoint: Path, name: str, content: dict[str, Any], match: str) -> None:

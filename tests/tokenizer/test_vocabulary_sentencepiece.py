@@ -245,3 +245,8 @@ def test_a_broken_model_is_refused(tmp_path: Path, damage: Callable[[bytes], byt
         CheckpointError, match=rf"tokenizer\.model is not a model the `sentencepiece` library can read.*({match})"
     ):
         Tokenizer.load(tmp_path, {})
+
+
+def test_a_class_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: expected `tokenizer_class` to be a text"):
+        Tokenizer.load(directory_of(tmp_path, tokenizer_class=7), {})

@@ -197,6 +197,13 @@ def test_a_pattern_in_the_settings_serves_any_class(tmp_path: Path) -> None:
     assert not tokenizer.has_chat_template
 
 
+def test_ranks_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    # as GLM 4 has them
+    other_directory(tmp_path, pat_str=r"\w+|\W")
+    (tmp_path / "other.tiktoken").rename(tmp_path / "tokenizer.model")
+    assert Tokenizer.load(tmp_path, {}).encode("user", add_special_tokens=False) == [USER]
+
+
 def test_kimis_reserved_tokens_follow_the_ranks(tmp_path: Path) -> None:
     write_ranks(tmp_path / "tiktoken.model", chat_vocabulary())
     added = {"260": {"content": "[BOS]", "special": True}, "262": {"content": "<|im_user|>", "special": False}}
