@@ -29,16 +29,18 @@ def serve(options: ServeOptions) -> None:
 
     Raises:
         PodquantError: the address, the model or the other hosts cannot be had.
+        SystemExit: a signal came: 143 for SIGTERM, 130 for Ctrl-C.
     """
     is_stopped = threading.Event()
     try:
-        with raising_stop():
+        with raising_stop(is_stopped):
             group = None
             if options.nnodes > 1 or options.dp_size > 1:
                 group = group_options(options, os.environ.get(SECRET_VARIABLE, ""))
             serve_part(options, group, is_stopped)
-    except StopSignal:
+    except StopSignal as stop:
         print("stopped", file=sys.stderr, flush=True)
+        raise SystemExit(stop.status) from None
 
 
 def serve_part(options: ServeOptions, group: GroupOptions | None, is_stopped: threading.Event) -> None:

@@ -27,7 +27,7 @@ def serve_on_ray(job: ServeJob, *, address: str) -> None:
     environment = worker_environment(job.cluster)
     with RayActors(address, accelerator=slice_of(job.cluster), environment=environment) as actors:
         try:
-            with raising_stop():
+            with raising_stop(threading.Event()):
                 actors.run(partial(_serve_on_host, options, secrets.token_hex(32)))
         except StopSignal:
             actors.end(options.drain_seconds)

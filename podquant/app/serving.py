@@ -69,6 +69,8 @@ def serve(
     server.start()
     try:
         with _backend(options, group, http.drain_seconds, server.close, on_load) as backend:
+            if is_stopped.is_set():
+                return
             attach_engine(app, backend)
             on_ready(server.url)
             while not is_stopped.wait(0.2):

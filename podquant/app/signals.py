@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 
 class StopSignal(BaseException):
-    """SIGTERM or SIGINT arrived; a BaseException, so that no `except Exception` swallows it."""
+    """SIGTERM or SIGINT arrived; a BaseException, so that no `except Exception` swallows it.
+
+    Attributes:
+        status: the exit status of a program that such a signal ends.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 
 @contextmanager
-def raising_stop() -> Iterator[None]:
-    """Within, SIGTERM and SIGINT raise StopSignal; afterwards they do what they did before."""
+def raising_stop(is_stopped: threading.Event) -> Iterator[None]:
+    """Within, SIGTERM and SIGINT set `is_stopped` and raise StopSignal; afterwards they do what they did before.
+
+    An exception raised wherever the signal finds the program can be lost there, in a callback or a finalizer: whoever
+    works for long looks at `is_stopped` as well, and leaving raises what was lost.
+    """
+    arrived: list[int] = []
 
     def stop(number: int, frame: object) -> NoReturn:
-        raise StopSignal
+        arrived.append(number)
+        is_stopped.set()
+        raise StopSignal(number)
 
     with _handled_by(stop):
         yield
+        if arrived:
+            raise StopSignal(arrived[0])
 
 
 @contextmanager

@@ -12,6 +12,10 @@ from podquant.errors import ConfigError
 
 _BACKLOG = 2048
 
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than proxies and clients keep theirs (60 s is usual), so that they
+close first, and no request meets a connection that is being closed."""
+
 
 class HttpServer:
     """Serves an app until it is told to stop.
@@ -28,7 +32,14 @@ class HttpServer:
         self._socket = _bind(host, port)
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_config=None, access_log=access_log, lifespan="on", server_header=False)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=access_log,
+            lifespan="on",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 
 import pytest
 
@@ -47,12 +49,33 @@ def test_a_second_signal_ends_work_at_once() -> None:
 def test_a_server_ends_wherever_it_is(number: int) -> None:
     before = signal.getsignal(number)
 
+    is_stopped = threading.Event()
+
     def serve() -> None:
-        with raising_stop():
+        with raising_stop(is_stopped):
             os.kill(os.getpid(), number)
             pytest.fail("still serving")
 
-    with pytest.raises(StopSignal):
+    with pytest.raises(StopSignal) as caught:
         serve()
+    assert caught.value.status == 128 + number
+    assert is_stopped.is_set()
     assert signal.getsignal(number) is before
     assert not issubclass(StopSignal, Exception)
+
+
+def test_a_signal_that_is_lost_where_it_arrives_still_ends_the_server() -> None:
+    """As in a callback of a C library, whose exceptions are printed and dropped."""
+    is_stopped = threading.Event()
+
+    def lose() -> None:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def serve() -> None:
+        with raising_stop(is_stopped):
+            lose()
+            assert is_stopped.is_set()
+
+    with pytest.raises(StopSignal):
+        serve()
