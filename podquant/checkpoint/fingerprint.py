@@ -33,6 +33,9 @@ _THREADS = 16
 _BATCH = 32
 """Samples that a thread reads and digests at a time."""
 
+_BUFFER_BYTES = 256 << 10
+"""That a thread holds of them: together less than what a worker holds of windows."""
+
 type _Range = tuple[int, int]
 """Offset in a file, and length."""
 
@@ -109,10 +112,12 @@ def _sample_ids(store: Store, tensors: Sequence[TensorInfo]) -> dict[str, str]:
 
 def _digest(store: Store, file: str, ranges: Sequence[_Range]) -> bytes:
     digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(length for _, length in ranges))))
     for offset, length in ranges:
-        sample = bytearray(length)
-        store.read_into(file, offset, sample)
-        digest.update(sample)
+        for start in range(0, length, _BUFFER_BYTES):
+            part = buffer[: min(_BUFFER_BYTES, length - start)]
+            store.read_into(file, offset + start, part)
+            digest.update(part)
     return digest.digest()
 
 
