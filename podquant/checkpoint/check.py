@@ -19,7 +19,8 @@ from podquant.families.declaration import Declaration, declare
 from podquant.families.layout import plan_layout
 from podquant.families.registry import read_model_config
 
-_ADVICE = "The files do not hold the model that config.json describes: correct config.json, or use its own files"
+MISFIT_ADVICE = "The files do not hold the model that config.json describes: correct config.json, or use its own files"
+"""What to do where config.json and the headers differ, and the bytes are as they were written."""
 
 
 class Held(Protocol):
@@ -60,14 +61,14 @@ def check_headers(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{where}: tensor {missing[0]} is missing{more}: expected shape {list(needed[missing[0]].shape)} of a "
-            f"{declaration.architecture}. {_ADVICE}"
+            f"{declaration.architecture}. {MISFIT_ADVICE}"
         )
     for name, (module, shape, _, _) in needed.items():
         found = tensors[name]
         if found.shape != shape:
             raise CheckpointError(
                 f"{where}: tensor {name}: expected shape {list(shape)} from config.json, got {list(found.shape)}. "
-                f"{_ADVICE}"
+                f"{MISFIT_ADVICE}"
             )
         codes = name.endswith(".weight") and is_quantized(module)
         if not codes and found.dtype.name not in SOURCE_DTYPES:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from podquant.checkpoint.check import MISFIT_ADVICE
 from podquant.checkpoint.header import TensorInfo
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.experts import ExpertNames, count_key
@@ -46,7 +47,7 @@ def name_experts(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], w
             if part.name in named:
                 raise CheckpointError(
                     f"{where}: {part.name} is stored twice: in {named[part.name].file}, and in {info.file} as {name}. "
-                    "The files do not belong to one checkpoint: download them again"
+                    "The files are of two saves: remove the one that does not belong to the checkpoint"
                 )
             named[part.name] = part
     _check_complete(named, names, config, where)
@@ -74,7 +75,7 @@ def _parts(
         form = f"[{count}, 2F, {width}]" if axis == 2 else f"[{count}, {width}, F]"
         raise CheckpointError(
             f"{where}/{info.file}: {info.name}: expected shape {form}, as {count_key(config)} and hidden_size of "
-            f"config.json say, got {list(info.shape)}. Copy config.json and the weights again"
+            f"config.json say, got {list(info.shape)}. {MISFIT_ADVICE}"
         )
     shape = (rows, info.shape[2])
     nbytes = info.nbytes // max(1, info.shape[0] * len(projections))
@@ -105,7 +106,7 @@ def _check_complete(tensors: Iterable[str], names: ExpertNames, config: Mapping[
     for block, found in layers.items():
         wanted = [(number, name) for number in range(count) for name in (names.gate, names.up, names.down)]
         missing = [each for each in wanted if each not in found]
-        says = f"config.json says {count_key(config)}: {count}. Copy config.json and the weights again"
+        says = f"config.json says {count_key(config)}: {count}. {MISFIT_ADVICE}"
         if missing:
             tensor = "{}.experts.{}.{}.weight".format(block, *missing[0])
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -257,4 +257,6 @@ def _refuse(at: str, what: str) -> NoReturn:
 
 
 def _malformed(at: str, expected: str, found: Any) -> NoReturn:
-    raise CheckpointError(f"{at}: expected {expected}, got {found!r}. Copy config.json again")
+    raise CheckpointError(
+        f"{at}: expected {expected}, got {found!r}. Correct config.json, or use the one that the tool wrote"
+    )

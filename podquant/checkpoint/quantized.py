@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from podquant.checkpoint.check import MISFIT_ADVICE
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.quantization import Quantization, Stored
 from podquant.checkpoint.reader import read_rows, read_whole
@@ -78,7 +79,7 @@ def find_quantized(
             if stored is None:
                 raise CheckpointError(
                     f"{where}: {name} holds codes ({info.dtype.disk}), but the {quantization.method} section of "
-                    "config.json does not list it as quantized. Copy config.json and the weights again"
+                    f"config.json does not list it as quantized. {MISFIT_ADVICE}"
                 )
             found[module] = _weight(module, info, stored, tensors, where)
     for name in tensors:
@@ -86,7 +87,7 @@ def find_quantized(
         if leaf in ("weight_scale", "weight_scale_inv", "qweight") and module not in found:
             raise CheckpointError(
                 f"{where}: {name} has no codes, as the {quantization.method} section of config.json says "
-                f"they are stored: expected {module}.weight in 8 bits or {module}.weight_packed. Copy it again"
+                f"they are stored: expected {module}.weight in 8 bits or {module}.weight_packed. {MISFIT_ADVICE}"
             )
     return found
 
@@ -149,7 +150,7 @@ def _weight(
     for needed in (label, f"{module}.weight_shape") if packed else (label,):
         if needed not in tensors:
             raise CheckpointError(
-                f"{where}: {needed} is missing: without it {codes.name} means nothing. Copy the checkpoint again"
+                f"{where}: {needed} is missing: without it {codes.name} means nothing. {MISFIT_ADVICE}"
             )
     scales, block = tensors[label], scheme.weight_block_size
     expected = (shape[0], 1) if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
@@ -163,5 +164,5 @@ def _weight(
 def _wrong(where: str, info: TensorInfo, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{where}/{info.file}: expected {expected}, as config.json says, "
-        f"got {info.name} {info.dtype.disk} {list(info.shape)}. Copy config.json and the weights again"
+        f"got {info.name} {info.dtype.disk} {list(info.shape)}. {MISFIT_ADVICE}"
     )

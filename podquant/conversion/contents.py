@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from podquant.artifact.naming import module_of
+from podquant.checkpoint.check import MISFIT_ADVICE
 from podquant.checkpoint.extras import further_layers, is_further
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
@@ -115,7 +116,7 @@ def _check_layers(where: str, config: Mapping[str, Any], matrices: Mapping[str, 
         if number not in layers:
             raise CheckpointError(
                 f"{where}: layer {stack}.{number} is missing: config.json says num_hidden_layers: {count}, the "
-                f"files hold {len(layers)} layers. Copy the checkpoint again"
+                f"files hold {len(layers)} layers. {MISFIT_ADVICE}"
             )
     # Layers beyond the count are of another kind (they predict further tokens) and hold more.
     fullest = max(range(count), key=lambda number: len(layers[number]), default=0)
@@ -124,5 +125,5 @@ def _check_layers(where: str, config: Mapping[str, Any], matrices: Mapping[str, 
             missing = min(layers[fullest] - layers[number])
             raise CheckpointError(
                 f"{where}: {stack}.{number}.{missing} is missing: {stack}.{fullest} has it, and all else that "
-                f"{stack}.{number} has. Copy the checkpoint again"
+                f"{stack}.{number} has. {MISFIT_ADVICE}"
             )
