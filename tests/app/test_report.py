@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from podquant.app.report import note_lines, plan_lines, quality_lines, size_text
+from podquant.app.report import plan_lines, quality_lines, size_text
 from podquant.conversion.forecast import forecast
 
 
@@ -51,14 +51,6 @@ def test_a_plan_warns(make_source: Callable[..., Any]) -> None:
     assert "warning: rules.yaml:4" in text
     assert "note: lm_head.weight is left out: config.json ties it to model.embed_tokens.weight" in text
     assert "warning: nothing is quantized" in text
-    assert "podquant does not run" not in text
-
-
-def test_an_architecture_that_is_not_run_is_named(make_source: Callable[..., Any]) -> None:
-    source = make_source(architectures=["GptOssForCausalLM"])
-    assert "warning: podquant does not run GptOssForCausalLM yet: convert refuses it" in note_lines(
-        source.plan("int8.yaml")[1]
-    )
 
 
 def test_quality_is_summed_up_by_kind_of_weight() -> None:

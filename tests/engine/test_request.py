@@ -36,8 +36,9 @@ def test_a_parameter_that_cannot_be(name: str, value: Any, expected: str) -> Non
 
 
 def test_the_ends_of_every_range_are_taken() -> None:
-    SamplingParams(0, 0, 0.0, 1.0, -1, 0.0, 0)
-    SamplingParams(16, 16, 100.0, 1e-9, (1 << 31) - 1, 1.0, (1 << 31) - 1)
+    SamplingParams(max_tokens=0, min_tokens=0, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0, seed=0)
+    last = (1 << 31) - 1
+    SamplingParams(max_tokens=16, min_tokens=16, temperature=100.0, top_p=1e-9, top_k=last, min_p=1.0, seed=last)
 
 
 def test_news_add_up() -> None:

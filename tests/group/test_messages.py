@@ -31,9 +31,24 @@ LAUNCH = Launch(
     Member(1, 2, 4), 7, new_nonce(), EngineOptions("m", tp_size=4), Deadlines(liveness=2.5), "h", "h:1", "h:2"
 )
 STATS = EngineStats(1, 2, 3, 4, 5, 6, 7)
-SUBMIT = messages.Submit(
-    Request("id", (1, 2), SamplingParams(7, 1, 0.3, 0.9, 5, 0.1, 1.1, 0.2, -0.3, 42, ("a", "ü"), (3, 4), True, 2, 0))
+PARAMS = SamplingParams(
+    max_tokens=7,
+    min_tokens=1,
+    temperature=0.3,
+    top_p=0.9,
+    top_k=5,
+    min_p=0.1,
+    repetition_penalty=1.1,
+    presence_penalty=0.2,
+    frequency_penalty=-0.3,
+    seed=42,
+    stop=("a", "ü"),
+    stop_token_ids=(3, 4),
+    ignore_eos=True,
+    logprobs=2,
+    prompt_logprobs=0,
 )
+SUBMIT = messages.Submit(Request("id", (1, 2), PARAMS))
 EXAMPLES = (
     messages.Heartbeat(),
     messages.Welcome(),

@@ -32,7 +32,7 @@ def claim(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=not directory.is_symlink())
         if not is_own(directory):
-            if any(directory.iterdir()):
+            if any(directory.iterdir()) and not is_own(directory):  # another writer may have marked it just now
                 raise _foreign(directory)
             mark(directory)
     except FileExistsError:

@@ -270,7 +270,9 @@ def test_converted_from_the_hub_a_model_is_the_same_and_is_read_once(hub: HubEmu
         (local / name).write_bytes(data)
     hub.revisions["v1"] = COMMIT
 
-    done = podquant(hub, tmp_path, "convert", "org/name", str(tmp_path / "a"), "--revision", "v1", HF_TOKEN="hf_x")
+    done = podquant(
+        hub, tmp_path, "convert", "org/name", str(tmp_path / "a"), "--weights-only", "--revision", "v1", HF_TOKEN="hf_x"
+    )
     assert done.returncode == 0, done.stderr
     total = sum(map(len, hub.models["org/name"].values()))
     assert total <= sum(record.nbytes for record in hub.log) <= 1.02 * total
@@ -278,7 +280,7 @@ def test_converted_from_the_hub_a_model_is_the_same_and_is_read_once(hub: HubEmu
     assert len(hub.requests("api/models")) == 1
     assert not (tmp_path / "hub").exists()  # nothing was downloaded
 
-    assert podquant(hub, tmp_path, "convert", str(local), str(tmp_path / "b")).returncode == 0
+    assert podquant(hub, tmp_path, "convert", str(local), str(tmp_path / "b"), "--weights-only").returncode == 0
     here, there = files(tmp_path / "a"), files(tmp_path / "b")
     manifest = here.pop("podquant.json")
     assert f'"org/name@{COMMIT}"'.encode() in manifest
