@@ -59,6 +59,7 @@ class Engine:
     """A model that is loaded. May be used from several threads; a context manager, as it holds devices until closed.
 
     Every method that generates takes `SamplingParams`, or fields of it as keywords, or both: keywords replace fields.
+    Without `SamplingParams`, fields that are not given are what the model's generation_config.json recommends.
 
     >>> from podquant import SamplingParams
     >>> greedy = SamplingParams(max_tokens=4, temperature=0)
@@ -193,7 +194,8 @@ class Engine:
         ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise RequestError("prompt: expected at least one token, got an empty one.", "prompt")
-        return Request(f"library-{next(_numbers)}", tuple(ids), replace(params or SamplingParams(), **changes))
+        params = params or self._open().defaults.params()
+        return Request(f"library-{next(_numbers)}", tuple(ids), replace(params, **changes))
 
     def _run(self, requests: Sequence[Request]) -> list[Output]:
         """All of the requests, as many at a time as the engine takes."""

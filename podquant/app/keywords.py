@@ -45,6 +45,7 @@ class EngineKeywords(TypedDict, total=False):
     random_seed: int
     skip_tokenizer_init: bool
     skip_server_warmup: bool
+    generation_config: str
     max_logprobs: int
     allow_extra_tensors: bool
     allow_nonfinite: bool

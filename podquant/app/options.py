@@ -102,6 +102,12 @@ class ServeOptions:
         "N",
     )
     page_size: int = _flag("tokens in a page of the KV cache, a power of two", 64, "N")
+    generation_config: str = _flag(
+        "what requests get that do not say how to choose tokens: auto, as the model's generation_config.json "
+        "recommends; none, plain sampling; or a directory with another generation_config.json",
+        "auto",
+        "auto|none|DIR",
+    )
     max_logprobs: int = _flag(
         "how many most likely tokens, with their log-probabilities, a request may ask for at each position", 20, "N"
     )

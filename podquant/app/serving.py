@@ -16,7 +16,7 @@ from podquant.engine.start import OnLoad, start_engine
 from podquant.group.hosts import SharedFlags
 from podquant.group.other_host import serve_host
 from podquant.group.service import GroupOptions, GroupService
-from podquant.server.app import attach_engine, create_app
+from podquant.server.app import attach_engine, create_app, tell_phase
 from podquant.server.http_server import HttpServer
 
 _LAST_WORDS_SECONDS = 5.0
@@ -53,7 +53,7 @@ def serve(
     on_ready: Callable[[str], None] = lambda url: None,
     on_load: OnLoad = lambda done, total: None,
 ) -> None:
-    """Listen first, so that /health answers; then load, and serve until `is_stopped` or an exception (a signal's, say).
+    """Listen first, so that /health says how far it is; then load, and serve until `is_stopped` or an exception.
 
     Args:
         group: whose host 0 this is; None to serve from this process.
@@ -67,8 +67,14 @@ def serve(
     app = create_app(None, api_key=http.api_key, served_model_name=name, with_metrics=http.with_metrics)
     server = HttpServer(app, http.host, http.port, access_log=http.access_log)
     server.start()
+
+    def load(done: int, total: int) -> None:
+        on_load(done, total)
+        how_far = f"loading its weights, {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+        tell_phase(app, how_far if done < total else "compiling")
+
     try:
-        with _backend(options, group, http.drain_seconds, server.close, on_load) as backend:
+        with _backend(options, group, http.drain_seconds, server.close, load) as backend:
             if is_stopped.is_set():
                 return
             attach_engine(app, backend)

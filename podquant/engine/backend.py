@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from podquant.engine.defaults import SamplingDefaults
 from podquant.engine.limits import Limits
 from podquant.engine.request import Output, Request
 from podquant.tokenizer.tokenizer import Tokenizer
@@ -40,6 +41,10 @@ class Backend(Protocol):
     @property
     def limits(self) -> Limits:
         """What requests it takes."""
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """How tokens are chosen where a request does not say."""
 
     @property
     def failure(self) -> str | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from podquant.engine.backend import EngineStats, OnOutput
+from podquant.engine.defaults import SamplingDefaults
 from podquant.engine.executor import Dispatched, Executor, StepResult
 from podquant.engine.limits import Limits
 from podquant.engine.output import OutputProcessor
@@ -56,6 +57,7 @@ class LocalEngine:
         limits: what requests it takes.
         eos_token_ids: the model's end tokens.
         random_seed: requests without a seed draw theirs from it.
+        defaults: for whoever makes requests: how the model recommends to choose tokens.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class LocalEngine:
         limits: Limits,
         eos_token_ids: frozenset[int],
         random_seed: int,
+        defaults: SamplingDefaults,
     ) -> None:
         self.model_name = model_name
         self.tokenizer = tokenizer
         self.limits = limits
+        self.defaults = defaults
         self._failure: str | None = None
         self._executor = executor
         self._scheduler = scheduler

@@ -38,6 +38,8 @@ class EngineOptions:
         random_seed: from which requests without a seed draw theirs.
         skip_tokenizer_init: serve token ids only.
         skip_server_warmup: compile each shape at its first use instead of before the first request.
+        generation_config: defaults of sampling: `auto`, those of the model's generation_config.json; `none`; or a
+            directory with such a file.
         max_logprobs: the most log-probabilities of top tokens a request may ask for at a position.
         allow_extra_tensors: serve a checkpoint that holds tensors which its model does not use.
         allow_nonfinite: serve a checkpoint with NaN or infinities in what is not quantized.
@@ -60,6 +62,7 @@ class EngineOptions:
     random_seed: int = 0
     skip_tokenizer_init: bool = False
     skip_server_warmup: bool = False
+    generation_config: str = "auto"
     max_logprobs: int = 20
     allow_extra_tensors: bool = False
     allow_nonfinite: bool = False

@@ -14,6 +14,8 @@ from typing import Self
 import jax
 
 from podquant.config.rules import load_quantization_config
+from podquant.engine import defaults as sampling_defaults
+from podquant.engine.defaults import PLAIN, SamplingDefaults
 from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Announce, Executor
 from podquant.engine.limits import Limits
@@ -29,6 +31,7 @@ from podquant.model.matmul import Numerics
 from podquant.model.mesh import Exchange, advise, exchange_over, make_mesh
 from podquant.storage.hub.ids import download_model, is_offline
 from podquant.storage.places import SCHEME_HUB
+from podquant.storage.store import open_store
 from podquant.tokenizer.tokenizer import FILES, Tokenizer
 from podquant.weights.load import load_weights
 from podquant.weights.source import WeightSource, check_source, open_source
@@ -145,10 +148,10 @@ def start_engine(options: EngineOptions, on_load: OnLoad = lambda done, total: N
     """Open, load and compile a model in this process; `LocalEngine.start` then begins to serve.
 
     Raises:
-        As `open_model`, `load_tokenizer` and `start_executor`, in this order.
+        As `open_model`, `load_tokenizer`, `load_defaults` and `start_executor`, in this order.
     """
     with open_model(options) as opened:
-        return build_engine(opened, load_tokenizer(opened), on_load)
+        return build_engine(opened, load_tokenizer(opened), on_load, defaults=load_defaults(opened))
 
 
 def build_engine(
@@ -156,11 +159,13 @@ def build_engine(
     tokenizer: Tokenizer | None,
     on_load: OnLoad = lambda done, total: None,
     announce: Announce = lambda bucket, arrays: None,
+    defaults: SamplingDefaults = PLAIN,
 ) -> LocalEngine:
     """The engine over `start_executor`'s executor; in the process that schedules.
 
     Args:
         tokenizer: None to serve token ids only.
+        defaults: how tokens are chosen where a request does not say.
     """
     options, config = opened.options, opened.config
     eos_ids = frozenset(tokenizer.eos_ids if tokenizer else config.eos_token_ids)
@@ -189,6 +194,7 @@ def build_engine(
         limits=limits,
         eos_token_ids=eos_ids,
         random_seed=options.random_seed,
+        defaults=defaults,
     )
 
 
@@ -208,6 +214,34 @@ def load_tokenizer(opened: Opened) -> Tokenizer | None:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(store.read(name))
         return Tokenizer.load(Path(folder), opened.source.config, vocab_size=opened.config.vocab_size, where=store.uri)
+
+
+def load_defaults(opened: Opened) -> SamplingDefaults:
+    """How tokens are chosen where a request does not say, by the generation_config.json that the options name.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+        ConfigError: the options name a place that has no such file.
+        StorageError: the place cannot be read.
+    """
+    asked = opened.options.generation_config
+    if asked == "none":
+        return PLAIN
+    store = opened.source.store if asked == "auto" else open_store(asked)
+    if sampling_defaults.FILE not in store.list():
+        if asked == "auto":
+            return PLAIN
+        raise ConfigError(
+            f"generation_config {asked}: expected auto, none, or a directory with a {sampling_defaults.FILE}; this one "
+            "has none"
+        )
+    where = f"{store.uri}/{sampling_defaults.FILE}"
+    defaults, notes = sampling_defaults.read_defaults(store.read(sampling_defaults.FILE), where)
+    for note in notes:
+        _log.warning("%s", note)
+    if str(defaults):
+        _log.info("requests that do not say otherwise get %s, by %s", defaults, where)
+    return defaults
 
 
 def _locate(options: EngineOptions, *, by_ranges: bool) -> tuple[str, str | None]:

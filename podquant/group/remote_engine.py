@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 
 from podquant.engine.backend import EngineStats, OnOutput
+from podquant.engine.defaults import SamplingDefaults
 from podquant.engine.limits import Limits
 from podquant.engine.request import FinishReason, Output, Request
 from podquant.errors import EngineStoppedError, RequestError
@@ -56,8 +57,8 @@ class _Outbox:
 class RemoteEngine:
     """A `Backend`, served by whichever process is attached."""
 
-    def __init__(self, model_name: str, tokenizer: Tokenizer | None) -> None:
-        self.model_name, self.tokenizer = model_name, tokenizer
+    def __init__(self, model_name: str, tokenizer: Tokenizer | None, defaults: SamplingDefaults) -> None:
+        self.model_name, self.tokenizer, self.defaults = model_name, tokenizer, defaults
         self.limits = Limits()
         self._lock = threading.Lock()
         self._open: dict[str, OnOutput] = {}

@@ -21,7 +21,8 @@ class Replicas:
         self._lock = threading.Lock()
         self._owners: dict[str, RemoteEngine] = {}
         self._next = 0
-        self.model_name, self.tokenizer = engines[0].model_name, engines[0].tokenizer
+        first = engines[0]
+        self.model_name, self.tokenizer, self.defaults = first.model_name, first.tokenizer, first.defaults
 
     @property
     def limits(self) -> Limits:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from podquant.engine.backend import Backend
 from podquant.engine.options import EngineOptions
-from podquant.engine.start import OnLoad, load_tokenizer, open_model
+from podquant.engine.start import OnLoad, load_defaults, load_tokenizer, open_model
 from podquant.group.children import Children
 from podquant.group.group import Group
 from podquant.group.hosts import Host, HostAcceptor, LocalHost, RemoteHost, SharedFlags
@@ -72,11 +72,11 @@ class GroupService:
         """
         shared = self._group_options
         with open_model(self._options, by_ranges=shared.num_hosts > 1) as opened:
-            tokenizer = load_tokenizer(opened)
+            tokenizer, defaults = load_tokenizer(opened), load_defaults(opened)
             options = opened.options  # at one commit for all processes, of all hosts and of every generation
         hosts: Mapping[int, Host] = {0: LocalHost(shared.address[0] or "127.0.0.1", self._children), **self._remote}
         for placed in self._members.values():
-            engine = RemoteEngine(self._options.model_path, tokenizer)
+            engine = RemoteEngine(self._options.model_path, tokenizer, defaults)
             on_load = (lambda done, total: None) if self._groups else self._on_load
             where = [hosts[host] for host, _ in placed]
             members = [member for _, member in placed]

@@ -26,7 +26,7 @@ def create_app(
     """An app that serves an engine.
 
     Args:
-        engine: started, or None while it loads: until `attach_engine`, /health answers and everything else is 503.
+        engine: started, or None while it loads: until `attach_engine`, everything is answered with 503.
         api_key: what callers must send as a bearer token; None asks for nothing.
         served_model_name: what callers call the model; None for the engine's own name.
         max_body_bytes: a longer body is refused.
@@ -49,6 +49,12 @@ def create_app(
     errors.install(app)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes)
     return app
+
+
+def tell_phase(app: FastAPI, phase: str) -> None:
+    """What /health and /ready of an app without an engine say it is doing; may be called from any thread."""
+    service: Service = app.state.service
+    service.phase = phase
 
 
 def attach_engine(app: FastAPI, engine: Backend) -> None:

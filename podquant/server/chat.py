@@ -34,7 +34,10 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
     prompt_ids = tuple(await encode_chat(tokenizer, body.messages, engine.limits))
     writer = _Writer(str(service.model_name), service.tokens, body, prompt_ids)
     room = engine.limits.room(len(prompt_ids))
-    requests = [Request(f"{writer.id}-{choice}", prompt_ids, body.params(choice, room)) for choice in range(body.n)]
+    requests = [
+        Request(f"{writer.id}-{choice}", prompt_ids, body.params(choice, room, engine.defaults))
+        for choice in range(body.n)
+    ]
     generation = service.generation(engine, http, requests)
     if body.stream:
         return EventStream(generation, writer)

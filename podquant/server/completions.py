@@ -20,7 +20,7 @@ from podquant.server.generation import ClientGoneError
 from podquant.server.schemas import CompletionBody
 from podquant.server.service import encode, require_tokenizer, service_of
 from podquant.server.stream import EventStream, Template, event
-from podquant.server.token_text import TokenText
+from podquant.server.token_text import TextOffsets, TokenText
 
 router = APIRouter()
 
@@ -36,13 +36,15 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     """Continue one or several prompts."""
     service = service_of(http)
     engine = service.require(body.model)
-    prompts = [await _read(engine, prompt, add_special_tokens=body.add_special_tokens) for prompt in body.prompt]
+    texts = dict.fromkeys(prompt for prompt in body.prompt if isinstance(prompt, str))  # each is tokenized once
+    read = {text: await _read(engine, text, add_special_tokens=body.add_special_tokens) for text in texts}
+    prompts = [read[prompt] if isinstance(prompt, str) else _Prompt(tuple(prompt), "") for prompt in body.prompt]
     writer = _Writer(str(service.model_name), service.tokens, engine, body, prompts)
     requests = [
         Request(
             f"{writer.id}-{p * body.n + choice}",
             prompt.ids,
-            body.params(choice, engine.limits.room(len(prompt.ids))),
+            body.params(choice, engine.limits.room(len(prompt.ids)), engine.defaults),
         )
         for p, prompt in enumerate(prompts)
         for choice in range(body.n)
@@ -57,9 +59,7 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     return JSONResponse(writer.whole(outputs))
 
 
-async def _read(engine: Backend, prompt: str | list[int], *, add_special_tokens: bool) -> _Prompt:
-    if not isinstance(prompt, str):
-        return _Prompt(tuple(prompt), "")
+async def _read(engine: Backend, prompt: str, *, add_special_tokens: bool) -> _Prompt:
     tokenizer = require_tokenizer(engine, "prompt")
     ids = await encode(tokenizer, prompt, add_special_tokens=add_special_tokens, limits=engine.limits)
     if not ids:
@@ -74,8 +74,8 @@ async def _read(engine: Backend, prompt: str | list[int], *, add_special_tokens:
 class _Progress:
     """How far a choice has come."""
 
+    offsets: TextOffsets
     has_begun: bool = False
-    offset: int = 0
     num_tokens: int = 0
 
 
@@ -102,7 +102,7 @@ class _Writer:
         self._tokens = tokens
         self._body = body
         self._prompts = prompts
-        self._progress = [_Progress() for _ in range(len(prompts) * body.n)]
+        self._progress = [_Progress(TextOffsets(tokens)) for _ in range(len(prompts) * body.n)]
         self._templates = [
             Template(self._chunk(self._choice(index, Template.HOLE, None, None)))
             for index in range(len(self._progress))
@@ -165,18 +165,17 @@ class _Writer:
         lists = _Logprobs()
         if echoed is not None:
             known = output.prompt_logprobs or (None,) * len(echoed.ids)
-            for token_id, entry in zip(echoed.ids, known, strict=True):
-                self._add(lists, progress, token_id, entry)
-            progress.offset = prompt_length  # whatever the tokens make of it when seen singly
+            offsets = progress.offsets.of_prompt(echoed.ids, prompt_length)
+            for token_id, entry, offset in zip(echoed.ids, known, offsets, strict=True):
+                self._add(lists, offset, token_id, entry)
         for entry in output.logprobs:
-            self._add(lists, progress, entry.token_id, entry)
+            self._add(lists, progress.offsets.next(entry.token_id), entry.token_id, entry)
         return vars(lists)
 
-    def _add(self, lists: _Logprobs, progress: _Progress, token_id: int, entry: TokenLogprobs | None) -> None:
+    def _add(self, lists: _Logprobs, offset: int, token_id: int, entry: TokenLogprobs | None) -> None:
         lists.tokens.append(self._tokens.text(token_id))
         lists.token_logprobs.append(entry.logprob if entry else None)
-        lists.text_offset.append(progress.offset)
-        progress.offset += self._tokens.length(token_id)
+        lists.text_offset.append(offset)
         top: dict[str, float] | None = None
         if entry:
             top = {}

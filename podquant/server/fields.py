@@ -92,7 +92,11 @@ FIELDS: tuple[Field, ...] = (
     _honoured("prompt", _TEXT, "a text, token ids, or a list of either; empty or null: the tokenizer's BOS"),
     _honoured("messages", _CHAT, "the chat, at least one message"),
     # How long.
-    _honoured("max_tokens", _BOTH, "at most so many tokens; left out: all that context and KV cache have room for"),
+    _honoured(
+        "max_tokens",
+        _BOTH,
+        "the most tokens to generate; left out: the model's own number, or all that context and KV cache have room for",
+    ),
     _honoured("max_completion_tokens", _BOTH, "the newer name of `max_tokens`; the two may not differ"),
     _honoured(
         "min_tokens",
@@ -102,15 +106,19 @@ FIELDS: tuple[Field, ...] = (
     _honoured("stop", _BOTH, "a string or up to 64 of them that end the output and are left out"),
     _honoured("stop_token_ids", _BOTH, "up to 64 token ids that end the output"),
     _honoured("ignore_eos", _BOTH, "the model's end tokens do not end the output"),
-    # Which token.
-    _honoured("temperature", _BOTH, "0 to 100; below 1e-5 greedy"),
+    # Which token; these five are as generation_config.json says where they are left out.
+    _honoured(
+        "temperature",
+        _BOTH,
+        "0 to 100; below 1e-5 greedy",
+    ),
     _honoured("top_p", _BOTH, "above 0, up to 1; below 1e-6 greedy"),
     _honoured("top_k", _BOTH, "only so many of the likeliest tokens; 0 or -1: all"),
     _honoured("min_p", _BOTH, "0 to 1: only tokens at least so likely, relative to the likeliest"),
+    _honoured("repetition_penalty", _BOTH, "0.01 to 100, above 1 against tokens of prompt and output"),
     _honoured("seed", _BOTH, "the same seed repeats the output"),
     _honoured("frequency_penalty", _BOTH, "-2 to 2, taken from a token's logit for each time it was generated"),
     _honoured("presence_penalty", _BOTH, "-2 to 2, taken from the logits of tokens that were generated"),
-    _honoured("repetition_penalty", _BOTH, "0.01 to 100, above 1 against tokens of prompt and output"),
     _neutral("logit_bias", _BOTH, "token ids to favour or avoid", {}),
     _neutral("bad_words", _BOTH, "words never to generate", []),
     _refused("allowed_token_ids", _BOTH, "the only token ids to generate"),

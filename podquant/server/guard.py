@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 
@@ -12,9 +14,13 @@ from podquant.server.errors import ApiError, response_for
 
 _OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})
 
+_LINGER_SECONDS = 30.0
+"""How long what a client still sends is read and dropped once it has its answer, so that it gets to read it: many send
+their whole body first, and a connection closed under them is all that they would see."""
+
 
 class Guard:
-    """Lets a request through or answers it.
+    """Lets a request through, with its whole body, or answers it.
 
     Args:
         app: what it guards.
@@ -31,24 +37,14 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        num_bytes = 0
-
-        async def bounded() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise self._too_large()
-            return message
-
+        body = _Body(receive, Headers(scope=scope))
         try:
-            headers = Headers(scope=scope)
-            self._check_key(scope["path"], headers)
-            if int(headers.get("content-length", "0")) > self._max_body_bytes:
-                raise self._too_large()
-            await self._app(scope, bounded, send)
-        except ApiError as error:  # a route's own errors are answered further in
-            await response_for(error)(scope, receive, send)
+            self._check_key(scope["path"], body.headers)
+            await body.read(self._max_body_bytes)
+        except ApiError as error:
+            await response_for(error)(scope, receive, body.lingering(send))
+        else:
+            await self._app(scope, body.replay, send)
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key_digest is None or path in _OPEN_TO_ALL:
@@ -63,10 +59,66 @@ class Guard:
                 code="invalid_api_key",
             )
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"The body is longer than {self._max_body_bytes} bytes; send less.", code="request_too_large"
-        )
+
+class _Body:
+    """The body of one request: read whole, within a bound; or dropped after the answer."""
+
+    def __init__(self, receive: Receive, headers: Headers) -> None:
+        self.headers = headers
+        self._receive = receive
+        self._is_whole = "content-length" not in headers and "transfer-encoding" not in headers
+        self._pending: Message | None = {"type": "http.request", "body": b"", "more_body": False}
+
+    async def read(self, most: int) -> None:
+        """Raises ApiError if it is longer than `most` bytes, at once where its length is announced."""
+        if int(self.headers.get("content-length", "0")) > most:
+            raise _too_large(most)
+        pieces: list[bytes] = []
+        num_bytes = 0
+        while not self._is_whole:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                self._pending = message  # the client has gone
+                return
+            pieces.append(message.get("body", b""))
+            num_bytes += len(pieces[-1])
+            self._is_whole = not message.get("more_body", False)
+            if num_bytes > most:
+                raise _too_large(most)
+        self._pending = {"type": "http.request", "body": b"".join(pieces), "more_body": False}
+
+    async def replay(self) -> Message:
+        """ASGI's `receive` for whoever comes after: the whole body, then what is heard of the connection."""
+        message, self._pending = self._pending, None
+        return await self._receive() if message is None else message
+
+    def lingering(self, send: Send) -> Send:
+        """ASGI's `send` that ends a response only once the client has sent all, or has had its time."""
+
+        async def lingering_send(message: Message) -> None:
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if is_last and not self._is_whole and not self._waits_for_leave():
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LINGER_SECONDS):
+                        await self._drop()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        return lingering_send
+
+    def _waits_for_leave(self) -> bool:
+        """Whether the client sends nothing before it is told to, which to read on would do."""
+        return self.headers.get("expect", "").lower() == "100-continue"
+
+    async def _drop(self) -> None:
+        while not self._is_whole:
+            message = await self._receive()
+            self._is_whole = message["type"] != "http.request" or not message.get("more_body", False)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"The body is longer than {most} bytes; send less.", code="request_too_large")
 
 
 def _digest(key: str) -> bytes:

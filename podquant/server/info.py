@@ -17,11 +17,12 @@ from podquant.server.chat import encode_chat
 from podquant.server.errors import error_response
 from podquant.server.metrics import CONTENT_TYPE
 from podquant.server.schemas import DetokenizeBody, TokenizeBody
-from podquant.server.service import encode, require_tokenizer, service_of
+from podquant.server.service import encode, off_loop, require_tokenizer, service_of
 
 router = APIRouter()
 metrics_router = APIRouter()
 
+_RETRY = {"Retry-After": "1"}
 _STARTED = int(time.time())
 _PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
@@ -29,21 +30,25 @@ _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
 
 @router.get("/health")
 async def health(http: HttpRequest) -> JSONResponse:
-    """200 while the server can serve or is loading; 503 with the reason once its engine has failed."""
-    engine = service_of(http).engine
-    if engine is not None and engine.failure is not None:
-        return error_response(503, f"The engine has failed: {engine.failure}.", code="engine_failed")
-    return JSONResponse({"status": "loading" if engine is None else "ok"})
+    """200 while the server can serve; 503 with the phase while it loads, or the reason once its engine has failed."""
+    service = service_of(http)
+    if service.engine is None:
+        return error_response(503, f"Loading: the server is {service.phase}.", code="loading", headers=_RETRY)
+    if service.engine.failure is not None:
+        return error_response(503, f"The engine has failed: {service.engine.failure}.", code="engine_failed")
+    return JSONResponse({"status": "ok"})
 
 
 @router.get("/ready")
 async def ready(http: HttpRequest) -> JSONResponse:
     """200 when requests are taken: weights loaded, shapes compiled."""
-    engine = service_of(http).engine
+    service = service_of(http)
+    engine = service.engine
     if engine is not None and engine.is_ready:
         return JSONResponse({"status": "ready"})
-    reason = "the model is loading" if engine is None else engine.failure or "the server is shutting down"
-    return error_response(503, f"Not ready: {reason}.", code="not_ready", headers={"Retry-After": "1"})
+    failure = engine.failure if engine else f"the server is {service.phase}"
+    reason = failure or "the server is shutting down"
+    return error_response(503, f"Not ready: {reason}.", code="not_ready", headers=_RETRY)
 
 
 @metrics_router.get("/metrics")
@@ -63,7 +68,7 @@ async def models(http: HttpRequest) -> JSONResponse:
         "created": _STARTED,
         "owned_by": "podquant",
         "root": engine.model_name,
-        "max_model_len": engine.limits.context_length,
+        "max_model_len": engine.limits.longest,
     }
     return JSONResponse({"object": "list", "data": [model]})
 
@@ -96,7 +101,7 @@ async def tokenize(body: TokenizeBody, http: HttpRequest) -> JSONResponse:
     else:
         tokenizer = require_tokenizer(engine, "prompt")
         ids = await encode(tokenizer, body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.limits.context_length})
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.limits.longest})
 
 
 @router.post("/detokenize")
@@ -108,7 +113,11 @@ async def detokenize(body: DetokenizeBody, http: HttpRequest) -> JSONResponse:
     wrong = next((token for token in body.tokens if token >= vocab_size), None)
     if wrong is not None:
         raise RequestError(f"tokens holds {wrong}; this model's ids are 0 to {vocab_size - 1}.", "tokens")
-    return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)})
+
+    def work() -> str:
+        return tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+
+    return JSONResponse({"prompt": await off_loop(len(body.tokens), work)})
 
 
 @router.get("/status")

@@ -1,6 +1,6 @@
 """The bodies that the routes take, as far as their fields are honoured; `fields` says what becomes of the others.
 
-Knows nothing of the engine but `SamplingParams`.
+Knows nothing of the engine but `SamplingParams` and their defaults.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
+from podquant.engine.defaults import SamplingDefaults
 from podquant.engine.request import SamplingParams
 from podquant.server.fields import Body, Part, invalid, unsupported
 from podquant.server.messages import Message
@@ -45,16 +46,17 @@ class _Generation(Body):
     """What completions and chats have in common.
 
     Attributes:
-        max_tokens, max_completion_tokens: the same, the second newer; neither: all there is room for.
+        temperature, top_p, top_k, min_p, repetition_penalty: None for the model's own.
+        max_tokens, max_completion_tokens: the same, the second newer; neither: the model's own, or what has room.
     """
 
     model: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, lt=1 << 31)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     max_tokens: int | None = Field(None, ge=0)
@@ -85,18 +87,23 @@ class _Generation(Body):
             )
         return self
 
-    def _params(self, choice: int, room: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+    def _params(
+        self, choice: int, room: int, defaults: SamplingDefaults, *, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        # of a prompt that is too long one token more is asked for, which is refused where lengths are
-        max_tokens = max(room, 1) if asked is None else asked
+        if asked is None:
+            # of a prompt that is too long one token more is asked for, which is refused where lengths are
+            room = max(room, 1)
+            asked = room if defaults.max_tokens is None else min(defaults.max_tokens, room)
+            asked = max(asked, self.min_tokens)
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=asked,
             min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            temperature=_first(self.temperature, defaults.temperature),
+            top_p=_first(self.top_p, defaults.top_p),
+            top_k=max(_first(self.top_k, defaults.top_k), 0),
+            min_p=_first(self.min_p, defaults.min_p),
+            repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty),
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             # choices of one request differ, and repeat with its seed; devices take 31 bits
@@ -107,6 +114,10 @@ class _Generation(Body):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+
+def _first[T](asked: T | None, default: T) -> T:
+    return default if asked is None else asked
 
 
 class CompletionBody(_Generation):
@@ -164,9 +175,10 @@ class CompletionBody(_Generation):
             )
         return self
 
-    def params(self, choice: int, room: int) -> SamplingParams:
+    def params(self, choice: int, room: int, defaults: SamplingDefaults) -> SamplingParams:
         """For the `choice`-th output of one prompt, after which there is room for so many tokens."""
-        return self._params(choice, room, self.logprobs, self.logprobs if self.echo else None)
+        scored = self.logprobs if self.echo else None
+        return self._params(choice, room, defaults, logprobs=self.logprobs, prompt_logprobs=scored)
 
 
 def parse_prompts(value: Any) -> list[Prompt]:
@@ -214,9 +226,10 @@ class ChatBody(_Generation):
             raise invalid("top_logprobs", "top_logprobs is only allowed with logprobs: true.")
         return self
 
-    def params(self, choice: int, room: int) -> SamplingParams:
+    def params(self, choice: int, room: int, defaults: SamplingDefaults) -> SamplingParams:
         """For the `choice`-th output, where there is room for so many tokens after the prompt."""
-        return self._params(choice, room, self.top_logprobs if self.logprobs else None, None)
+        logprobs = self.top_logprobs if self.logprobs else None
+        return self._params(choice, room, defaults, logprobs=logprobs, prompt_logprobs=None)
 
 
 class TokenizeBody(Body):

@@ -19,7 +19,7 @@ from podquant.tokenizer.length import TooManyTokensError
 from podquant.tokenizer.tokenizer import Tokenizer
 
 _LONG_TEXT = 4096
-"""Characters from which tokenizing leaves the event loop."""
+"""Characters, or tokens, from which the tokenizer's work leaves the event loop."""
 
 
 class Service:
@@ -31,11 +31,13 @@ class Service:
 
     Attributes:
         tokens: single tokens as text; meaningless without an engine.
+        phase: what a server without an engine is doing to get one, for people.
     """
 
     def __init__(self, engine: Backend | None, served_model_name: str | None) -> None:
         self.engine: Backend | None = None
         self.tokens = TokenText(None)
+        self.phase = "opening the model"
         if engine is not None:
             self.attach(engine)
         self.metrics = Metrics(self._stats)
@@ -64,7 +66,7 @@ class Service:
             ApiError: the request names another model (404).
         """
         if self.engine is None:
-            raise EngineStoppedError("The model is still loading; GET /ready says when it serves.")
+            raise EngineStoppedError(f"The model is still loading ({self.phase}); GET /ready says when it serves.")
         if model is not None and model != self.model_name:
             raise ApiError(
                 404,
@@ -139,6 +141,6 @@ def require_unicode(text: str, param: str) -> None:
         ) from None
 
 
-async def off_loop(length: int, work: Callable[[], list[int]]) -> list[int]:
-    """What `work` gives on a text of so many characters, without holding up the event loop if it is long."""
+async def off_loop[T](length: int, work: Callable[[], T]) -> T:
+    """What `work` gives on so many characters or tokens, without holding up the event loop if they are many."""
     return work() if length < _LONG_TEXT else await asyncio.to_thread(work)

@@ -114,7 +114,7 @@ def test_closing_ends_what_runs_and_lets_go_of_the_devices(artifact: Path) -> No
     engine.close()
     del pieces
     gc.collect()
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before  # other tests' may have gone in the meantime
 
 
 def test_without_a_tokenizer_only_token_ids_are_taken(artifact: Path) -> None:

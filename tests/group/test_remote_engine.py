@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from podquant.engine.backend import EngineStats
+from podquant.engine.defaults import PLAIN
 from podquant.engine.limits import Limits
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
@@ -44,7 +45,7 @@ class Process:
 
 
 def new_engine() -> RemoteEngine:
-    return RemoteEngine("model", None)
+    return RemoteEngine("model", None, PLAIN)
 
 
 def state_of(engine: RemoteEngine) -> tuple[str | None, bool]:

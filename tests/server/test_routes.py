@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ def test_a_key_guards_all_but_the_probes(engine: LocalEngine) -> None:
 
 def test_before_a_model_is_loaded() -> None:
     with serving(None) as url, httpx.Client(base_url=url, timeout=60) as client:
-        assert client.get("/health").status_code == 200
-        assert client.get("/ready").status_code == 503
+        for path, code in (("/health", "loading"), ("/ready", "not_ready")):
+            answer = client.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
+            assert "opening the model" in answer.json()["error"]["message"]
         assert client.post("/v1/completions", json=ASK).status_code == 503
 
 
@@ -145,7 +148,15 @@ def test_an_engine_that_fails_is_told(checkpoint: Path) -> None:
     engine = make_engine(checkpoint)
     try:
         with serving(engine) as url, httpx.Client(base_url=url, timeout=60) as client:
-            engine._executor._weights = ()  # the next step cannot run
+            ask = ASK | {"max_tokens": 480, "ignore_eos": True, "stream": True}
+            with client.stream("POST", "/v1/completions", json=ask) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                engine._executor._weights = ()  # the next step cannot run
+                events = [line for line in lines if line]
+            assert events[-1] == "data: [DONE]"
+            error = json.loads(events[-2].removeprefix("data: "))["error"]
+            assert (error["type"], error["code"]) == ("server_error", "unavailable")
             answer = client.post("/v1/completions", json=ASK)
             assert answer.status_code == 503
             health = client.get("/health")
