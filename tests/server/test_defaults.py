@@ -58,9 +58,11 @@ def ids_of(client: httpx.Client, **body: Any) -> list[int]:
 def test_what_a_request_does_not_say_the_model_does(own_client: httpx.Client) -> None:
     told = {"temperature": 0, "repetition_penalty": 50.0, "max_tokens": 7}
     assert ids_of(own_client, prompt="def") == ids_of(own_client, prompt="def", **told)
-    plain = ids_of(own_client, prompt="def", repetition_penalty=1)
-    assert plain == ids_of(own_client, prompt="def", **(told | {"repetition_penalty": 1}))
-    assert plain != ids_of(own_client, prompt="def")
+    long: dict[str, Any] = {"prompt": "def", "max_tokens": 50}
+    penalized, plain = ids_of(own_client, **long), ids_of(own_client, **long, repetition_penalty=1)
+    assert penalized == ids_of(own_client, **(told | long))
+    assert plain == ids_of(own_client, **(told | long | {"repetition_penalty": 1}))
+    assert penalized != plain
     assert len(ids_of(own_client, prompt="def", min_tokens=9)) == 9
     assert own_client.post("/v1/chat/completions", json=CHAT).json()["usage"]["completion_tokens"] <= 7
 
