@@ -82,7 +82,7 @@ def wait_until_ready(process: subprocess.Popen[str], client: httpx.Client) -> No
         (["{model}", "--quantization-config-path", "int9.yaml"], "int9.yaml"),
         (["{model}", "--page-size", "48"], "--page-size: expected a power of two"),
         (["{model}/nothing"], "nothing"),
-        (["gs://bucket/model"], "bucket"),
+        pytest.param(["gs://bucket/model"], "bucket", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_served_is_said_in_a_line(

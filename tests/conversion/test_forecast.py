@@ -39,6 +39,7 @@ def spread(plan: Plan, num_hosts: int, workers_per_host: int = 1, threads: int =
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp_size", [1, 16])
 @pytest.mark.parametrize("model", MODELS)
 def test_large_models_fit_workers_and_spread_evenly(tmp_path: Path, model: str, tp_size: int) -> None:
@@ -70,6 +71,7 @@ def test_large_models_fit_workers_and_spread_evenly(tmp_path: Path, model: str, 
         assert 100e6 < found.worker_memory == found.host_memory <= MOST_WORKER_MEMORY
 
 
+@pytest.mark.slow
 def test_cutting_for_more_ranks_does_not_break_the_bound(tmp_path: Path) -> None:
     write_header_set(tmp_path / "model", LLAMA_405B, llama_shapes(LLAMA_405B))
     checkpoint = Checkpoint.open(str(tmp_path / "model"))

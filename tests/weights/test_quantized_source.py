@@ -105,6 +105,7 @@ def test_experts_are_served_as_they_are_stored(tmp_path: Path) -> None:
     assert np.abs(expected - reference("qwen3_moe")["logits_none"]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_deepseek_is_served_as_it_is_published(tmp_path: Path) -> None:
     """In blocks of which an expert's input has several on each device of a group."""
     golden = with_next_token_layer(GOLDENS / "deepseek_v3", tmp_path / "golden")

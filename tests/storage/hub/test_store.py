@@ -143,6 +143,7 @@ def test_a_cdn_may_send_on_to_another_place(hub: HubEmulator, store: HubStore) -
     assert {record.token for record in hub.requests("^cdn")} == {None}
 
 
+@pytest.mark.slow
 def test_a_size_that_is_not_the_listed_one_is_not_taken(hub: HubEmulator, store: HubStore) -> None:
     hub.fail("size", "cdn", times=1)
     assert read(store, 0, 10) == DATA[:10]
@@ -176,6 +177,7 @@ def test_a_final_refusal_is_told_at_once(
     assert len(hub.requests("cdn|resolve")) <= 5
 
 
+@pytest.mark.slow
 def test_a_lasting_outage_tells_the_last_answer(hub: HubEmulator, store: HubStore) -> None:
     hub.fail("status", "cdn", times=1000)
     expected = (
@@ -223,6 +225,7 @@ def test_a_listing_refused(
         HubStore("hf://org/name", client)
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_no_hub_or_not_there(hub: HubEmulator, client: HubClient) -> None:
     hub.revisions["main"] = "main"
     with pytest.raises(StorageError, match=r"blobs=true: expected a listing .* got something else .*Check HF_ENDPOINT"):
