@@ -106,3 +106,8 @@ def test_as_many_are_taken_as_may_run_and_wait() -> None:
     LIMITS.check_load(4)
     with pytest.raises(QueueFullError, match="5 requests are running or waiting, the most this server allows"):
         LIMITS.check_load(5)
+
+
+def test_the_ends_of_every_range_are_taken() -> None:
+    LIMITS.check(Request("r", (0, LIMITS.vocab_size - 1), SamplingParams(logprobs=0, prompt_logprobs=0)))
+    LIMITS.check(Request("r", (1,), SamplingParams(logprobs=LIMITS.max_logprobs)))
