@@ -16,7 +16,7 @@ from podquant.app.serving import HttpOptions
 from podquant.app.signals import StopSignal, raising_stop
 from podquant.config.job import ServeJob
 from podquant.engine.options import EngineOptions, detect_device
-from podquant.engine.start import load_tokenizer, open_model
+from podquant.engine.start import load_defaults, load_tokenizer, open_model
 from podquant.errors import ConfigError
 from podquant.group.launch import Deadlines
 from podquant.group.service import GroupOptions
@@ -66,11 +66,13 @@ def check_source(options: ServeOptions, source: str, revision: str | None) -> No
     """Find out whether what is converted from a checkpoint could be served as the options say, before it is converted.
 
     Raises:
-        PodquantError: the checkpoint has no such model or tokenizer, or it cannot be cut into so many shards.
+        PodquantError: the checkpoint has no such model or tokenizer, it cannot be cut into so many shards, or the
+            defaults of sampling are not where the options say.
     """
     asked = replace(engine_options(options), model_path=source, revision=revision, download_dir=None)
     with open_model(asked, by_ranges=True) as opened:
         load_tokenizer(opened)
+        load_defaults(opened)
 
 
 def options_of(job: ServeJob) -> ServeOptions:

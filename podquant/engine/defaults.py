@@ -30,11 +30,11 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 class SamplingDefaults:
     """Values for the fields of `SamplingParams` of the same names; `max_tokens` None: all that there is room for."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = SamplingParams.temperature
+    top_p: float = SamplingParams.top_p
+    top_k: int = SamplingParams.top_k
+    min_p: float = SamplingParams.min_p
+    repetition_penalty: float = SamplingParams.repetition_penalty
     max_tokens: int | None = None
 
     def params(self) -> SamplingParams:

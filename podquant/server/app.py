@@ -26,7 +26,7 @@ def create_app(
     """An app that serves an engine.
 
     Args:
-        engine: started, or None while it loads: until `attach_engine`, everything is answered with 503.
+        engine: started, or None while it loads: until `attach_engine`, what needs it is answered with 503.
         api_key: what callers must send as a bearer token; None asks for nothing.
         served_model_name: what callers call the model; None for the engine's own name.
         max_body_bytes: a longer body is refused.

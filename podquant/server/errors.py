@@ -17,7 +17,8 @@ from podquant.server import fields
 
 _log = logging.getLogger(__name__)
 
-_RETRY = {"Retry-After": "1"}
+RETRY = {"Retry-After": "1"}
+"""The header of an answer that another try may change."""
 
 
 class ApiError(Exception):
@@ -59,9 +60,9 @@ def response_for(error: RequestError | ApiError) -> JSONResponse:
         case RequestTooLongError():
             return error_response(400, str(error), param=error.param, code="context_length_exceeded")
         case QueueFullError():
-            return error_response(429, str(error), code="queue_full", headers=_RETRY)
+            return error_response(429, str(error), code="queue_full", headers=RETRY)
         case EngineStoppedError():
-            return error_response(503, str(error), code="unavailable", headers=_RETRY)
+            return error_response(503, str(error), code="unavailable", headers=RETRY)
     return error_response(400, str(error), param=error.param, code="invalid_value")
 
 

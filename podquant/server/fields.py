@@ -95,7 +95,7 @@ FIELDS: tuple[Field, ...] = (
     _honoured(
         "max_tokens",
         _BOTH,
-        "the most tokens to generate; left out: the model's own number, or all that context and KV cache have room for",
+        "the most tokens to generate; left out: as generation_config.json says, or all that there is room for",
     ),
     _honoured("max_completion_tokens", _BOTH, "the newer name of `max_tokens`; the two may not differ"),
     _honoured(
@@ -107,11 +107,7 @@ FIELDS: tuple[Field, ...] = (
     _honoured("stop_token_ids", _BOTH, "up to 64 token ids that end the output"),
     _honoured("ignore_eos", _BOTH, "the model's end tokens do not end the output"),
     # Which token; these five are as generation_config.json says where they are left out.
-    _honoured(
-        "temperature",
-        _BOTH,
-        "0 to 100; below 1e-5 greedy",
-    ),
+    _honoured("temperature", _BOTH, "0 to 100; below 1e-5 greedy"),
     _honoured("top_p", _BOTH, "above 0, up to 1; below 1e-6 greedy"),
     _honoured("top_k", _BOTH, "only so many of the likeliest tokens; 0 or -1: all"),
     _honoured("min_p", _BOTH, "0 to 1: only tokens at least so likely, relative to the likeliest"),

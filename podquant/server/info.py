@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from podquant.errors import RequestError
 from podquant.server.chat import encode_chat
-from podquant.server.errors import error_response
+from podquant.server.errors import RETRY, error_response
 from podquant.server.metrics import CONTENT_TYPE
 from podquant.server.schemas import DetokenizeBody, TokenizeBody
 from podquant.server.service import encode, off_loop, require_tokenizer, service_of
@@ -22,7 +22,6 @@ from podquant.server.service import encode, off_loop, require_tokenizer, service
 router = APIRouter()
 metrics_router = APIRouter()
 
-_RETRY = {"Retry-After": "1"}
 _STARTED = int(time.time())
 _PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
@@ -33,7 +32,7 @@ async def health(http: HttpRequest) -> JSONResponse:
     """200 while the server can serve; 503 with the phase while it loads, or the reason once its engine has failed."""
     service = service_of(http)
     if service.engine is None:
-        return error_response(503, f"Loading: the server is {service.phase}.", code="loading", headers=_RETRY)
+        return error_response(503, f"Loading: the server is {service.phase}.", code="loading", headers=RETRY)
     if service.engine.failure is not None:
         return error_response(503, f"The engine has failed: {service.engine.failure}.", code="engine_failed")
     return JSONResponse({"status": "ok"})
@@ -48,7 +47,7 @@ async def ready(http: HttpRequest) -> JSONResponse:
         return JSONResponse({"status": "ready"})
     failure = engine.failure if engine else f"the server is {service.phase}"
     reason = failure or "the server is shutting down"
-    return error_response(503, f"Not ready: {reason}.", code="not_ready", headers=_RETRY)
+    return error_response(503, f"Not ready: {reason}.", code="not_ready", headers=RETRY)
 
 
 @metrics_router.get("/metrics")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from podquant.app.options import ServeOptions
-from podquant.app.serve import engine_options, group_options, http_options, options_of
+from podquant.app.serve import check_source, engine_options, group_options, http_options, options_of
 from podquant.config.job import ServeJob
 from podquant.engine.options import EngineOptions
 from podquant.errors import ConfigError
 
 MANY: dict[str, Any] = {"model_path": "m", "nnodes": 2, "dist_init_addr": "10.0.0.1:10011"}
 SECRET = "0123456789abcdef"
+
+GOLDEN = Path(__file__).parent.parent / "data" / "goldens" / "llama"
 
 
 def test_what_a_server_leaves_out_is_what_an_engine_leaves_out() -> None:
@@ -61,3 +64,10 @@ def test_hosts_that_meet() -> None:
 def test_a_job_that_cannot_be_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^serve\.yaml: serve: --port: expected 0 to 65535, got 70000"):
         options_of(ServeJob("m", flags={"port": 70000}, name="serve.yaml"))
+
+
+def test_defaults_that_are_not_there_are_told_before_anything_is_converted(tmp_path: Path) -> None:
+    options = ServeOptions(model_path="OUT", device="cpu", skip_tokenizer_init=True)
+    check_source(options, str(GOLDEN), None)
+    with pytest.raises(ConfigError, match=r"expected auto, none, or a directory with a generation_config\.json"):
+        check_source(replace(options, generation_config=str(tmp_path)), str(GOLDEN), None)
