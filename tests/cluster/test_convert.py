@@ -180,7 +180,8 @@ def test_a_submitted_job_makes_the_same_bytes_and_moves_each_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp_size", [4, pytest.param(2, marks=MATRIX), pytest.param(8, marks=MATRIX)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("tp_size", [2, 4, 8])
 def test_slices_put_together_are_the_same_bytes(
     hosts: RayCluster, emulator: GcsEmulator, expected: dict[str, bytes], tmp_path: Path, tp_size: int
 ) -> None:

@@ -135,7 +135,7 @@ def test_a_fault_that_passes_changes_nothing(
     [
         ("status", READ, {"status": 403}, r"cannot read at offset .*HTTP 403.*role Storage Object User"),
         ("status", PUT, {"status": 403, "skip": 0}, r"cannot write, at offset .*HTTP 403.*role Storage Object User"),
-        ("status", READ, {"status": 503}, r"gave up after \d+ tries in .*HTTP 503"),
+        pytest.param("status", READ, {"status": 503}, r"gave up after \d+ tries in .*HTTP 503", marks=pytest.mark.slow),
         ("wrong_crc", PUT, {"skip": 0}, "the store did not get what was sent: expected .* bytes with CRC32C"),
         ("corrupt", READ, {"skip": 5}, "the bytes read do not have the CRC32C that the store keeps"),
     ],

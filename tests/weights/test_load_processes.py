@@ -48,6 +48,8 @@ BLOCK_ROWS = {"blocks.yaml": 8, "uneven.yaml": 3}
 """Of 8, they straddle shards of gate and up over 4 and 8 devices; of 3, all shards, and q and k, and gate and up."""
 
 TP_SIZES = (1, 2, 4, 8)
+CUTS_OVER_PROCESSES = (1, 4)
+"""Of the artifacts that several processes load; one process loads every cut onto every number of devices."""
 MANY_WINDOWS = {"window_bytes": 2048, "gathered_bytes": 2048, "whole_bytes": 100, "ahead_bytes": 8192, "tile_rows": 1}
 
 Places = Mapping[tuple[str, int], str]
@@ -200,7 +202,7 @@ def loads(artifacts: Places, rules_of: Callable[[str], str]) -> dict[tuple[int, 
     """By processes, devices and rules."""
     return {
         (count, tp, rules): [
-            *(Case(artifacts[rules, cut], tp, limits=MANY_WINDOWS) for cut in TP_SIZES),
+            *(Case(artifacts[rules, cut], tp, limits=MANY_WINDOWS) for cut in CUTS_OVER_PROCESSES),
             *([Case(artifacts[rules, 2], tp)] if count < tp < 8 else []),
             Case(str(CHECKPOINTS[rules]), tp, rules_of(rules), MANY_WINDOWS),
         ]

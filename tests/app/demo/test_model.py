@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 from podquant.app.demo.model import find_package, undo_rope_permutation, write_smollm2_checkpoint
 from podquant.errors import StorageError
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "smollm2_greedy.json").read_text())
 
 

@@ -39,6 +39,7 @@ def test_a_second_holder_is_refused_and_told_who_holds_it(emulator: GcsEmulator,
     assert emulator.data("b") == {}
 
 
+@pytest.mark.slow
 def test_a_live_holder_is_never_taken_for_dead(bucket: Bucket) -> None:
     first, second = (GcsLock(bucket, "out.lock", lease_seconds=2.0) for _ in range(2))
     first.acquire(PLACE)
@@ -70,6 +71,7 @@ def test_of_many_exactly_one_takes_over_a_dead_holders_lock(emulator: GcsEmulato
     assert emulator.data("b") == {}
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for_until_its_lease_ends(
     emulator: GcsEmulator, bucket: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:

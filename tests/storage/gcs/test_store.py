@@ -116,6 +116,7 @@ def test_a_stalled_read_is_given_up_and_taken_up(emulator: GcsEmulator, store: G
     assert sum(record.bytes_out for record in emulator.requests(MEDIA)) <= len(DATA) * 1.02
 
 
+@pytest.mark.slow
 def test_a_store_that_never_answers_ends_in_an_error_in_time(emulator: GcsEmulator, store: GcsStore) -> None:
     emulator.fail("stall", MEDIA, times=1000)
     started = time.monotonic()
@@ -150,6 +151,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(emulator: GcsEmulator,
         read(store, 4, 4)
 
 
+@pytest.mark.slow
 def test_a_small_file_is_held_to_its_checksum(emulator: GcsEmulator, store: GcsStore) -> None:
     emulator.fail("corrupt", MEDIA)
     assert store.read("config.json") == b"{}"
@@ -210,6 +212,7 @@ def test_another_process_finds_the_endpoint_and_ends_without_a_warning(emulator:
     assert (done.stdout, done.stderr, done.returncode) == ("b'abc'\n", "", 0)
 
 
+@pytest.mark.slow
 def test_a_store_without_an_address_is_told_at_once_and_sat_out_once_it_has_answered(
     emulator: GcsEmulator, client: GcsClient
 ) -> None:

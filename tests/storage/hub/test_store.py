@@ -214,7 +214,7 @@ def test_a_model_that_cannot_be_had(client: HubClient, uri: str, message: str) -
             {"X-Error-Message": "Invalid credentials in Authorization header"},
             AS_ID + "it could not be downloaded: Invalid credentials in Authorization header (HTTP 401)",
         ),
-        (503, {}, AS_ID + "it cannot be reached: gave up after "),
+        pytest.param(503, {}, AS_ID + "it cannot be reached: gave up after ", marks=pytest.mark.slow),
     ],
 )
 def test_a_listing_refused(
