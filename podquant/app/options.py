@@ -85,6 +85,11 @@ class ServeOptions:
         "with several hosts: a step that takes longer, on any of them, has failed", 120.0, "SECONDS"
     )
     start_seconds: float = _flag("with several hosts: how long they may take to load and compile", 1800.0, "SECONDS")
+    max_failed_starts: int | None = _flag(
+        "with several hosts or processes: give up after so many failed starts in a row, before the first that serves "
+        "(default: try without end, with pauses of up to 30 s); what is wrong with the model or the flags ends at once",
+        metavar="N",
+    )
     mem_fraction_static: float = _flag("share of a device's memory for weights and KV cache", 0.85, "SHARE")
 
     context_length: int | None = _flag(
@@ -146,7 +151,7 @@ class ServeOptions:
         for name in ("chunked_prefill_size", "page_size"):
             value = getattr(self, name)
             self._require(value >= 2 and value & (value - 1) == 0, name, "a power of two from 2", "the default will do")
-        for name in ("context_length", "max_total_tokens"):
+        for name in ("context_length", "max_total_tokens", "max_failed_starts"):
             self._require((getattr(self, name) or 1) >= 1, name, "1 or more", "leave it out for the default")
         if self.dist_init_addr is not None:
             host, _, port = self.dist_init_addr.rpartition(":")

@@ -116,7 +116,8 @@ def group_options(options: ServeOptions, secret: str) -> GroupOptions:
         options.drain_seconds,
     )
     key = (secret or secrets.token_hex(32)).encode()
-    return GroupOptions(options.nnodes, options.dp_size, (host.strip("[]"), int(port)), key, deadlines)
+    address = host.strip("[]"), int(port)
+    return GroupOptions(options.nnodes, options.dp_size, address, key, deadlines, options.max_failed_starts)
 
 
 def http_options(options: ServeOptions) -> HttpOptions:

@@ -7,6 +7,7 @@ process outlives its parent, however that ends. Knows nothing of other hosts or 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,8 @@ from podquant.group.messages import (
 )
 from podquant.group.wire import Connection, WireError
 
+_log = logging.getLogger(__name__)
+
 _IMPORT_SECONDS = 120.0
 """A process on a busy host may take so long until it says hello."""
 
@@ -46,9 +49,16 @@ class Children:
         self._children: dict[int, _Child] = {}
 
     def launch(self, launch: Launch) -> None:
-        """Start a process, in a thread that lives as long as it may: it ends with the thread that started it."""
+        """Start a process, in a thread that lives as long as it may: it ends with the thread that started it.
+
+        One that cannot be started, for want of memory, file descriptors or threads, is reported to have ended.
+        """
         self.end(launch.member.group)
-        child = _Child(launch, step_key(self._secret, launch.nonce), self._on_report)
+        try:
+            child = _Child(launch, step_key(self._secret, launch.nonce), self._on_report)
+        except OSError as error:
+            self._on_report(Report(launch.member, launch.generation, Ended(f"cannot be started: {error}")))
+            return
         with self._lock:
             self._children[launch.member.group] = child
         child.start()
@@ -92,13 +102,15 @@ class _Child:
         self._reason: str | None = None
         self._is_over = threading.Event()
         self._socket, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(self._socket.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "podquant.group.member", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | _chips(launch),
             )
+            undo.pop_all()
         self._connection: Connection[FromMember] | None = None
 
     @property
@@ -106,7 +118,10 @@ class _Child:
         return self._process.pid
 
     def start(self) -> None:
-        threading.Thread(target=self._listen, name=f"child-{self.pid}", daemon=True).start()
+        try:
+            threading.Thread(target=self._listen, name=f"child-{self.pid}", daemon=True).start()
+        except RuntimeError as error:
+            self._end_process(str(error))
 
     def send(self, message: ToMember) -> None:
         connection = self._connection
@@ -134,6 +149,9 @@ class _Child:
                 self._report(message)
         except WireError as error:
             reason = str(error).partition(": ")[2]
+        except Exception as error:
+            _log.exception("process %d", self.pid)
+            reason = f"{type(error).__name__}: {error}"
         self._end_process(reason)
 
     def _end_process(self, reason: str) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import OnLoad
-from podquant.errors import ClusterError, PodquantError, error_named
+from podquant.errors import ClusterError, PodquantError, TransientStorageError, error_named
 from podquant.group.hosts import Host
 from podquant.group.launch import Deadlines, Launch, Member, new_nonce
 from podquant.group.messages import (
@@ -38,15 +38,13 @@ from podquant.group.remote_engine import RemoteEngine
 
 _log = logging.getLogger(__name__)
 
-_FIRST_TRIES = 3
-"""Generations that may be lost before one has ever served; then the service gives up."""
 _LONGEST_PAUSE = 30.0
 _END_SECONDS = 15.0
 _LAST_REPORTS_SECONDS = 0.5
 
 
 class _LostError(Exception):
-    """This generation is over. `final`: an error of podquant's own, which another start would meet again."""
+    """This generation is over. `final`: an error that another start would meet again."""
 
     def __init__(self, reason: str, final: PodquantError | None = None) -> None:
         super().__init__(reason)
@@ -64,13 +62,16 @@ class Group:
         deadlines: Deadlines,
         engine: RemoteEngine,
         on_load: OnLoad,
+        max_failed_starts: int | None = None,
     ) -> None:
+        """`max_failed_starts`: in a row before the first that serves; then it gives up. None: never."""
         self.engine = engine
         self._on_load = on_load
         self.error: PodquantError | None = None
         self.settled = threading.Event()
         self._members, self._hosts = members, hosts
         self._options, self._deadlines = options, deadlines
+        self._max_failed_starts = max_failed_starts
         self._generation = 0
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self._alive: set[int] = set()
@@ -111,6 +112,10 @@ class Group:
             except _LostError as lost:
                 losses += 1
                 self._lose(lost, losses)
+            except Exception as error:  # whatever it is, it may pass
+                _log.exception("group %d, generation %d", self._members[0].group, self._generation)
+                losses += 1
+                self._lose(_LostError(f"{type(error).__name__}: {error}"), losses)
             finally:
                 self._end_all()
             if self.error is not None:
@@ -126,7 +131,8 @@ class Group:
         if self._is_stopping.is_set():
             return
         _log.warning("group %d, generation %d: %s", self._members[0].group, self._generation, lost)
-        if not self._has_served and (lost.final is not None or losses >= _FIRST_TRIES):
+        has_tried_enough = self._max_failed_starts is not None and losses >= self._max_failed_starts
+        if not self._has_served and (lost.final is not None or has_tried_enough):
             self.error = lost.final or ClusterError(f"the group ended {losses} times before it served: {lost}")
             return
         self._end_all()
@@ -259,7 +265,9 @@ def _explained(reports: Sequence[Report]) -> _LostError:
     report = min(reports, key=order)
     rank = report.member.rank
     if isinstance(report.message, Failed):
-        return _LostError(f"rank {rank} failed: {report.message.text}", _error_of(report.message))
+        error = _error_of(report.message)
+        final = None if isinstance(error, ClusterError | TransientStorageError) else error
+        return _LostError(f"rank {rank} failed: {report.message.text}", final)
     reason = report.message.reason if isinstance(report.message, Ended) else BY_ITSELF
     return _LostError(f"rank {rank} ended: {reason}")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from podquant.group.messages import (
     ToHost,
     Welcome,
 )
-from podquant.group.wire import Connection, PeerListener, VersionError, WireError
+from podquant.group.wire import Connection, PeerListener, Reception, VersionError, WireError
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +89,9 @@ class RemoteHost:
         self._absence: str | None = f"host {number} has not come yet"
         self._refusal = ""
         self._running: dict[int, tuple[Member, int]] = {}
+        self._turn = threading.Lock()
+        """Of one caller at a time to become the host."""
+        self._heard = 0.0
         self.address = ""
 
     @property
@@ -117,23 +119,43 @@ class RemoteHost:
         self._refusal = f" (refused at {time.strftime('%H:%M:%S')}: {reason})"
 
     def attach(self, connection: Connection[FromHost]) -> bool:
-        """Use this connection from now on; False if there is one already. Blocks until it ends."""
-        with self._lock:
-            if self._connection is not None:
+        """Use this connection from now on; False if another one is in use, and lives. Blocks until it ends."""
+        with self._turn:
+            if not self._make_room():
                 return False
-            self._connection, self._absence, self._refusal = connection, None, ""
-            self.address = connection.address.rpartition(":")[0]
+            connection.send(Welcome())
+            with self._lock:
+                self._connection, self._absence, self._refusal = connection, None, ""
+                self._heard = time.monotonic()
+                self.address = connection.address.rpartition(":")[0]
         _log.info("host %d has come, from %s", self._number, connection.address)
-        threading.Thread(target=self._send_heartbeats, args=(connection,), name="heartbeat", daemon=True).start()
+        reason = "failed"
         try:
+            threading.Thread(target=self._send_heartbeats, args=(connection,), name="heartbeat", daemon=True).start()
             while True:
                 message = connection.receive(timeout=self._deadlines.liveness)
+                self._heard = time.monotonic()
                 if isinstance(message, Report):
                     self._take(message)
                 elif not isinstance(message, Heartbeat):
                     raise connection.unexpected(message)
         except WireError as error:
-            self._detach(str(error))
+            reason = str(error)
+        finally:
+            connection.close()
+            self._detach(reason)
+        return True
+
+    def _make_room(self) -> bool:
+        """End a connection that has been silent for longer than a heartbeat: its host has called again, since it was
+        cut off before this end could notice. False if it is heard of meanwhile."""
+        came, patience = time.monotonic(), 1.5 * self._deadlines.heartbeat
+        while (old := self._connection) is not None:
+            if self._heard > came + 0.5 * self._deadlines.heartbeat:
+                return False
+            if time.monotonic() - self._heard > patience:
+                old.close()  # whoever receives there lets it go
+            time.sleep(0.02)
         return True
 
     def _take(self, report: Report) -> None:
@@ -186,7 +208,8 @@ class HostAcceptor:
     def __init__(
         self, listener: PeerListener, secret: bytes, flags: SharedFlags, hosts: Mapping[int, RemoteHost]
     ) -> None:
-        self._listener, self._secret, self._hosts = listener, secret, hosts
+        self._listener, self._hosts = listener, hosts
+        self._reception = Reception(listener, FROM_HOST, secret, self._welcome, self._note)
         self._expected = flags.describe()
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name="acceptor", daemon=True)
@@ -200,31 +223,26 @@ class HostAcceptor:
 
     def _run(self) -> None:
         while self._is_open:
-            peer = self._listener.accept(timeout=0.5)
-            if peer is not None:
-                threading.Thread(target=self._welcome, args=(peer,), name="host", daemon=True).start()
+            self._reception.take_in(timeout=0.5)
 
-    def _welcome(self, peer: socket.socket) -> None:
-        try:
-            connection = Connection(peer, FROM_HOST, self._secret, is_server=True)
-            hello = connection.receive(timeout=10.0)
-            if not isinstance(hello, HostHello):
-                raise connection.unexpected(hello)
-            host, refusal = self._hosts.get(hello.host), self._refusal(hello)
-            if host is None or refusal:
-                if host is not None:
-                    host.note_refusal(refusal)
-                _refuse(connection, refusal)
-                return
-            connection.send(Welcome())
-            if not host.attach(connection):
-                _refuse(connection, f"there is a host {hello.host} already")
-        except VersionError as error:
+    def _welcome(self, connection: Connection[FromHost]) -> None:
+        hello = connection.receive(timeout=10.0)
+        if not isinstance(hello, HostHello):
+            raise connection.unexpected(hello)
+        host, refusal = self._hosts.get(hello.host), self._refusal(hello)
+        if host is None or refusal:
+            if host is not None:
+                host.note_refusal(refusal)
+            _refuse(connection, refusal, is_final=True)
+            return
+        if not host.attach(connection):
+            _refuse(connection, f"there is a host {hello.host} already, and it answers", is_final=False)
+
+    def _note(self, error: WireError) -> None:
+        if isinstance(error, VersionError):
             for host in self._hosts.values():  # one of those that are absent; nobody knows which
                 host.note_refusal(str(error))
-            _log.warning("refused: %s", error)
-        except WireError as error:
-            _log.warning("refused: %s", error)
+        _log.warning("refused: %s", error)
 
     def _refusal(self, hello: HostHello) -> str:
         """Why a host cannot be taken in; empty if it can."""
@@ -240,9 +258,9 @@ class HostAcceptor:
         return f"host {hello.host} was started with other flags than host 0: {'; '.join(different)}"
 
 
-def _refuse(connection: Connection[FromHost], reason: str) -> None:
+def _refuse(connection: Connection[FromHost], reason: str, *, is_final: bool) -> None:
     _log.warning("refused %s: %s", connection.address, reason)
-    connection.send(Refusal(reason))
+    connection.send(Refusal(reason, is_final))
     connection.close()
 
 

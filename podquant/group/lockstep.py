@@ -7,7 +7,6 @@ other code is refused by name. Knows nothing of requests, or of who started thes
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections import deque
@@ -33,7 +32,7 @@ from podquant.group.messages import (
     ToRank,
     Welcome,
 )
-from podquant.group.wire import Connection, PeerListener, WireError, connect
+from podquant.group.wire import Connection, PeerListener, Reception, WireError, connect
 
 _log = logging.getLogger(__name__)
 
@@ -112,21 +111,20 @@ def accept_ranks(
         rank, different = hello.rank, differences(hello.fingerprints, fingerprints, "rank 0's")
         with turn:
             if not 0 < rank < num_ranks or rank in came:
-                caller.send(Refusal(f"rank {rank} of {num_ranks} is taken, or is none"))
+                caller.send(Refusal(f"rank {rank} of {num_ranks} is taken, or is none", is_final=False))
                 caller.close()
             elif different:
                 text = f"rank {rank} refused: {'; '.join(different)}"
                 wrong.append(text)
-                caller.send(Refusal(text))
+                caller.send(Refusal(text, is_final=True))
                 caller.close()
             else:
                 caller.send(Welcome())
                 came[rank] = caller
 
+    reception = Reception(listener, FROM_RANK, key, welcome, _tell_refusal)
     while len(came) < num_ranks - 1 and not wrong and time.monotonic() < end:
-        peer = listener.accept(timeout=0.2)
-        if peer is not None:
-            threading.Thread(target=_guarded, args=(peer, key, welcome), daemon=True).start()
+        reception.take_in(timeout=0.2)
     with turn:
         if len(came) == num_ranks - 1:
             return [came[rank] for rank in range(1, num_ranks)]
@@ -150,6 +148,8 @@ def join(address: tuple[str, int], key: bytes, rank: int, fingerprints: Fingerpr
     answer = connection.receive(timeout=deadline)
     if isinstance(answer, Refusal):
         connection.close()
+        if not answer.is_final:
+            raise WireError(f"{connection.address}: {answer.reason}")
         raise ConfigError(f"{answer.reason}. Give all hosts the same model, flags and podquant")
     if not isinstance(answer, Welcome):
         raise connection.unexpected(answer)
@@ -203,9 +203,5 @@ def _arrays(step: Step, expected: int, leader: str) -> list[Array]:
     return [np.pad(ints, ((0, 0), (0, step.width - ints.shape[1]))), *others]
 
 
-def _guarded(peer: socket.socket, key: bytes, welcome: Callable[[Follower], None]) -> None:
-    """Shake hands with a caller in a thread of its own: a stranger who says nothing holds up nobody."""
-    try:
-        welcome(Connection(peer, FROM_RANK, key, is_server=True))
-    except WireError as error:
-        _log.warning("refused on the step channel: %s", error)
+def _tell_refusal(error: WireError) -> None:
+    _log.warning("refused on the step channel: %s", error)

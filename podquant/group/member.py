@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -26,6 +26,7 @@ from podquant.engine.engine import LocalEngine
 from podquant.engine.request import FinishReason, Output, Request
 from podquant.engine.start import build_engine, load_tokenizer, open_model, start_executor
 from podquant.errors import PodquantError, RequestError
+from podquant.group.credentials import PEER_URI_PREFIX, credentials
 from podquant.group.fingerprint import fingerprints
 from podquant.group.launch import Deadlines, Launch
 from podquant.group.lockstep import Follower, StepBroadcaster, accept_ranks, follow, join
@@ -134,7 +135,7 @@ def _serve(launch: Launch, key: bytes, link: ParentLink) -> None:
         on_load = _LoadReports(link)
         if member.rank > 0:
             leader = join(_split(launch.step_address), key, member.rank, mine, deadlines.arrival)
-            _initialize(launch, launch.coordinator)
+            _initialize(launch, launch.coordinator, key)
             executor, _ = start_executor(opened, on_load)
             busy = _Busy()
             link.busy_seconds = busy.seconds
@@ -144,11 +145,11 @@ def _serve(launch: Launch, key: bytes, link: ParentLink) -> None:
         tokenizer = load_tokenizer(opened)
         followers: list[Follower] = []
         if member.num_ranks > 1:
-            coordinator = f"{launch.host}:{_free_port(launch.host)}"
-            with contextlib.closing(PeerListener(launch.host, 0)) as listener:
+            with _held_port(launch.host) as port, contextlib.closing(PeerListener(launch.host, 0)) as listener:
+                coordinator = f"{launch.host}:{port}"
                 link.report(Listening(f"{launch.host}:{listener.port}", coordinator))
                 followers = accept_ranks(listener, key, mine, member.num_ranks, deadlines.arrival)
-            _initialize(launch, coordinator)
+                _initialize(launch, coordinator, key)
         broadcaster = StepBroadcaster(followers, deadlines)
         engine = build_engine(opened, tokenizer, on_load, broadcaster.broadcast)
     _run_engine(engine, link)
@@ -166,10 +167,12 @@ def _run_engine(engine: LocalEngine, link: ParentLink) -> None:
     link.report(EngineReady(engine.limits, engine.stats()))
     watcher = threading.Thread(target=_watch, args=(engine, link), name="watch", daemon=True)
     watcher.start()
+    prompt: tuple[int, ...] = ()
     while not isinstance(command := link.next_command(), Stop):
         match command:
-            case Submit(request):
-                _submit(engine, request, outbox.put)
+            case Submit(request_id, ids, params):
+                prompt = tuple(ids.tolist()) if ids.size else prompt
+                _submit(engine, Request(request_id, prompt, params), outbox.put)
             case Abort(request_id):
                 engine.abort(request_id)
     engine.stop(command.drain_seconds)
@@ -234,14 +237,20 @@ class _Busy:
         return 0.0 if since is None else time.monotonic() - since
 
 
-def _initialize(launch: Launch, coordinator: str) -> None:
-    """Join this process's devices with those of the others."""
+def _initialize(launch: Launch, coordinator: str, key: bytes) -> None:
+    """Join this process's devices with those of the others; who does not know the key cannot."""
+    own = credentials(key, f"rank-{launch.member.rank}")
     jax.distributed.initialize(
         coordinator,
         num_processes=launch.member.num_ranks,
         process_id=launch.member.rank,
         initialization_timeout=int(launch.deadlines.arrival),
         heartbeat_timeout_seconds=max(10, int(3 * launch.deadlines.liveness)),
+        coordinator_bind_address=coordinator,
+        mtls_cert_file=own.certificate,
+        mtls_key_file=own.private_key,
+        mtls_ca_file=own.authority,
+        mtls_peer_uri_prefix=PEER_URI_PREFIX,
     )
 
 
@@ -257,10 +266,13 @@ def _split(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def _held_port(host: str) -> Iterator[int]:
+    """A free port, which nobody but this user can take meanwhile: gRPC, which is to listen there, shares ports so."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((host, 0))
+        yield held.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from podquant.engine.backend import EngineStats
 from podquant.engine.limits import Limits
-from podquant.engine.request import Output, Request
+from podquant.engine.request import Output, SamplingParams
 from podquant.group.codec import Array, Codec
 from podquant.group.fingerprint import Fingerprints
 from podquant.group.launch import Launch, Member
 
-VERSION = 2
+VERSION = 3
 """Of everything in this file; whoever connects says theirs first, and another one is refused. Raise it with any change
 here, or to how messages are written."""
 
@@ -35,9 +35,10 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Whoever has said hello may not, and need not come again as it is."""
+    """Whoever has said hello may not. `is_final`: nor will it ever, as it was started."""
 
     reason: str
+    is_final: bool
 
 
 # A host to a member that it started.
@@ -53,9 +54,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Submit:
-    """A request to run."""
+    """A request to run. Without a prompt it has that of the request before it, as the choices of one call do."""
 
-    request: Request
+    request_id: str
+    prompt: Array
+    params: SamplingParams
 
 
 @dataclass(frozen=True)

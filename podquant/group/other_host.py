@@ -54,12 +54,12 @@ def serve_host(
     while not is_stopped.is_set():
         try:
             with connect(address, TO_HOST, secret, timeout=min(5.0, deadlines.arrival)) as connection:
-                _enter(connection, number, flags)
+                _enter(connection, number, flags, deadlines)
                 if _obey(connection, secret, flags.options, deadlines, is_stopped):
                     return
         except VersionError as error:
             raise ConfigError(f"host 0: {error}") from error
-        except WireError as error:
+        except (WireError, OSError, RuntimeError) as error:  # the last two: short of file descriptors, or of threads
             _log.warning("host 0: %s", error)
             if time.monotonic() > deadline:
                 raise ClusterError(f"host 0 does not answer at {address[0]}:{address[1]}: {error}") from error
@@ -68,10 +68,13 @@ def serve_host(
         is_stopped.wait(0.5)
 
 
-def _enter(connection: Connection[ToHost], number: int, flags: SharedFlags) -> None:
+def _enter(connection: Connection[ToHost], number: int, flags: SharedFlags, deadlines: Deadlines) -> None:
     connection.send(HostHello(number, flags.describe()))
-    answer = connection.receive(timeout=10.0)
+    # host 0 may first have to notice that the connection before this one is lost
+    answer = connection.receive(timeout=max(10.0, deadlines.liveness))
     if isinstance(answer, Refusal):
+        if not answer.is_final:
+            raise WireError(f"{connection.address}: {answer.reason}")
         raise ConfigError(f"{answer.reason}. Start all hosts with the same flags but for --node-rank")
     if not isinstance(answer, Welcome):
         raise connection.unexpected(answer)
@@ -115,9 +118,7 @@ def _obey(
                     children.command(group, generation, command)
                 case EndMember(group):
                     children.end(group)
-                case Refusal(reason):
-                    raise ConfigError(reason)
-                case Welcome():
+                case Refusal() | Welcome():
                     raise connection.unexpected(message)
         return True
     except WireError as error:

@@ -11,6 +11,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+import numpy as np
+
 from podquant.engine.backend import EngineStats, OnOutput
 from podquant.engine.defaults import SamplingDefaults
 from podquant.engine.limits import Limits
@@ -34,14 +36,14 @@ _NO_LOAD = EngineStats(0, 0, 0, 0, 0, 0, 0)
 
 
 class _Outbox:
-    """Sends commands to a process in their order, from a thread: encoding and sending hold up nobody else."""
+    """Sends requests and commands to a process in their order, from a thread: encoding and sending hold up nobody."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._waiting: queue.SimpleQueue[EngineCommand | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Request | Abort | Stop | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="commands", daemon=True).start()
 
-    def put(self, command: EngineCommand) -> None:
+    def put(self, command: Request | Abort | Stop) -> None:
         """Send a command, in its turn."""
         self._waiting.put(command)
 
@@ -50,8 +52,13 @@ class _Outbox:
         self._waiting.put(None)
 
     def _run(self) -> None:
+        sent: tuple[int, ...] = ()
         while (command := self._waiting.get()) is not None:
-            self._send(command)
+            if not isinstance(command, Request):
+                self._send(command)
+                continue
+            prompt, sent = () if command.prompt_ids is sent else command.prompt_ids, command.prompt_ids
+            self._send(Submit(command.id, np.array(prompt, np.int32), command.params))
 
 
 class RemoteEngine:
@@ -94,7 +101,7 @@ class RemoteEngine:
                 raise RequestError(f"A request with id {request.id!r} is running already.", "id")
             self.limits.check_load(len(self._open))
             self._open[request.id] = on_output
-            outbox.put(Submit(request))
+            outbox.put(request)
 
     def abort(self, request_id: str) -> None:
         with self._lock:

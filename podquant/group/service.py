@@ -33,6 +33,7 @@ class GroupOptions:
         address: where host 0 takes in the others, and what they reach it by.
         secret: that all hosts know, and nobody else.
         deadlines: how long to wait for one another.
+        max_failed_starts: in a row before a group serves for the first time, then the service ends; None: no limit.
     """
 
     num_hosts: int
@@ -40,6 +41,7 @@ class GroupOptions:
     address: tuple[str, int]
     secret: bytes
     deadlines: Deadlines = field(default_factory=Deadlines)
+    max_failed_starts: int | None = None
 
 
 class GroupService:
@@ -80,7 +82,8 @@ class GroupService:
             on_load = (lambda done, total: None) if self._groups else self._on_load
             where = [hosts[host] for host, _ in placed]
             members = [member for _, member in placed]
-            self._groups.append(Group(members, where, options, shared.deadlines, engine, on_load))
+            limit = shared.max_failed_starts
+            self._groups.append(Group(members, where, options, shared.deadlines, engine, on_load, limit))
         engines = [group.engine for group in self._groups]
         self.backend = engines[0] if len(engines) == 1 else Replicas(engines)
         if self._listener is not None:

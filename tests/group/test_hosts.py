@@ -32,7 +32,7 @@ from podquant.group.messages import (
     Welcome,
 )
 from podquant.group.other_host import serve_host
-from podquant.group.wire import Connection, PeerListener, connect
+from podquant.group.wire import Connection, PeerListener, WireError, connect
 from tests.group.hosts import wait_until
 
 SECRET = b"of the service"
@@ -175,10 +175,54 @@ def test_a_host_is_told_what_to_do_and_reports(host0: Host0) -> None:
     assert (host.absence or "").startswith("host 1 is lost since ")
 
 
-def test_a_second_host_of_a_number_is_refused(host0: Host0) -> None:
-    with entered(host0), connect(host0.address, TO_HOST, SECRET, timeout=5) as second:
+def keep_alive(connection: Connection[ToHost], until: threading.Event) -> None:
+    while not until.wait(DEADLINES.heartbeat / 4):
+        connection.send(Heartbeat())
+
+
+def test_a_second_host_of_a_number_is_refused_while_the_first_answers(host0: Host0) -> None:
+    is_over = threading.Event()
+    with entered(host0) as first, connect(host0.address, TO_HOST, SECRET, timeout=5) as second:
+        thread = threading.Thread(target=keep_alive, args=(first, is_over))
+        thread.start()
         second.send(HostHello(1, FLAGS.describe()))
-        assert commands(second, 2) == [Welcome(), Refusal("there is a host 1 already")]
+        refusal = Refusal("there is a host 1 already, and it answers", is_final=False)
+        assert second.receive(timeout=5) == refusal
+        is_over.set()
+        thread.join()
+
+
+def test_a_host_that_calls_again_takes_the_place_of_its_silent_connection(host0: Host0) -> None:
+    """As after a loss that only one end has noticed."""
+    launch = Launch(Member(0, 1, 3), 4, new_nonce(), FLAGS.options, DEADLINES, "h")
+    with entered(host0) as first:
+        host0.hosts[1].launch(launch)
+        with entered(host0) as second:
+            wait_until(lambda: len(host0.reports) == 1, 5, "what ran on the lost connection is reported to have ended")
+            host0.hosts[1].end(0)
+            assert commands(second, 1) == [EndMember(0)]
+            with pytest.raises(WireError):
+                commands(first, 5)
+
+
+def test_a_host_that_is_refused_for_another_comes_in_when_that_has_gone(host0: Host0) -> None:
+    is_over, is_stopped = threading.Event(), threading.Event()
+    with entered(host0) as first:
+        alive = threading.Thread(target=keep_alive, args=(first, is_over))
+        host = threading.Thread(target=serve_host, args=(1, host0.address, SECRET, FLAGS, DEADLINES, is_stopped))
+        alive.start()
+        host.start()
+        came = host0.hosts[1].address
+        is_over.wait(DEADLINES.heartbeat * 2)
+        assert (host0.hosts[1].absence, host0.hosts[1].address) == (None, came)
+        is_over.set()
+        alive.join()
+
+    def has_been_let_go() -> bool:
+        host0.hosts[1].stop()
+        return not host.is_alive()
+
+    wait_until(has_been_let_go, 10, "the other comes in once the first has gone")
 
 
 @pytest.mark.parametrize(

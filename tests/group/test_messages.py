@@ -13,7 +13,7 @@ from podquant.checkpoint.fingerprint import Fingerprint
 from podquant.engine.backend import EngineStats
 from podquant.engine.limits import Limits
 from podquant.engine.options import EngineOptions
-from podquant.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
+from podquant.engine.request import FinishReason, Output, SamplingParams, TokenLogprobs
 from podquant.group import messages
 from podquant.group.codec import Codec, encode
 from podquant.group.fingerprint import Fingerprints
@@ -48,13 +48,11 @@ PARAMS = SamplingParams(
     logprobs=2,
     prompt_logprobs=0,
 )
-SUBMIT = messages.Submit(Request("id", (1, 2), PARAMS))
 EXAMPLES = (
     messages.Heartbeat(),
     messages.Welcome(),
-    messages.Refusal("why"),
+    messages.Refusal("why", is_final=True),
     messages.Start(LAUNCH, "00ff"),
-    SUBMIT,
     messages.Abort("id"),
     messages.Stop(1.5),
     messages.Listening("h:1", "h:2"),
@@ -69,7 +67,7 @@ EXAMPLES = (
     messages.HostHello(3, {"nnodes": 4, "dtype": "auto", "mem_fraction_static": 0.5, "context_length": None}),
     *(messages.Report(Member(0, 1, 2), 5, each) for each in (messages.Outputs(OUTPUTS), messages.Ended("gone"))),
     messages.StartMember(LAUNCH),
-    *(messages.CommandMember(0, 5, each) for each in (SUBMIT, messages.Abort("id"), messages.Stop(0.0))),
+    *(messages.CommandMember(0, 5, each) for each in (messages.Abort("id"), messages.Stop(0.0))),
     messages.EndMember(1),
     messages.Shutdown(),
     messages.RankHello(1, Fingerprints(Fingerprint("w", "samples"), "c", "k")),
@@ -95,9 +93,18 @@ def test_a_step_arrives_with_its_arrays() -> None:
     assert step.arrays[0].tolist() == ints.tolist()
 
 
+def test_a_request_arrives_with_its_prompt() -> None:
+    submit = messages.Submit("id", np.array([1, 2], np.int32), PARAMS)
+    for codec, message in ((messages.TO_MEMBER, submit), (messages.TO_HOST, messages.CommandMember(0, 5, submit))):
+        found = codec.decode(encode(message))
+        found = found.command if isinstance(found, messages.CommandMember) else found
+        assert isinstance(found, messages.Submit)
+        assert (found.request_id, found.prompt.tolist(), found.params) == ("id", [1, 2], PARAMS)
+
+
 def test_there_is_an_example_of_every_message() -> None:
     kinds = {kind for codec in CODECS.values() for kind in codec.kinds}
-    assert kinds == {type(example).__name__ for example in EXAMPLES} | {"Step"}
+    assert kinds == {type(example).__name__ for example in EXAMPLES} | {"Step", "Submit"}
 
 
 def test_a_change_of_messages_is_a_change_of_version() -> None:
@@ -108,4 +115,4 @@ def test_a_change_of_messages_is_a_change_of_version() -> None:
         for kind in sorted({*kinds, Launch, Member, Deadlines}, key=lambda kind: kind.__name__)
     ]
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
-    assert (VERSION, digest) == (2, "b87d05d584c9")
+    assert (VERSION, digest) == (3, "908d9a34abe9")

@@ -26,7 +26,7 @@ def test_a_request_goes_to_the_replica_with_the_fewest_in_flight() -> None:
     assert [engine.num_open for engine in engines] == [2, 2]
     for command in [processes[0].next() for _ in range(2)]:
         assert isinstance(command, Submit)
-        replicas.abort(command.request.id)
+        replicas.abort(command.request_id)
     replicas.submit(ask("r4"), print)
     replicas.submit(ask("r5"), print)
     assert [engine.num_open for engine in engines] == [2, 2]

@@ -6,13 +6,16 @@ Hosts are processes of this machine, started by flags; their JAX processes talk 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from podquant.engine.options import EngineOptions
 from podquant.engine.request import Request, SamplingParams
 from podquant.engine.start import start_engine
 from podquant.group.messages import VERSION
+from tests.cluster.ray_cluster import descendants
 from tests.group.hosts import PATIENCE, Service, cmdline, is_alive, wait_until
 from tests.matrix import half
 from tests.storage.hub.emulator import HubEmulator
@@ -223,7 +227,47 @@ def test_strangers_do_not_get_in_and_do_no_harm(service: Service, expected: list
     stranger_host.terminate()
     stranger_host.wait(PATIENCE)
     assert "does not know this group's secret" in service.logs[0].read_text()
+    before = [service.member(0), service.member(1)]
+    ports = listening_ports(service.hosts[0].pid)
+    assert len(ports) >= 3  # HTTP, the hosts' meeting, JAX's coordinator
+    for port in ports:
+        call_as_strangers(port)
+    (*_, coordinator) = re.findall(r"Starting JAX distributed service on (\S+)", service.logs[0].read_text())
+    assert int(coordinator.rpartition(":")[2]) in ports
+    done = subprocess.run(
+        [sys.executable, "-c", IMPOSTOR, coordinator], capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert b"joined" not in done.stdout
+    assert [service.member(0), service.member(1)] == before
     assert service.complete(PROMPTS[2]) == expected[2]
+
+
+IMPOSTOR = """
+import sys, jax
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=1, initialization_timeout=2)
+print("joined")
+"""
+"""Calls a port as JAX's coordinator, to be rank 1; without credentials."""
+
+
+def listening_ports(pid: int) -> list[int]:
+    """TCP ports on which a process, or one below it, listens."""
+    inodes = set()
+    for each in (pid, *descendants(pid)):
+        for descriptor in Path(f"/proc/{each}/fd").iterdir():
+            with suppress(OSError):
+                inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return sorted({int(line[1].rpartition(":")[2], 16) for line in lines if line[3] == "0A" and line[9] in inodes})
+
+
+def call_as_strangers(port: int) -> None:
+    """Say nothing, and say things that mean nothing."""
+    for noise in (b"", b"\0" * 100, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", os.urandom(5000), b"\xff" * 70_000):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as stranger:
+            stranger.sendall(noise)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from podquant.errors import ClusterError
 from podquant.group import wire
 from podquant.group.codec import Array, Codec
 from podquant.group.messages import VERSION
-from podquant.group.wire import Connection, PeerListener, VersionError, WireError, connect
+from podquant.group.wire import Connection, PeerListener, Reception, VersionError, WireError, connect
+from tests.group.hosts import wait_until
 
 SECRET = b"correct horse battery staple"
 
@@ -149,14 +151,94 @@ def test_strangers_are_refused_in_time(data: bytes, message: str) -> None:
                 pass
 
 
+def test_a_stranger_who_trickles_has_no_longer_than_one_who_is_silent() -> None:
+    with serving(lambda peer: check(peer, "no answer in time")) as address:
+        stranger = socket.create_connection(address, 5)
+        with contextlib.suppress(OSError), stranger:
+            while True:  # until the other end has closed the connection
+                stranger.sendall(b"p")
+                time.sleep(0.05)
+
+
+def test_a_caller_gets_no_proof_before_its_own() -> None:
+    refused = serving(lambda peer: check(peer, "does not know this group's secret"))
+    with refused as address, socket.create_connection(address, 5) as stranger:
+        stranger.sendall(b"podquant" + bytes([VERSION]) + bytes(32) + bytes(32))
+        answer = b"".join(iter(lambda: _receive(stranger), b""))
+    assert len(answer) == len(b"podquant") + 1 + 32
+
+
+def _receive(peer: socket.socket) -> bytes:
+    try:
+        return peer.recv(4096)
+    except ConnectionResetError:
+        return b""
+
+
+def test_a_handshake_that_was_recorded_is_of_no_use() -> None:
+    recorded: list[bytes] = []
+
+    def keep(data: bytes) -> bytes:
+        recorded.append(data)
+        return data
+
+    with tapped(lambda data: data, keep) as (client, server):
+        client.send(Note(1))
+        server.receive(timeout=5)
+    refused = serving(lambda peer: check(peer, "does not know this group's secret"))
+    with refused as address, socket.create_connection(address, 5) as stranger:
+        stranger.sendall(b"".join(recorded))
+        while _receive(stranger):
+            pass
+
+
+@pytest.fixture
+def reception() -> Iterator[tuple[tuple[str, int], list[Connection[Note]], list[str]]]:
+    """Where to call, who was welcomed, and why others were not."""
+    listener = PeerListener("127.0.0.1", 0)
+    came: list[Connection[Note]] = []
+    refused: list[str] = []
+    taking = Reception(listener, NOTES, SECRET, came.append, lambda error: refused.append(str(error)))
+    is_over = threading.Event()
+
+    def run() -> None:
+        while not is_over.is_set():
+            taking.take_in(timeout=0.1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield ("127.0.0.1", listener.port), came, refused
+    is_over.set()
+    thread.join()
+    listener.close()
+    for connection in came:
+        connection.close()
+
+
+def test_any_number_of_silent_strangers_keep_nobody_out(
+    reception: tuple[tuple[str, int], list[Connection[Note]], list[str]],
+) -> None:
+    address, came, refused = reception
+    with contextlib.ExitStack() as strangers:
+        for _ in range(100):
+            strangers.enter_context(socket.create_connection(address, 5))
+        with connect(address, NOTES, SECRET, timeout=5) as client:
+            client.send(Note(1))
+            wait_until(lambda: bool(came), 5, "the caller who knows the secret is in")
+            assert came[0].receive(timeout=5) == Note(1)
+        wait_until(lambda: len(refused) >= 100 - 64, 5, "the first are ended for the last")
+        assert threading.active_count() < 80
+
+
 def check(peer: socket.socket, message: str) -> None:
     with pytest.raises(WireError, match=message):
         Connection(peer, NOTES, SECRET, is_server=True, timeout=0.3)
 
 
 @contextmanager
-def tapped(change: Callable[[bytes], bytes]) -> Iterator[Pair]:
-    """Two ends with someone between them who passes on what `change` makes of each message of the client's."""
+def tapped(change: Callable[[bytes], bytes], greet: Callable[[bytes], bytes] = lambda data: data) -> Iterator[Pair]:
+    """Two ends with someone between them who passes on what `change` makes of each message of the client's, and `greet`
+    of its part of the handshake."""
     ours, theirs = socket.socketpair()
     left, right = socket.socketpair()
 
@@ -166,6 +248,8 @@ def tapped(change: Callable[[bytes], bytes]) -> Iterator[Pair]:
             while data := source.recv(1 << 16):
                 first, data = data[:handshake], data[handshake:]
                 handshake -= len(first)
+                if source is theirs and first:
+                    first = greet(first)
                 target.sendall(first + (alter(data) if data else b""))
         target.close()
 
