@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Iterator
 from typing import Any
 
 from podquant.errors import ArtifactError
+from podquant.foreign import parse_json, shown
 
 _LARGEST = 2**63 - 1
 
@@ -19,21 +19,10 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
         ArtifactError: names `where` and what is wrong.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ArtifactError(f'{where}: the key "{key}" appears twice in one object')
-            result[key] = value
-        return result
-
-    def no_constant(text: str) -> None:
-        raise ArtifactError(f"{where}: {text} is not JSON")
-
     try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{where}: not valid UTF-8 JSON: {error}") from error
+        value = parse_json(data)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: not valid JSON: {error}. Copy the artifact again") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{where}: expected a JSON object at the top, got {type(value).__name__}")
     return value
@@ -48,12 +37,12 @@ class Fields:
 
     def error(self, key: str, expected: str, found: object) -> ArtifactError:
         """The error for a field that holds something else than expected."""
-        return ArtifactError(f"{self.where}: {key}: expected {expected}, got {_shown(found)}")
+        return ArtifactError(f"{self.where}: {key}: expected {expected}, got {shown(found)}")
 
     def only(self, *keys: str) -> None:
         """Refuse keys that are not listed."""
         if unknown := sorted(set(self._value) - set(keys)):
-            raise ArtifactError(f"{self.where}: unknown key {unknown[0]!r}; expected {', '.join(keys)}")
+            raise ArtifactError(f"{self.where}: unknown key {shown(unknown[0])}; expected {', '.join(keys)}")
 
     def is_null(self, key: str) -> bool:
         """Whether the field, which must be there, is null."""
@@ -121,8 +110,3 @@ class Fields:
         if not isinstance(value, dict):
             raise self.error(label, "an object", value)
         return Fields(value, f"{self.where}: {label}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

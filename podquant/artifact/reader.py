@@ -22,6 +22,12 @@ from podquant.storage.publication import refuse_half_replaced
 from podquant.storage.runs import Run, Whole
 from podquant.storage.store import Store, open_store
 
+MOST_BYTES = 256 << 20
+"""Of a JSON file, save for the manifest."""
+
+_MOST_MANIFEST = 2 << 30
+"""With 160 bytes for each slice of a tensor: 88,000 tensors in 128 slices have some 1.8 GB."""
+
 _FIGURES = ("sqnr_db", "max_error_ratio", "zeros_share", "scale_min", "scale_max")
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -59,7 +65,7 @@ class Artifact:
                 check_size(store, name, file.size, sizes)
             if CONFIG not in manifest.files:
                 raise ArtifactError(f"{store.uri}: {CONFIG} is not listed in the manifest")
-            config = decode_json(store.read(CONFIG), f"{store.uri}: {CONFIG}")
+            config = decode_json(store.read(CONFIG, MOST_BYTES), f"{store.uri}: {CONFIG}")
             expected = pieces_by_file(manifest)
             headers = {file: read_header(store, file) for file in expected}
             for place, pieces in expected.items():
@@ -147,7 +153,7 @@ class Artifact:
         where = f"{self.uri}: {QUALITY}"
         if QUALITY not in self.manifest.files:
             raise ArtifactError(f"{where}: is not listed in the manifest")
-        top = Fields(decode_json(self.store.read(QUALITY), where), where)
+        top = Fields(decode_json(self.store.read(QUALITY, MOST_BYTES), where), where)
         return {name: {key: fields.number(key) for key in _FIGURES} for name, fields in top.objects("tensors")}
 
     @property
@@ -190,7 +196,7 @@ def read_manifest(store: Store) -> Manifest:
             f"{store.uri}: no {MANIFEST}, so no artifact (an unfinished conversion leaves none). "
             "Give a directory that podquant convert wrote"
         )
-    return parse_manifest(store.read(MANIFEST), store.uri)
+    return parse_manifest(store.read(MANIFEST, _MOST_MANIFEST), store.uri)
 
 
 def check_size(store: Store, name: str, size: int, sizes: Mapping[str, int]) -> None:

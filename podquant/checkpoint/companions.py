@@ -64,6 +64,6 @@ def _matches(name: str) -> bool:
 def _shown_by_card(store: Store, sizes: Mapping[str, int]) -> frozenset[str]:
     if not 0 < sizes.get(CARD, 0) <= _MOST_CARD_BYTES:
         return frozenset()
-    text = store.read(CARD).decode(errors="replace")
+    text = store.read(CARD, _MOST_CARD_BYTES).decode(errors="replace")
     targets = (unquote(first or second).partition("#")[0] for first, second in _LINKS.findall(text))
     return frozenset(str(PurePosixPath(target)) for target in targets if target and "://" not in target)

@@ -18,6 +18,7 @@ import google_crc32c
 from podquant.checkpoint.jsonfile import parse_object
 from podquant.dtypes import BY_DISK_NAME, DType
 from podquant.errors import CheckpointError
+from podquant.foreign import shown
 from podquant.storage.store import Store
 
 _LENGTH_BYTES = 8
@@ -139,32 +140,32 @@ def encode_header(
 
 def _parse_metadata(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{where}: {_METADATA} must map strings to strings, got {_shown(value)}.")
+        raise CheckpointError(f"{where}: {_METADATA} must map strings to strings, got {shown(value)}.")
     return value
 
 
 def _parse_tensor(name: str, entry: Any, file: str, where: str, data_offset: int) -> TensorInfo:
     where = f"{where}: tensor {name!r}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise CheckpointError(f"{where}: expected an object with dtype, shape and data_offsets, got {_shown(entry)}.")
+        raise CheckpointError(f"{where}: expected an object with dtype, shape and data_offsets, got {shown(entry)}.")
     dtype = BY_DISK_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         known = ", ".join(BY_DISK_NAME)
-        raise CheckpointError(f"{where}: unknown dtype {_shown(entry['dtype'])}. podquant reads {known}.")
+        raise CheckpointError(f"{where}: unknown dtype {shown(entry['dtype'])}. podquant reads {known}.")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_counts(shape) or len(shape) > _MAX_AXES:
-        raise CheckpointError(f"{where}: shape must be a list of at most {_MAX_AXES} counts, got {_shown(shape)}.")
+        raise CheckpointError(f"{where}: shape must be a list of at most {_MAX_AXES} counts, got {shown(shape)}.")
     # With 1 for 0, so that an empty tensor cannot hide an axis too long for NumPy.
     if math.prod(max(axis, 1) for axis in shape) * dtype.itemsize > _MAX_BYTES:
-        raise CheckpointError(f"{where}: shape {_shown(shape)} of {dtype.disk} overflows 63 bits of bytes.")
+        raise CheckpointError(f"{where}: shape {shown(shape)} of {dtype.disk} overflows 63 bits of bytes.")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets must be [begin, end], 0 ≤ begin ≤ end, got {_shown(offsets)}.")
+        raise CheckpointError(f"{where}: data_offsets must be [begin, end], 0 ≤ begin ≤ end, got {shown(offsets)}.")
     begin, end = offsets
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise CheckpointError(
-            f"{where}: shape {_shown(shape)} of {dtype.disk} takes {expected:,} bytes, "
-            f"but data_offsets {offsets} span {end - begin:,}."
+            f"{where}: shape {shown(shape)} of {dtype.disk} takes {expected:,} bytes, "
+            f"but data_offsets {shown(offsets)} span {end - begin:,}."
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_offset + begin, expected)
 
@@ -195,9 +196,3 @@ def _check_cover(tensors: Sequence[TensorInfo], where: str, data_offset: int, si
 
 def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _shown(value: Any) -> str:
-    """A value from the file as error text, cut short: it may be of any size."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,7 +13,7 @@ from typing import Any
 from podquant.checkpoint.companions import companions
 from podquant.checkpoint.experts import name_experts
 from podquant.checkpoint.header import Header, TensorInfo, read_header
-from podquant.checkpoint.jsonfile import parse_object
+from podquant.checkpoint.jsonfile import read_object
 from podquant.checkpoint.shards import adapter_note, find_shards
 from podquant.checkpoint.undeclared import declared_config
 from podquant.checkpoint.wrappers import unwrapped
@@ -82,7 +82,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{store.uri}: no {_CONFIG}. Expected the directory of a Hugging Face checkpoint."
                 )
-            config = parse_object(store.read(_CONFIG), f"{store.uri}/{_CONFIG}")
+            config = read_object(store, _CONFIG)
             shards = find_shards(store, sizes)
             with ThreadPoolExecutor(_AT_A_TIME) as threads:
                 found = threads.map(lambda file: read_header(store, file), shards.files)

@@ -10,8 +10,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from podquant.checkpoint.header import Header
-from podquant.checkpoint.jsonfile import parse_object
+from podquant.checkpoint.jsonfile import read_object
 from podquant.errors import CheckpointError
+from podquant.foreign import shown
+from podquant.storage.names import is_plain
 from podquant.storage.store import Store
 
 SINGLE = "model.safetensors"
@@ -67,10 +69,15 @@ def find_shards(store: Store, sizes: Mapping[str, int]) -> Shards:
     if INDEX not in sizes:
         return _without_index(store, sizes)
     where = f"{store.uri}/{INDEX}"
-    weight_map = parse_object(store.read(INDEX), where).get("weight_map")
+    weight_map = read_object(store, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{where}: expected a weight_map from tensor names to file names.")
     named = set(weight_map.values())
+    if outside := sorted(name for name in named if not is_plain(name)):
+        raise CheckpointError(
+            f"{where}: names {shown(outside[0])}, which is not a name inside the checkpoint. Take the index that came "
+            "with the files, or remove it (numbered files, and model.safetensors, are read without one too)."
+        )
     missing = sorted(named - sizes.keys())
     if missing:
         raise CheckpointError(f"{where}: names files that are missing: {listed(missing)}. Download them.")
@@ -147,7 +154,7 @@ def adapter_note(store: Store, sizes: Collection[str]) -> str | None:
     """
     if _ADAPTER not in sizes:
         return None
-    base = parse_object(store.read(_ADAPTER), f"{store.uri}/{_ADAPTER}").get("base_model_name_or_path")
+    base = read_object(store, _ADAPTER).get("base_model_name_or_path")
     of = f" of {base}" if isinstance(base, str) and base else ""
     if SINGLE not in sizes and INDEX not in sizes and not any(_series(name) for name in sizes):
         raise CheckpointError(

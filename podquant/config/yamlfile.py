@@ -16,6 +16,7 @@ from typing import NoReturn
 import yaml
 
 from podquant.errors import ConfigError
+from podquant.foreign import cut
 
 _MAX_BYTES = 1 << 20
 _TAG = "tag:yaml.org,2002:"
@@ -248,4 +249,4 @@ def _error(path: Path, line: int, message: str) -> ConfigError:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+    return repr(cut(text))

@@ -208,11 +208,11 @@ def load_tokenizer(opened: Opened) -> Tokenizer | None:
         return None
     store = opened.source.store
     with TemporaryDirectory(prefix="podquant-") as folder:
-        for name, size in store.list().items():
-            if size <= _SMALL_BYTES and any(PurePath("/", name).match("/" + pattern) for pattern in FILES):
+        for name in store.list():
+            if any(PurePath("/", name).match("/" + pattern) for pattern in FILES):
                 path = Path(folder, name)
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(store.read(name))
+                path.write_bytes(store.read(name, _SMALL_BYTES))
         return Tokenizer.load(Path(folder), opened.source.config, vocab_size=opened.config.vocab_size, where=store.uri)
 
 
@@ -236,7 +236,7 @@ def load_defaults(opened: Opened) -> SamplingDefaults:
             "has none"
         )
     where = f"{store.uri}/{sampling_defaults.FILE}"
-    defaults, notes = sampling_defaults.read_defaults(store.read(sampling_defaults.FILE), where)
+    defaults, notes = sampling_defaults.read_defaults(store.read(sampling_defaults.FILE, _SMALL_BYTES), where)
     for note in notes:
         _log.warning("%s", note)
     if str(defaults):

@@ -36,6 +36,14 @@ def storage_error(action: str, path: Path, error: OSError, *, wanted: int | None
     return StorageError(text + _ADVICE.get(error.errno or 0, "Check the file system and try again."))
 
 
+def refuse_larger(place: object, size: int, most: int) -> None:
+    """Raise StorageError if a file of `size` bytes, to be read whole, has more than `most`."""
+    if size > most:
+        raise StorageError(
+            f"{place}: has {size:,} bytes; at most {most:,} are read of such a file. Is it what its name says?"
+        )
+
+
 def _bytes_free(path: Path) -> int | None:
     """Bytes an ordinary user may still write where `path` is or would be; None if the system does not say."""
     for place in (path, *path.parents):

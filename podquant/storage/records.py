@@ -14,11 +14,15 @@ from typing import Protocol
 
 from podquant.storage.failures import storage_error
 from podquant.storage.local import ownership
+from podquant.storage.local.inside import read_inside
 from podquant.storage.local.store import local_path
 from podquant.storage.names import checked_name
 from podquant.storage.places import SCHEME_GCS
 
 _UNFINISHED = ".unfinished-"
+
+MOST_BYTES = 256 << 20
+"""Of a document."""
 
 
 class Records(Protocol):
@@ -74,12 +78,12 @@ class LocalRecords:
 
     def read(self) -> dict[str, bytes]:
         """As `Records.read`."""
-        root = Path(self.uri)
+        root, real = Path(self.uri), Path(os.path.realpath(self.uri))
         try:
             ownership.refuse_foreign(root)
             names = sorted(os.listdir(root)) if root.is_dir() else []
             hidden = (_UNFINISHED, ownership.MARKER)
-            return {name: (root / name).read_bytes() for name in names if not name.startswith(hidden)}
+            return {name: read_inside(root / name, real, MOST_BYTES) for name in names if not name.startswith(hidden)}
         except OSError as error:
             raise storage_error("read", root, error) from error
 

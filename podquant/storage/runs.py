@@ -104,8 +104,8 @@ class RecordingStore:
     def known_crc32c(self, name: str) -> int | None:
         return self._store.known_crc32c(name)
 
-    def read(self, name: str) -> bytes:
-        return self._store.read(name)
+    def read(self, name: str, most: int) -> bytes:
+        return self._store.read(name, most)
 
     def read_into(self, name: str, offset: int, buffer: Buffer) -> None:
         view = memoryview(buffer)

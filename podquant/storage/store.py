@@ -43,8 +43,8 @@ class Store(Protocol):
     def known_crc32c(self, name: str) -> int | None:
         """CRC32C of a whole file if the storage keeps one, else None."""
 
-    def read(self, name: str) -> bytes:
-        """A whole file; for small ones."""
+    def read(self, name: str, most: int) -> bytes:
+        """A whole file, of at most `most` bytes."""
 
     def read_into(self, name: str, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` (writable, C-contiguous) with the bytes from `offset` on; an error if there are fewer."""

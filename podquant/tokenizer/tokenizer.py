@@ -22,7 +22,11 @@ from podquant.tokenizer.vocabulary_tiktoken import TiktokenVocabulary, holds_ran
 
 _log = logging.getLogger(__name__)
 
-FILES = ("*.json", "*.jinja", "*.tiktoken", "*.model", "merges.txt", "additional_chat_templates/*.jinja")
+FILES = (
+    *("tokenizer.json", "tekken.json", "vocab.json", "merges.txt", "*.tiktoken", "*.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 """The files beside the weights that `Tokenizer.load` may read."""
 
 

@@ -190,7 +190,7 @@ def bucket_files(emulator: GcsEmulator) -> dict[str, bytes]:
     from podquant.storage.store import open_store
 
     store = open_store("gs://b/")
-    files = {name: store.read(name) for name in store.list()}
+    files = {name: store.read(name, 1 << 20) for name in store.list()}
     store.close()
     return files
 

@@ -93,7 +93,7 @@ def scale(value: float) -> bytes:
         (replace(FILE, b"\xfc", b"\x80"), "a.weight: row 2 holds the code -128, which no code may be"),
         (replace(FILE, b'"steps"', b'"stops"'), f"{FILE}: the tensor steps is missing"),
         (replace(INDEX, b'"steps"', b'"stops"'), f"{INDEX}: its weight_map differs from the manifest: see steps"),
-        (replace(INDEX, b"{", b""), f"{INDEX}: not valid UTF-8 JSON"),
+        (replace(INDEX, b"{", b""), f"{INDEX}: not valid JSON"),
         (
             lambda files: files.update({INDEX: b"{}"}),
             f"{INDEX}: its weight_map differs from the manifest: see a.weight",

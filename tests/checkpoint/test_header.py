@@ -84,7 +84,7 @@ WRONG = {
         (3).to_bytes(8, "little") + b"{}",
         "claims a header of 3 bytes, but the file has only 10.",
     ),
-    "not UTF-8": (_file(b'{"\xff":1}', 0), "header: not UTF-8 at byte 2"),
+    "not UTF-8": (_file(b'{"\xff":1}', 0), "header: not valid JSON: not UTF-8 at byte 2"),
     "not JSON": (_file(b'{"a":', 0), "header: not valid JSON"),
     "no header at all": (_file(b"", 5), "header: not valid JSON"),
     "header cut by its length": (_file(b'{"a":{}}', 0).replace(b"\x08", b"\x07", 1), "header: not valid JSON"),

@@ -15,15 +15,15 @@ def test_parses_an_object() -> None:
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        (b'{"a": "\xff"}', "f: not UTF-8 at byte 7. The file is damaged: copy it again."),
+        (b'{"a": "\xff"}', "f: not valid JSON: not UTF-8 at byte 7. Copy it again if it is damaged"),
         (b'{"a": 1', "f: not valid JSON: Expecting"),
         (b"", "f: not valid JSON: Expecting value"),
         (b'{"a": 1, "a": 2}', "f: not valid JSON: duplicate key 'a'"),
         (b'{"a": {"b": 1, "b": 2}}', "f: not valid JSON: duplicate key 'b'"),
         (b'{"a": NaN}', "f: not valid JSON: NaN is not JSON"),
-        (b'{"\\ud800": 1}', "f: not valid JSON: 'utf-8' codec can't encode"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "f: not valid JSON: Exceeds the limit"),
-        (b"[" * 200_000, "f: not valid JSON: maximum recursion depth exceeded"),
+        (b'{"\\ud800": 1}', "f: not valid JSON: half of a surrogate pair"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "f: not valid JSON: an integer of 5,000 digits"),
+        (b"[" * 200_000, "f: not valid JSON: objects and lists are nested"),
         (b"[1]", "f: expected a JSON object, got list."),
     ],
 )

@@ -45,7 +45,7 @@ def test_a_run_goes_on_where_the_last_one_stopped(target: str) -> None:
             "a/one": 1,
             "receipts/one": 2,
         }
-        assert staged.read("receipts/one") == b"{}"
+        assert staged.read("receipts/one", 99) == b"{}"
         stage(publication, "a/one", b"1")
         stage(publication, "a/two", b"22")
         publication.discard(["receipts/one", "never"])
@@ -76,7 +76,7 @@ def test_small_files_of_a_run_that_ended_while_it_published_are_written_anew(tar
             publication.write_small("config", b"{}")
         publication.write_small("manifest", b"{1}")
         publication.publish()
-    assert open_store(target).read("config") == b"{}"
+    assert open_store(target).read("config", 99) == b"{}"
 
 
 def test_names_to_discard_stay_inside(target: str) -> None:

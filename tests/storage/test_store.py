@@ -14,7 +14,7 @@ def test_opens_a_directory_by_path_or_file_uri(tmp_path: Path, prefix: str) -> N
     (tmp_path / "a").write_bytes(b"xyz")
     store = open_store(f"{prefix}{tmp_path}")
     assert store.uri == str(tmp_path)
-    assert store.read("a") == b"xyz"
+    assert store.read("a", 99) == b"xyz"
 
 
 def test_opens_a_directory_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Buffer
 
 from podquant.errors import StorageError
+from podquant.storage.failures import refuse_larger
 from podquant.storage.gcs.client import GcsClient, shared_client
 from podquant.storage.gcs.objects import Bucket, ObjectInfo
 from podquant.storage.http_reading import gathered
@@ -65,8 +66,9 @@ class GcsStore:
     def known_crc32c(self, name: str) -> int | None:
         return self._info(name).crc32c
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int) -> bytes:
         info = self._info(name)
+        refuse_larger(self._bucket.uri(info.name), info.size, most)
         return self._running().run(self._bucket.read(info))
 
     def read_into(self, name: str, offset: int, buffer: Buffer) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Buffer
 from huggingface_hub.constants import DEFAULT_REVISION
 
 from podquant.errors import StorageError, TransientStorageError
+from podquant.storage.failures import refuse_larger
 from podquant.storage.http_reading import gathered
 from podquant.storage.hub.client import HubClient, HubFile, shared_client
 from podquant.storage.hub.ids import check_id
@@ -68,8 +69,9 @@ class HubStore:
     def known_crc32c(self, name: str) -> int | None:
         return None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int) -> bytes:
         file = self._file(name)
+        refuse_larger(f"{self.uri}/{name}", file.size, most)
         data = bytearray(file.size)
         self.read_into(name, 0, data)
         kind, _, expected = file.content.partition(":")

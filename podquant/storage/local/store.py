@@ -5,6 +5,7 @@ Knows nothing of what the files hold.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Buffer
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from pathlib import Path
 from podquant.errors import StorageError
 from podquant.storage.failures import storage_error
 from podquant.storage.local.descriptors import Descriptors
+from podquant.storage.local.inside import READING, inside, read_inside, refuse_irregular
 from podquant.storage.local.ownership import MARKER, is_own
 from podquant.storage.names import checked_name
 
@@ -38,7 +40,9 @@ class LocalStore:
             if found == "nothing" and is_own(aside):
                 advice = f"A run that replaced it was killed, and {aside} has what was there: rename it or run again."
             raise StorageError(f"{self._root}: expected a directory, found {found}. {advice}")
+        self._real_root = Path(os.path.realpath(self._root))
         self._descriptors = Descriptors()
+        self._real: dict[str, Path] = {}
         self._first: dict[str, os.stat_result] = {}
         self._is_open = True
 
@@ -47,11 +51,12 @@ class LocalStore:
         return str(self._root)
 
     def list(self) -> dict[str, int]:
-        """As `Store.list`. Symbolic links to files count as files (the Hugging Face cache is made of them)."""
+        """As `Store.list`. Links to files count as files (the Hugging Face cache is made of them), and so do pipes and
+        the like: who reads one is told what it is."""
         sizes = {}
         for folder, _, names in os.walk(self._root, onerror=_raise):
             for path in (Path(folder, name) for name in names if name != MARKER):
-                if path.is_file():
+                with contextlib.suppress(OSError):  # of a link that leads nowhere
                     sizes[path.relative_to(self._root).as_posix()] = path.stat().st_size
         return dict(sorted(sizes.items()))
 
@@ -64,7 +69,7 @@ class LocalStore:
 
     def version(self, name: str) -> str:
         found = self._stat(name)
-        return f"{found.st_size}-{found.st_mtime_ns}"
+        return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
     def content_id(self, name: str) -> str | None:
         return None
@@ -72,12 +77,8 @@ class LocalStore:
     def known_crc32c(self, name: str) -> int | None:
         return None
 
-    def read(self, name: str) -> bytes:
-        path = self._path(name)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise storage_error("read", path, error) from error
+    def read(self, name: str, most: int) -> bytes:
+        return read_inside(self._path(name), self._real_root, most)
 
     def read_into(self, name: str, offset: int, buffer: Buffer) -> None:
         path = self._path(name)
@@ -87,7 +88,7 @@ class LocalStore:
         view = view.cast("B")
         done = 0
         try:
-            with self._descriptor(name, path) as descriptor:
+            with self._descriptor(name, path, offset) as descriptor:
                 self._refuse_another(name, path, os.fstat(descriptor))
                 while done < len(view):  # Linux moves at most 2 GiB a call
                     got = os.preadv(descriptor, [view[done:]], offset + done)
@@ -107,18 +108,17 @@ class LocalStore:
         self._descriptors.close_all()
 
     def _stat(self, name: str) -> os.stat_result:
-        path = self._path(name)
-        try:
-            return path.stat()
-        except OSError as error:
-            raise storage_error("read the size", path, error) from error
+        return inside(self._path(name), self._real_root, "read the size")[1]
 
-    def _descriptor(self, name: str, path: Path) -> AbstractContextManager[int]:
+    def _descriptor(self, name: str, path: Path, offset: int) -> AbstractContextManager[int]:
         if not self._is_open:
             raise StorageError(f"{path}: read after its store was closed.")
-        return self._descriptors.use(name, path, os.O_RDONLY)
+        if name not in self._real:
+            self._real[name] = inside(path, self._real_root, f"read at offset {offset:,}")[0]
+        return self._descriptors.use(name, self._real[name], READING)
 
     def _refuse_another(self, name: str, path: Path, found: os.stat_result) -> None:
+        refuse_irregular(path, found)
         if not os.path.samestat(self._first.setdefault(name, found), found):
             raise StorageError(f"{path}: another file has taken its place while it was read. Start again.")
 

@@ -69,7 +69,7 @@ def test_reads_go_into_bytearrays_memoryviews_and_arrays(store: GcsStore) -> Non
     store.read_into("x/weights", 96, memoryview(data)[1:])
     assert data == b"\0" + DATA[96:99]
     store.read_into("x/weights", len(DATA), bytearray())
-    assert store.read("config.json") == b"{}"
+    assert store.read("config.json", 99) == b"{}"
 
 
 def test_many_threads_read_one_store(store: GcsStore) -> None:
@@ -154,11 +154,11 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(emulator: GcsEmulator,
 @pytest.mark.slow
 def test_a_small_file_is_held_to_its_checksum(emulator: GcsEmulator, store: GcsStore) -> None:
     emulator.fail("corrupt", MEDIA)
-    assert store.read("config.json") == b"{}"
+    assert store.read("config.json", 99) == b"{}"
     assert len(emulator.requests(MEDIA)) == 2
     emulator.fail("corrupt", MEDIA, times=1000)
     with pytest.raises(StorageError, match=r"m/config.json: cannot read: gave up .* expected CRC32C \w{8}, got \w{8}"):
-        store.read("config.json")
+        store.read("config.json", 99)
 
 
 def test_a_missing_bucket_place_or_file_is_named(emulator: GcsEmulator, store: GcsStore, client: GcsClient) -> None:
@@ -171,13 +171,13 @@ def test_a_missing_bucket_place_or_file_is_named(emulator: GcsEmulator, store: G
     with pytest.raises(StorageError, match="gs://b/m/no: cannot read: there is no such object"):
         store.size("no")
     with pytest.raises(StorageError, match=r"'\.\./model/other' is not a name inside"):
-        store.read("../model/other")
+        store.read("../model/other", 99)
 
 
 def test_a_closed_store_is_not_read(store: GcsStore) -> None:
     store.close()
     with pytest.raises(StorageError, match="gs://b/m: read after its store was closed"):
-        store.read("config.json")
+        store.read("config.json", 99)
 
 
 @pytest.mark.parametrize("uri", ["gs://", "gs:///a", "b/a"])
@@ -192,7 +192,7 @@ def test_odd_names_arrive_as_they_are(emulator: GcsEmulator, client: GcsClient) 
     for name in ("ä b", "100%25", "a+b?c=d&e#f", "x/y"):
         emulator.put("b", f"odd%2F/{name}", name.encode())
     store = GcsStore("gs://b/odd%2F", client)
-    assert {name: store.read(name).decode() for name in store.list()} == {name: name for name in store.list()}
+    assert {name: store.read(name, 1 << 20).decode() for name in store.list()} == {name: name for name in store.list()}
     assert len(store.list()) == 4
 
 
@@ -200,7 +200,7 @@ def test_odd_names_arrive_as_they_are(emulator: GcsEmulator, client: GcsClient) 
 @pytest.mark.parametrize("variable", ["STORAGE_EMULATOR_HOST", "FSSPEC_GCS_ENDPOINT_URL"])
 def test_another_process_finds_the_endpoint_and_ends_without_a_warning(emulator: GcsEmulator, variable: str) -> None:
     emulator.put("b", "m/a", b"abc")
-    script = "from podquant.storage.store import open_store; print(open_store('gs://b/m').read('a'))"
+    script = "from podquant.storage.store import open_store; print(open_store('gs://b/m').read('a', 99))"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         env={variable: emulator.url},
@@ -224,4 +224,4 @@ def test_a_store_without_an_address_is_told_at_once_and_sat_out_once_it_has_answ
     store = GcsStore("gs://b/model", client)
     client.base = "http://no-such-host.invalid/storage/v1"
     with pytest.raises(StorageError, match="gave up after"):
-        store.read("a")
+        store.read("a", 99)

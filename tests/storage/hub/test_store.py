@@ -91,13 +91,17 @@ def test_bytes_read_are_those_asked_for_and_the_token_stays_at_the_hub(hub: HubE
 
 
 def test_small_files_come_whole_and_checked(hub: HubEmulator, store: HubStore) -> None:
-    assert [store.read(name) for name in ("config.json", "empty.txt", "original/params 1.json")] == [b"{}", b"", b"[]"]
+    assert [store.read(name, 1 << 20) for name in ("config.json", "empty.txt", "original/params 1.json")] == [
+        b"{}",
+        b"",
+        b"[]",
+    ]
     hub.fail("corrupt", "cache/.*config.json")
     with pytest.raises(TransientStorageError, match=rf"^{URI}/config.json: expected content with git 9e26\w+, got "):
-        store.read("config.json")
+        store.read("config.json", 99)
     hub.fail("corrupt", "^cdn")
     with pytest.raises(TransientStorageError, match="expected content with sha256"):
-        store.read(FILE)
+        store.read(FILE, 1 << 20)
 
 
 def test_many_threads_read_one_store(hub: HubEmulator, store: HubStore) -> None:
@@ -243,7 +247,7 @@ def test_names_and_reads_beyond_the_end_are_refused(store: HubStore) -> None:
     with pytest.raises(StorageError, match=rf"^{URI}/pytorch_model.bin: cannot read: there is no such file"):
         store.size("pytorch_model.bin")
     with pytest.raises(StorageError, match="is not a name inside"):
-        store.read("../config.json")
+        store.read("../config.json", 99)
     store.close()
     with pytest.raises(StorageError, match=f"{URI}: read after its store was closed"):
         read(store)
@@ -300,7 +304,7 @@ def test_converted_from_the_hub_a_model_is_the_same_and_is_read_once(hub: HubEmu
 
 @pytest.mark.slow
 def test_a_process_ends_without_a_warning(hub: HubEmulator) -> None:
-    script = f"from podquant.storage.store import open_store; print(open_store('{URI}').read('config.json'))"
+    script = f"from podquant.storage.store import open_store; print(open_store('{URI}').read('config.json', 99))"
     command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(
         command, env={"HF_ENDPOINT": hub.url}, capture_output=True, text=True, timeout=60, check=False

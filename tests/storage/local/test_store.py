@@ -83,7 +83,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=where + r"read the size: .*\(ENOENT\)"):
         store.size("no")
     with pytest.raises(StorageError, match=where + r"read: .*\(ENOENT\)"):
-        store.read("no")
+        store.read("no", 99)
     with pytest.raises(StorageError, match=where + r"read at offset 1,000: .*\(ENOENT\)"):
         store.read_into("no", 1000, bytearray(1))
 
@@ -93,7 +93,7 @@ def test_names_cannot_lead_out(tmp_path: Path, name: str) -> None:
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "root").mkdir()
     with pytest.raises(StorageError, match="is not a name inside this directory"):
-        LocalStore(f"{tmp_path}/root").read(name)
+        LocalStore(f"{tmp_path}/root").read(name, 99)
 
 
 @pytest.mark.parametrize(("name", "found"), [("file", "a file"), ("none", "nothing")])

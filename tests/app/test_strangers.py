@@ -1,0 +1,141 @@
+"""Files made by strangers at the front doors, `plan`, `convert`, `load` and `verify`: links, pipes and bombs.
+
+Each is an error that names the file, and none takes long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+import podquant
+from podquant.app.artifacts import export, merge
+from podquant.engine.options import EngineOptions
+from podquant.engine.start import load_defaults, load_tokenizer, open_model
+from podquant.errors import ArtifactError, PodquantError, StorageError
+from tests.checkpoint.tiny import write_tiny
+
+RULES = "int8.yaml"
+COPIED = (
+    *("LICENSE", "README.md", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/tool.jinja"),
+)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A checkpoint with all kinds of files, in a snapshot of Hugging Face's cache; that is a plain directory, too."""
+    place = write_tiny(tmp_path / "models--org--name" / "snapshots" / ("0" * 40))
+    vocabulary = {word: number for number, word in enumerate("abcdefghijklmno")} | {"[UNK]": 15}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(place / "tokenizer.json"))
+    (place / "additional_chat_templates").mkdir()
+    for name in COPIED:
+        if not (place / name).exists():
+            (place / name).write_text("{}")
+    return place
+
+
+def doors(place: Path, out: Path) -> list[str]:
+    """What each front door says to a checkpoint: an error's text, or nothing."""
+
+    def load() -> None:
+        with open_model(EngineOptions(str(place), device="cpu")) as opened:
+            load_tokenizer(opened)
+            load_defaults(opened)
+
+    said = []
+    for door in (lambda: podquant.plan(place, RULES), lambda: podquant.convert(place, out, RULES), load):
+        try:
+            door()
+            said.append("")
+        except PodquantError as error:
+            said.append(str(error))
+    return said
+
+
+def link(place: Path, name: str, target: str) -> None:
+    """Put a link in the place of a file, relative to the checkpoint."""
+    (place / name).unlink(missing_ok=True)
+    (place / name).symlink_to("../" * name.count("/") + target)
+
+
+def test_a_snapshot_made_of_links_passes_all_doors(whole: Path, tmp_path: Path) -> None:
+    blobs = whole.parents[1] / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate(sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())):
+        shutil.move(whole / name, blobs / f"{number:040x}")
+        link(whole, name, f"../../blobs/{number:040x}")
+    (tmp_path / "link").symlink_to(whole)
+    for place, out in ((whole, tmp_path / "first"), (tmp_path / "link", tmp_path / "second")):
+        assert doors(place, out) == ["", "", ""]
+        assert (out / "LICENSE").read_text() == "{}"
+        assert not any(path.is_symlink() for path in out.rglob("*"))
+        assert podquant.verify(out) == []
+
+
+@pytest.mark.parametrize("name", [*COPIED, "config.json", "model.safetensors"])
+def test_a_link_to_a_file_of_the_host_is_refused(whole: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_bytes((whole / name).read_bytes() + b" ")
+    link(whole, name, "../../../secret")
+    said = doors(whole, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for text in said if name not in ("LICENSE", "README.md") else said[:2]:  # serving needs neither of these
+        assert text.startswith(f"{whole}/{name}: leads out of the directory, to {tmp_path}/secret."), said
+
+
+@pytest.mark.parametrize("name", [*COPIED, "config.json", "model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(whole: Path, tmp_path: Path, name: str) -> None:
+    (whole / name).unlink()
+    os.mkfifo(whole / name)
+    said = doors(whole, tmp_path / "out")
+    for text in said if name not in ("LICENSE", "README.md") else said[:2]:
+        assert f"{whole}/{name}: expected a regular file, found a pipe (FIFO)" in text, said
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../../secret", "a/../../secret", "./model.safetensors"])
+def test_an_index_cannot_name_a_file_outside(whole: Path, tmp_path: Path, name: str) -> None:
+    (whole / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    for text in doors(whole, tmp_path / "out"):
+        assert f"model.safetensors.index.json: names '{name}', which is not a name inside the checkpoint" in text
+
+
+@pytest.fixture
+def artifact(whole: Path, tmp_path: Path) -> Path:
+    """Cut in two, so that it can be merged."""
+    podquant.convert(whole, tmp_path / "artifact", RULES, tp_size=2)
+    return tmp_path / "artifact"
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json", "tp-00-of-02/model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_an_artifact_is_read_no_other_way(artifact: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """Not even where the file outside is the very same."""
+    shutil.move(artifact / name, tmp_path / "secret")
+    if kind == "link":
+        link(artifact, name, "../secret")
+    else:
+        os.mkfifo(artifact / name)
+    expected = "leads out of the directory" if kind == "link" else "expected"
+    assert any(f"{name}: {expected}" in problem for problem in podquant.verify(artifact))
+    for use in (merge, lambda *places: export(*places, form=None, portable=True)):
+        with pytest.raises((StorageError, ArtifactError), match=re.escape(f"{name}: {expected}")):
+            use(str(artifact), str(tmp_path / "made"))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret", "tp-00-of-02/../../secret"])
+def test_a_manifest_cannot_name_a_file_outside(artifact: Path, name: str) -> None:
+    manifest = json.loads((artifact / "podquant.json").read_text())
+    manifest["files"][name] = manifest["files"].pop("LICENSE")
+    (artifact / "podquant.json").write_text(json.dumps(manifest))
+    (problem,) = podquant.verify(artifact)
+    assert f"expected a name inside the artifact, got '{name}'" in problem
