@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +61,20 @@ def differences(there: Fingerprints, here: Fingerprints, whose: str) -> list[str
         if others != mine:
             found.append(f"its {name} differs from {whose} (there {others[:12]}, here {mine[:12]})")
     return found
+
+
+class Agreement:
+    """What the replicas of a service have in common, in every generation: that of the first of all to be ready."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._first: Fingerprints | None = None
+
+    def differences(self, found: Fingerprints) -> list[str]:
+        """What is to be said of a replica that is ready; empty if it may serve beside the others."""
+        with self._lock:
+            self._first = self._first or found
+        return differences(found, self._first, "those of the replica that was first")
 
 
 def _code() -> str:

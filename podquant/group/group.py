@@ -17,7 +17,8 @@ from functools import partial
 
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import OnLoad
-from podquant.errors import ClusterError, PodquantError, TransientStorageError, error_named
+from podquant.errors import ClusterError, ConfigError, PodquantError, TransientStorageError, error_named
+from podquant.group.fingerprint import Agreement
 from podquant.group.hosts import Host
 from podquant.group.launch import Deadlines, Launch, Member, new_nonce
 from podquant.group.messages import (
@@ -62,15 +63,22 @@ class Group:
         deadlines: Deadlines,
         engine: RemoteEngine,
         on_load: OnLoad,
+        agreement: Agreement,
         max_failed_starts: int | None = None,
     ) -> None:
-        """`max_failed_starts`: in a row before the first that serves; then it gives up. None: never."""
+        """One that does not run yet.
+
+        Args:
+            agreement: what the groups of a service have in common.
+            max_failed_starts: in a row before the first that serves; then it gives up. None: never.
+        """
         self.engine = engine
         self._on_load = on_load
         self.error: PodquantError | None = None
         self.settled = threading.Event()
         self._members, self._hosts = members, hosts
         self._options, self._deadlines = options, deadlines
+        self._agreement = agreement
         self._max_failed_starts = max_failed_starts
         self._generation = 0
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
@@ -165,6 +173,9 @@ class Group:
         ready = self._expect((Ready, EngineReady), set(range(len(self._members))), deadline, "ready")[0]
         if not isinstance(ready, EngineReady):
             raise _LostError("rank 0 is ready, and takes no requests")
+        if different := self._agreement.differences(ready.fingerprints):
+            reason = f"group {self._members[0].group} refused: {'; '.join(different)}"
+            raise _LostError(reason, ConfigError(f"{reason}. Give all hosts the same model, flags and podquant"))
         self.engine.attach(partial(self._command, self._generation), ready)
         self._has_served = True
         _log.info("group %d serves, generation %d", self._members[0].group, self._generation)

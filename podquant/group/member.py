@@ -27,7 +27,7 @@ from podquant.engine.request import FinishReason, Output, Request
 from podquant.engine.start import build_engine, load_tokenizer, open_model, start_executor
 from podquant.errors import PodquantError, RequestError
 from podquant.group.credentials import PEER_URI_PREFIX, credentials
-from podquant.group.fingerprint import fingerprints
+from podquant.group.fingerprint import Fingerprints, fingerprints
 from podquant.group.launch import Deadlines, Launch
 from podquant.group.lockstep import Follower, StepBroadcaster, accept_ranks, follow, join
 from podquant.group.messages import (
@@ -99,7 +99,8 @@ class ParentLink:
 def main() -> None:
     """Serve until told to stop. Ends the process without waiting for what JAX may still wait for."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which decides
+    for each in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a service, they reach the parent as well,
+        signal.signal(each, signal.SIG_IGN)  # which lets requests end first
     try:
         connection = Connection(socket.socket(fileno=int(sys.argv[1])), TO_MEMBER, None)
         start = connection.receive(timeout=30.0)
@@ -152,11 +153,11 @@ def _serve(launch: Launch, key: bytes, link: ParentLink) -> None:
                 _initialize(launch, coordinator, key)
         broadcaster = StepBroadcaster(followers, deadlines)
         engine = build_engine(opened, tokenizer, on_load, broadcaster.broadcast)
-    _run_engine(engine, link)
+    _run_engine(engine, link, mine)
     broadcaster.end()
 
 
-def _run_engine(engine: LocalEngine, link: ParentLink) -> None:
+def _run_engine(engine: LocalEngine, link: ParentLink, fingerprints: Fingerprints) -> None:
     """Pass requests in and outputs out, until told to stop."""
     outbox: queue.SimpleQueue[Output | None] = queue.SimpleQueue()
     sender = threading.Thread(target=_send_outputs, args=(outbox, link), name="outputs", daemon=True)
@@ -164,7 +165,7 @@ def _run_engine(engine: LocalEngine, link: ParentLink) -> None:
     engine.start()
     link.busy_seconds = lambda: engine.busy_seconds
     link.stats = engine.stats
-    link.report(EngineReady(engine.limits, engine.stats()))
+    link.report(EngineReady(engine.limits, engine.stats(), fingerprints))
     watcher = threading.Thread(target=_watch, args=(engine, link), name="watch", daemon=True)
     watcher.start()
     prompt: tuple[int, ...] = ()

@@ -106,10 +106,11 @@ class Ready:
 
 @dataclass(frozen=True)
 class EngineReady:
-    """Rank 0 takes requests."""
+    """Rank 0 takes requests, and what it computes with."""
 
     limits: Limits
     stats: EngineStats
+    fingerprints: Fingerprints
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from podquant.engine.backend import Backend
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import OnLoad, load_defaults, load_tokenizer, open_model
 from podquant.group.children import Children
+from podquant.group.fingerprint import Agreement
 from podquant.group.group import Group
 from podquant.group.hosts import Host, HostAcceptor, LocalHost, RemoteHost, SharedFlags
 from podquant.group.launch import Deadlines, Member, members_on
@@ -77,13 +78,14 @@ class GroupService:
             tokenizer, defaults = load_tokenizer(opened), load_defaults(opened)
             options = opened.options  # at one commit for all processes, of all hosts and of every generation
         hosts: Mapping[int, Host] = {0: LocalHost(shared.address[0] or "127.0.0.1", self._children), **self._remote}
+        agreement = Agreement()
         for placed in self._members.values():
             engine = RemoteEngine(self._options.model_path, tokenizer, defaults)
             on_load = (lambda done, total: None) if self._groups else self._on_load
             where = [hosts[host] for host, _ in placed]
             members = [member for _, member in placed]
             limit = shared.max_failed_starts
-            self._groups.append(Group(members, where, options, shared.deadlines, engine, on_load, limit))
+            self._groups.append(Group(members, where, options, shared.deadlines, engine, on_load, agreement, limit))
         engines = [group.engine for group in self._groups]
         self.backend = engines[0] if len(engines) == 1 else Replicas(engines)
         if self._listener is not None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
+from podquant.checkpoint.fingerprint import Fingerprint
 from podquant.engine.options import EngineOptions
-from podquant.errors import ArtifactError, PodquantError
+from podquant.errors import ArtifactError, ConfigError, PodquantError
+from podquant.group.fingerprint import Agreement
 from podquant.group.group import Group
 from podquant.group.launch import Deadlines, Launch, Member
 from podquant.group.messages import Ended, EngineCommand, EngineReady, Failed, FromMember, Report
 from tests.group.hosts import wait_until
-from tests.group.test_remote_engine import LIMITS, STATS, new_engine
+from tests.group.test_remote_engine import FINGERPRINTS, LIMITS, STATS, new_engine
 
 MEMBER = Member(0, 0, 1)
-READY = EngineReady(LIMITS, STATS)
+READY = EngineReady(LIMITS, STATS, FINGERPRINTS)
 LIVES = (READY,)
 
 
@@ -47,8 +50,12 @@ class Here:
 
 
 @contextmanager
-def running(host: Here, **options: int) -> Iterator[Group]:
-    group = Group([MEMBER], [host], EngineOptions("m"), Deadlines(), new_engine(), lambda done, total: None, **options)
+def running(host: Here, agreement: Agreement | None = None, **options: int) -> Iterator[Group]:
+    engine, deadlines = new_engine(), Deadlines()
+    agreement = agreement or Agreement()
+    group = Group(
+        [MEMBER], [host], EngineOptions("m"), deadlines, engine, lambda done, total: None, agreement, **options
+    )
     host.take = group.take
     group.start()
     yield group
@@ -108,3 +115,17 @@ def test_once_it_has_served_nothing_ends_it() -> None:
         assert group.settled.wait(20)
         group.take(Report(MEMBER, 1, Failed(ArtifactError.__name__, "why")))
         wait_until(lambda: host.generations == [1, 2, 3] and group.engine.is_ready, 20, "it serves again")
+
+
+def test_a_replica_with_other_weights_does_not_serve_beside_the_first() -> None:
+    agreement = Agreement()
+    other = replace(READY, fingerprints=replace(FINGERPRINTS, weights=Fingerprint("v" * 64, "samples")))
+    with running(Here(), agreement) as first, running(Here((READY,)), agreement) as second:
+        assert first.settled.wait(20)
+        assert second.settled.wait(20)
+        assert (first.error, second.error) == (None, None)
+    with running(Here((other,)), agreement) as third:
+        assert third.settled.wait(20)
+        assert not third.engine.is_ready
+        assert isinstance(third.error, ConfigError)
+        assert str(third.error).startswith("group 0 refused: its weights ")

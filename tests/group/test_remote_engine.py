@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from podquant.checkpoint.fingerprint import Fingerprint
 from podquant.engine.backend import EngineStats
 from podquant.engine.defaults import PLAIN
 from podquant.engine.limits import Limits
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
+from podquant.group.fingerprint import Fingerprints
 from podquant.group.messages import Abort, EngineCommand, EngineReady, MemberHeartbeat, Outputs, Stop, Submit
 from podquant.group.remote_engine import RemoteEngine
 
@@ -28,13 +30,16 @@ STATS = EngineStats(
 )
 
 
+FINGERPRINTS = Fingerprints(Fingerprint("w" * 64, "samples"), "c" * 64, "k" * 64)
+
+
 class Process:
     """The other end of a RemoteEngine: what it was told."""
 
     def __init__(self, engine: RemoteEngine) -> None:
         self.engine = engine
         self.told: queue.SimpleQueue[EngineCommand] = queue.SimpleQueue()
-        engine.attach(self.told.put, EngineReady(LIMITS, STATS))
+        engine.attach(self.told.put, EngineReady(LIMITS, STATS, FINGERPRINTS))
 
     def next(self) -> EngineCommand:
         """What it was told next."""
@@ -116,7 +121,7 @@ def test_a_process_that_is_stuck_holds_up_nobody() -> None:
     def send(command: EngineCommand) -> None:
         may_go_on.wait(60)
 
-    engine.attach(send, EngineReady(LIMITS, STATS))
+    engine.attach(send, EngineReady(LIMITS, STATS, FINGERPRINTS))
     heard: list[Output] = []
     for number in range(4):
         engine.submit(ask(str(number)), heard.append)

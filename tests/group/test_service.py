@@ -320,6 +320,8 @@ def test_a_stop_lets_requests_end_and_leaves_no_process(artifact: Path, cache: d
         with service.http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
+            for member in members:  # as systemd does, which tells every process of a service
+                os.kill(member, signal.SIGTERM)
             service.hosts[0].send_signal(signal.SIGTERM)
             events = [line for line in lines if line.startswith("data: ")]
         assert events[-1] == "data: [DONE]"
@@ -343,6 +345,19 @@ def test_a_host_with_other_weights_or_code_is_refused(cache: dict[str, str], tmp
         assert service.hosts[0].wait(PATIENCE) == 1
         message = service.logs[0].read_text()
         assert f"error: rank 1 refused: its {what} {verb} from rank 0's (there " in message, service.said()
+        service.hosts[1].terminate()
+
+
+def test_a_replica_with_other_weights_is_refused(cache: dict[str, str], tmp_path: Path) -> None:
+    other = fine_tune(GOLDENS / "llama", tmp_path / "other")
+    flags = ("--nnodes", "2", "--dp-size", "2", *FLAGS)
+    with Service(GOLDENS / "llama", 2, *flags, folder=tmp_path, environment=cache, absent=[1]) as service:
+        service.start(1, "--model-path", str(other))
+        assert service.hosts[0].wait(PATIENCE) == 1
+        assert re.search(
+            r"error: group \d refused: its weights differ from those of the replica that was first",
+            service.logs[0].read_text(),
+        ), service.said()
         service.hosts[1].terminate()
 
 
