@@ -22,6 +22,23 @@ class StopSignal(BaseException):
 
 
 @contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Within, SIGTERM exits as `sys.exit(143)` would, so that whatever is open is closed; in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def raising_stop(is_stopped: threading.Event) -> Iterator[None]:
     """Within, SIGTERM and SIGINT set `is_stopped` and raise StopSignal; afterwards they do what they did before.
 

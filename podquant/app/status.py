@@ -6,13 +6,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from podquant.app.signals import exiting_on_sigterm
 from podquant.errors import PodquantError
 
 
 def exit_status(call: Callable[[], int | None]) -> int:
-    """What `call` returns (None: 0); of podquant's own errors, 1, after a line on stderr."""
+    """What `call` returns (None: 0); of podquant's own errors, 1, after a line on stderr.
+
+    Ended by Ctrl-C it is 130, and SIGTERM exits with 143, wherever it finds the program.
+    """
     try:
-        status = call()
+        with exiting_on_sigterm():
+            status = call()
         sys.stdout.flush()
         return status or 0
     except PodquantError as error:

@@ -32,9 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Wrong usage exits with status 2, as argparse does.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: Sequence[str]) -> int | None:
+    """Import the command, which takes seconds if it computes, and run it."""
     arguments = _parser(argv[0] if argv else "").parse_args(argv)
-    return exit_status(lambda: arguments.run(arguments))
+    status: int | None = arguments.run(arguments)
+    return status
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import runpy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,14 @@ def test_a_job_takes_one_file(path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "usage: python jobs/a.py JOB.yaml\n" * 2
     assert job_status(["jobs/a.py", "none.yaml"], run) == 1
     assert "'none.yaml': no such job file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_a_signal_is_an_exit_status_wherever_it_comes(number: int, status: int) -> None:
+    """As while a command's libraries are imported, before it has said how it wants to end."""
+    program = (
+        "import os, sys, time\nfrom podquant.app.status import exit_status\n"
+        f"sys.exit(exit_status(lambda: os.kill(os.getpid(), {number}) or time.sleep(60)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False)
