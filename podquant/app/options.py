@@ -19,8 +19,8 @@ API_KEY_VARIABLE = "PODQUANT_API_KEY"
 SECRET_VARIABLE = "PODQUANT_GROUP_SECRET"
 
 
-def _flag(help: str, default: Any = None, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "metavar": metavar})
+def _flag(help: str, default: Any = None, metavar: str | None = None, *, is_secret: bool = False) -> Any:
+    return field(default=default, repr=not is_secret, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,12 @@ class ServeOptions:
     port: int = _flag("port to listen on; 0 takes a free one", 30000)
     api_key: str | None = _flag(
         "what callers must send as `Authorization: Bearer KEY` (default: the value of PODQUANT_API_KEY, which other "
-        "users of the machine cannot see)"
+        "users of the machine cannot see)",
+        is_secret=True,
+    )
+    api_key_file: str | None = _flag(
+        "file that holds that key and nothing else, such as a mounted Secret; read once, when the server starts",
+        metavar="FILE",
     )
     served_model_name: str | None = _flag("what callers call the model (default: --model-path)", metavar="NAME")
     enable_metrics: bool = _flag("serve GET /metrics for Prometheus", True)
@@ -138,6 +143,12 @@ class ServeOptions:
         for name in ("liveness_seconds", "arrival_seconds", "step_seconds", "start_seconds"):
             self._require(getattr(self, name) >= 1, name, "1 or more", "the default will do")
         self._require(self.api_key != "", "api_key", "at least one character", "leave it out to serve anybody")
+        self._require(
+            self.api_key is None or self.api_key_file is None,
+            "api_key_file",
+            "only one of it and --api-key",
+            "leave one out",
+        )
         for name in (
             "tp_size",
             "ep_size",
@@ -162,7 +173,15 @@ class ServeOptions:
             raise ConfigError(f"{option_name(name)}: expected {expected}, got {getattr(self, name)!r}; {advice}")
 
 
-OF_THE_HOSTS = ("model_path", "quantization_config_path", "revision", "nnodes", "node_rank", "dist_init_addr")
+OF_THE_HOSTS = (
+    "model_path",
+    "quantization_config_path",
+    "revision",
+    "api_key",
+    "nnodes",
+    "node_rank",
+    "dist_init_addr",
+)
 """Fields that a job decides otherwise than by its section `serve`."""
 
 

@@ -7,6 +7,7 @@ import secrets
 import sys
 import threading
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from podquant.app import serving
@@ -52,6 +53,7 @@ def serve_part(options: ServeOptions, group: GroupOptions | None, is_stopped: th
     if group is not None and options.node_rank > 0:
         serving.serve_other_host(engine_options(options), group, options.node_rank, is_stopped)
         return
+    options = replace(options, api_key=read_api_key(options), api_key_file=None)
     name = options.served_model_name or options.model_path
     loading = LoadProgress("loading")
 
@@ -60,6 +62,33 @@ def serve_part(options: ServeOptions, group: GroupOptions | None, is_stopped: th
         print(f"podquant serves {name} at {url} (Ctrl-C ends it)", flush=True)
 
     serving.serve(engine_options(options), http_options(options), group, is_stopped, announce, loading)
+
+
+def read_api_key(options: ServeOptions) -> str | None:
+    """What callers must send: as the options say, as their file says, or else this process's environment.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold one key.
+    """
+    if options.api_key_file is None:
+        key = options.api_key or os.environ.get(API_KEY_VARIABLE)
+        if key == "":
+            raise ConfigError(f"{API_KEY_VARIABLE}: is set and empty: give it a key, or unset it to serve anybody")
+        return key
+    try:
+        key = Path(options.api_key_file).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it holds bytes that no header can"
+        raise ConfigError(
+            f"--api-key-file {options.api_key_file}: cannot be read as a key: {reason}. Mount the Secret there, on the "
+            "host that answers HTTP"
+        ) from error
+    if not key or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"--api-key-file {options.api_key_file}: expected one key of printable characters without spaces, got "
+            f"{f'{len(key.split())} words' if key else 'an empty file'}. Make one with `openssl rand -hex 32`"
+        )
+    return key
 
 
 def check_source(options: ServeOptions, source: str, revision: str | None) -> None:
@@ -76,8 +105,8 @@ def check_source(options: ServeOptions, source: str, revision: str | None) -> No
 
 
 def options_of(job: ServeJob) -> ServeOptions:
-    """The options behind a job. Raises ConfigError, naming the file, for what cannot be."""
-    flags: dict[str, Any] = {"api_key": os.environ.get(API_KEY_VARIABLE), **job.flags}
+    """The options behind a job; the key is the hosts' own. Raises ConfigError, naming the file, for what cannot be."""
+    flags: dict[str, Any] = dict(job.flags)
     try:
         return ServeOptions(
             model_path=job.model,

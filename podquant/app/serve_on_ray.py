@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -10,25 +10,31 @@ from dataclasses import replace
 from functools import partial
 
 from podquant.app.environment import slice_of, worker_environment
-from podquant.app.options import ServeOptions
-from podquant.app.serve import group_options, options_of, serve_part
+from podquant.app.options import API_KEY_VARIABLE, ServeOptions
+from podquant.app.serve import group_options, options_of, read_api_key, serve_part
 from podquant.app.signals import StopSignal, raising_stop
 from podquant.cluster.ray_actors import RayActors
 from podquant.config.job import ServeJob
+from podquant.config.secrecy import INSTEAD
+from podquant.errors import ConfigError
 
 
 def serve_on_ray(job: ServeJob, *, address: str) -> None:
     """Serve until a signal. Call it in the main thread.
+
+    Host 0 takes the key that callers must send from its own environment or a file of its own. Where this process has
+    one and host 0 has not, nothing is served: it was not meant to be open.
 
     Args:
         address: of the cluster, as `ray.init` takes it.
     """
     options = options_of(job)
     environment = worker_environment(job.cluster)
+    expects_key = API_KEY_VARIABLE in os.environ
     with RayActors(address, accelerator=slice_of(job.cluster), environment=environment) as actors:
         try:
             with raising_stop(threading.Event()):
-                actors.run(partial(_serve_on_host, options, secrets.token_hex(32)))
+                actors.run(partial(_serve_on_host, options, expects_key))
         except StopSignal:
             actors.end(options.drain_seconds)
             print("stopped", file=sys.stderr, flush=True)
@@ -36,12 +42,18 @@ def serve_on_ray(job: ServeJob, *, address: str) -> None:
 
 def _serve_on_host(
     options: ServeOptions,
-    secret: str,
+    expects_key: bool,
     rank: int,
     addresses: Sequence[str],
     port: int,
+    secret: str,
     is_stopped: threading.Event,
 ) -> None:
     """One host's part; its JAX is in a process of its own, also where there is one host only."""
+    if rank == 0 and expects_key and read_api_key(options) is None:
+        raise ConfigError(
+            f"{API_KEY_VARIABLE}: the job has it, but host 0, {addresses[0]}, does not, and is not sent it, since Ray "
+            f"would log it: {INSTEAD}"
+        )
     options = replace(options, nnodes=len(addresses), node_rank=rank, dist_init_addr=f"{addresses[0]}:{port}")
     serve_part(options, group_options(options, secret), is_stopped)

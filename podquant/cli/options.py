@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from typing import Any
 
-from podquant.app.options import API_KEY_VARIABLE, ServeOptions, option_kinds, option_name
+from podquant.app.options import ServeOptions, option_kinds, option_name
 from podquant.config.job import FlagType
 from podquant.errors import ConfigError
 
@@ -30,7 +29,6 @@ def read_options(arguments: argparse.Namespace) -> ServeOptions:
                 "leave one out"
             )
         values["model_path"] = arguments.model
-    values["api_key"] = values["api_key"] or os.environ.get(API_KEY_VARIABLE)
     return ServeOptions(**values)
 
 

@@ -1,12 +1,14 @@
 """One long-running function on every host of a TPU slice, or of a Ray cluster, each in an actor with its rank.
 
 The rank is the host's label `ray.io/tpu-worker-id`, which libtpu requires; the order of a placement group's bundles
-says nothing about it. Hosts without that label are ranked by address. Knows nothing of what runs.
+says nothing about it. Hosts without that label are ranked by address. All get a secret of this run, sealed for each, as
+Ray's messages are encrypted by nobody. Knows nothing of what runs.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
+from podquant.cluster.sealed import Recipient, seal
 from podquant.cluster.topology import TpuSlice
 from podquant.errors import ClusterError, PodquantError
 
@@ -29,18 +32,19 @@ _ANSWER_SECONDS = 120.0
 
 _log = logging.getLogger(__name__)
 
-HostFunction = Callable[[int, Sequence[str], int, threading.Event], None]
-"""Called on each host with its rank, the addresses of all hosts by rank, a port that was free on rank 0, and an event
-that is set when it has to end."""
+HostFunction = Callable[[int, Sequence[str], int, str, threading.Event], None]
+"""Called on each host with its rank, the addresses of all hosts by rank, a port of rank 0 where they can meet, a secret
+that they alone have, and an event that is set when it has to end."""
 
 
 @dataclass(frozen=True)
 class _Location:
-    """The host that an actor runs on, and a port that is free there."""
+    """The host that an actor runs on, a port that is held there, and the key to seal secrets with for the actor."""
 
     worker: int | None
     address: str
     port: int
+    public_key: bytes
 
 
 @ray.remote
@@ -49,18 +53,19 @@ class _HostActor:
 
     def __init__(self) -> None:
         self._is_stopped = threading.Event()
+        self._recipient = Recipient()
+        self._held_port = socket.socket()
 
     def locate(self) -> _Location:
         labels: Mapping[str, Any] = ray.get_runtime_context().get_node_labels()
         worker = labels.get(_WORKER_LABEL)
         address = str(ray.util.get_node_ip_address())
-        with socket.create_server((address, 0)) as free:
-            port = free.getsockname()[1]
-        return _Location(None if worker is None else int(worker), address, port)
+        port = _hold_port(self._held_port, address)
+        return _Location(None if worker is None else int(worker), address, port, self._recipient.public)
 
-    def run(self, function: HostFunction, rank: int, addresses: Sequence[str], port: int) -> None:
+    def run(self, function: HostFunction, rank: int, addresses: Sequence[str], port: int, sealed: bytes) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        function(rank, addresses, port, self._is_stopped)
+        function(rank, addresses, port, self._recipient.open(sealed).decode(), self._is_stopped)
 
     def stop(self) -> None:
         self._is_stopped.set()
@@ -91,6 +96,8 @@ class RayActors:
         self._actors: list[Any] = []
         self._bundles: list[int] = []
         self._runs: dict[Any, int] = {}
+        self._arrivals: dict[Any, int] = {}
+        self._secret = secrets.token_hex(32).encode()
 
     def __enter__(self) -> Self:
         """Raises ClusterError: there is no cluster, or the hosts asked for were not free in time."""
@@ -129,20 +136,23 @@ class RayActors:
         locations = self._start_actors()
         self._begin(function, locations, range(len(locations)))
         while True:
-            done, _ = ray.wait(list(self._runs), num_returns=1, timeout=_POLL_SECONDS)
+            done, _ = ray.wait([*self._runs, *self._arrivals], num_returns=1, timeout=_POLL_SECONDS)
             for ref in done:
-                rank = self._runs.pop(ref)
-                is_lost = self._is_lost(ref, rank)
-                if rank == 0 and not is_lost:
+                rank = self._runs.pop(ref) if ref in self._runs else self._arrivals.pop(ref)
+                is_lost, value = self._outcome(ref, rank)
+                if isinstance(value, _Location):
+                    locations[rank] = value
+                    self._begin(function, locations, [rank])
+                elif rank == 0 and not is_lost:
                     return
-                if rank == 0:  # the others were given its address: they begin again as well
+                elif rank == 0:  # the others were given its address: they begin again as well
                     self._kill_actors()
                     locations = self._start_actors()
                     self._begin(function, locations, range(len(locations)))
                     break
-                if is_lost:
+                elif is_lost:
                     self._actors[rank] = self._new_actor(self._bundles[rank])
-                    self._begin(function, locations, [rank])
+                    self._arrivals[self._actors[rank].locate.remote()] = rank
 
     def end(self, seconds: float) -> None:
         """After an exception in `run`: tell the function on rank 0 to end, and wait for that for `seconds`."""
@@ -156,25 +166,26 @@ class RayActors:
     def _begin(self, function: HostFunction, locations: Sequence[_Location], ranks: Sequence[int]) -> None:
         addresses = [location.address for location in locations]
         for rank in ranks:
-            self._runs[self._actors[rank].run.remote(function, rank, addresses, locations[0].port)] = rank
+            sealed = seal(self._secret, locations[rank].public_key)
+            self._runs[self._actors[rank].run.remote(function, rank, addresses, locations[0].port, sealed)] = rank
 
     def _kill_actors(self) -> None:
         self._runs.clear()
+        self._arrivals.clear()
         for actor in self._actors:
             with suppress(RayError):
                 ray.kill(actor)
 
-    def _is_lost(self, ref: Any, rank: int) -> bool:
-        """Whether a run ended because its process died."""
+    def _outcome(self, ref: Any, rank: int) -> tuple[bool, Any]:
+        """Whether a call ended because its process died, and its value if not."""
         try:
-            ray.get(ref)
+            return False, ray.get(ref)
         except RayTaskError as error:
             cause = error.cause
             raise (cause if isinstance(cause, PodquantError) else error) from error
         except RayActorError as error:
             _log.warning("host %d: its process died: %s", rank, str(error).strip().partition("\n")[0])
-            return True
-        return False
+            return True, None
 
     def _start_actors(self) -> list[_Location]:
         """Start a process on every host; their locations, by rank."""
@@ -205,6 +216,14 @@ class RayActors:
             scheduling_strategy=strategy,
             runtime_env={"env_vars": self._environment},
         ).remote()
+
+
+def _hold_port(holder: socket.socket, address: str) -> int:
+    """Bind `holder` to a free port without listening: the system gives the port to nobody who takes any, while who asks
+    for it by number, with SO_REUSEADDR as well, as `socket.create_server` does, can listen there."""
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind((address, 0))
+    return int(holder.getsockname()[1])
 
 
 def _numbers(address: str) -> list[int]:

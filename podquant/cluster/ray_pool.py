@@ -6,10 +6,12 @@ off a host that died. Knows nothing of what workers do. They ask for CPUs; a res
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +44,15 @@ def connect(address: str) -> None:
             f"Ray cluster {wanted or address}: cannot connect: {' '.join(str(error).split())}. Give the address of a "
             "running cluster (host:6379), or run this on one of its hosts"
         ) from error
+
+
+def job_environment() -> Mapping[str, str]:
+    """The variables that this process's job was submitted with, in its runtime_env; none if Ray did not start it."""
+    try:
+        config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    except ValueError:
+        return {}
+    return dict(config.get("runtime_env", {}).get("env_vars", {}))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import NoReturn
 
+from podquant.config.secrecy import INSTEAD, is_secret
 from podquant.config.shipped import find_config
 from podquant.config.yamlfile import Node, load_yaml
 
@@ -32,7 +34,7 @@ class ClusterOptions:
         threads_per_worker: threads of one process that read and quantize; it reserves as many CPUs.
         unit_deadline_seconds: a unit that takes longer is given to another host as well.
         max_retries: how often a unit is retried after errors that may pass.
-        env: environment variables of the processes, text to text: numbers in quotes.
+        env: environment variables of the processes, text to text: numbers in quotes. No secrets: see `secrecy`.
     """
 
     accelerator: str | None = None
@@ -213,6 +215,9 @@ def _cluster(node: Node | None) -> ClusterOptions:
 def _serve_flags(node: Node | None, flags: Mapping[str, FlagType]) -> dict[str, bool | int | float | str]:
     if node is None or node.is_null:
         return {}
+    for name, value in node.entries("a mapping of the server's flags").items():
+        if is_secret(name, "?"):
+            _refuse_secret(value, name)
     found = node.mapping(tuple(flags))
     return {name: _value(value, flags[name]) for name, value in found.items() if not value.is_null}
 
@@ -238,8 +243,14 @@ def _environment(node: Node) -> Mapping[str, str]:
         text = value.text("text, in quotes where YAML reads something else", may_be_empty=True)
         if "\0" in text:
             value.expected("text without NUL characters")
+        if is_secret(name, text):
+            _refuse_secret(value, name)
         variables[name] = text
     return variables
+
+
+def _refuse_secret(node: Node, name: str) -> NoReturn:
+    node.fail(f"{name} is a secret, and Ray logs what a job sends to hosts. Leave it out here, and {INSTEAD}")
 
 
 def _positive(entries: Mapping[str, Node], key: str, default: int) -> int:

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from podquant.app.options import ServeOptions
-from podquant.app.serve import check_source, engine_options, group_options, http_options, options_of
+from podquant.app.serve import (
+    check_source,
+    engine_options,
+    group_options,
+    http_options,
+    options_of,
+    read_api_key,
+)
 from podquant.config.job import ServeJob
 from podquant.engine.options import EngineOptions
 from podquant.errors import ConfigError
@@ -71,3 +78,41 @@ def test_defaults_that_are_not_there_are_told_before_anything_is_converted(tmp_p
     check_source(options, str(GOLDEN), None)
     with pytest.raises(ConfigError, match=r"expected auto, none, or a directory with a generation_config\.json"):
         check_source(replace(options, generation_config=str(tmp_path)), str(GOLDEN), None)
+
+
+def test_the_key_is_given_or_in_a_file_or_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(**flags: str) -> str | None:
+        return read_api_key(ServeOptions(model_path="m", **flags))  # type: ignore[arg-type]
+
+    monkeypatch.delenv("PODQUANT_API_KEY", raising=False)
+    (tmp_path / "key").write_text("filed\n")
+    assert (key(), key(api_key="given"), key(api_key_file=str(tmp_path / "key"))) == (None, "given", "filed")
+    monkeypatch.setenv("PODQUANT_API_KEY", "environment")
+    assert (key(), key(api_key="given"), key(api_key_file=str(tmp_path / "key"))) == ("environment", "given", "filed")
+    assert "given" not in repr(ServeOptions(model_path="m", api_key="given"))
+    monkeypatch.setenv("PODQUANT_API_KEY", "")
+    with pytest.raises(ConfigError, match="PODQUANT_API_KEY: is set and empty"):
+        key()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "cannot be read as a key: No such file or directory. Mount the Secret there"),
+        (b"\n", "expected one key of printable characters without spaces, got an empty file"),
+        (b"two words", "expected one key of printable characters without spaces, got 2 words"),
+        (b"one\nper line", "expected one key of printable characters without spaces, got 3 words"),
+        ("schlüssel".encode(), "cannot be read as a key: it holds bytes that no header can"),
+    ],
+)
+def test_a_file_that_holds_no_key(tmp_path: Path, data: bytes | None, message: str) -> None:
+    if data is not None:
+        (tmp_path / "key").write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        read_api_key(ServeOptions(model_path="m", api_key_file=str(tmp_path / "key")))
+    assert f"--api-key-file {tmp_path / 'key'}: {message}" in str(caught.value)
+
+
+def test_one_key_is_enough() -> None:
+    with pytest.raises(ConfigError, match="--api-key-file: expected only one of it and --api-key"):
+        ServeOptions(model_path="m", api_key="a", api_key_file="b")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.test_serve import free_port
 from tests.cluster.conftest import RayCluster
-from tests.cluster.ray_cluster import descendants
+from tests.cluster.ray_cluster import SECRETS, descendants
 from tests.group.hosts import PATIENCE, cmdline, is_alive, wait_until
 from tests.group.test_service import GOLDENS, PROMPTS, expected_tokens
 from tests.storage.gcs.emulator import GcsEmulator
@@ -57,6 +57,14 @@ def members(cluster: RayCluster) -> list[int]:
     return [pid for pid in cluster.pids() if b"podquant.group.member" in cmdline(pid)]
 
 
+def places_of(secrets: Iterable[str], cluster: RayCluster, emulator: GcsEmulator) -> list[str]:
+    """Where secrets can be read that only the environment of processes should hold."""
+    texts = {str(path): path.read_bytes() for path in Path(cluster.ready["folder"]).rglob("*") if path.is_file()}
+    texts |= {f"command of {pid}": cmdline(pid) for pid in cluster.pids()}
+    texts |= {f"request {number}": repr(record).encode() for number, record in enumerate(emulator.log)}
+    return [place for place, text in texts.items() if any(secret.encode() in text for secret in secrets)]
+
+
 @pytest.mark.slow
 def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
     ray_cluster: RayCluster, emulator: GcsEmulator, tmp_path: Path
@@ -67,7 +75,8 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
     command = [sys.executable, str(JOBS / "quantize_and_serve.py"), str(tmp_path / "job.yaml")]
     job = ray_cluster.submit_no_wait(command, {"STORAGE_EMULATOR_HOST": emulator.url})
     try:
-        with httpx.Client(base_url=f"http://{ray_cluster.ips[0]}:{port}", timeout=PATIENCE) as http:
+        url, key = f"http://{ray_cluster.ips[0]}:{port}", {"Authorization": f"Bearer {SECRETS['PODQUANT_API_KEY']}"}
+        with httpx.Client(base_url=url, headers=key, timeout=PATIENCE) as http:
 
             def is_ready() -> bool:
                 try:
@@ -83,6 +92,7 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
             wait_until(is_ready, PATIENCE, "the job serves", lambda: ray_cluster.logs(job))
             assert "out/podquant.json" in emulator.data("b")
             assert answers() == expected
+            assert httpx.get(f"{url}/v1/models").status_code == 401
             assert len(members(ray_cluster)) == 4
             nodes = {node["raylet_pid"]: node for node in ray_cluster.nodes() if node["alive"]}
             by_worker = {
@@ -100,6 +110,8 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
             wait_until(is_ready, PATIENCE, "the group serves again", lambda: ray_cluster.logs(job))
             print(f"served again {time.monotonic() - begin:.1f} s after the host was replaced")
             assert answers() == expected
+        assert places_of(SECRETS.values(), ray_cluster, emulator) == []
+        assert "HF_TOKEN: not sent to the hosts, since Ray would write it into its logs" in ray_cluster.logs(job)
     finally:
         left = members(ray_cluster)
         ray_cluster.stop(job)

@@ -154,6 +154,15 @@ def test_nothing_said_of_the_cluster_is_the_default(tmp_path: Path, more: str) -
             "6: cluster.env: expected names of environment variables (letters, digits and _), got 'A=b'",
         ),
         (
+            CLUSTER + "env:\n    A: b\n    HF_TOKEN: hf_planted\n",
+            "7: cluster.env.HF_TOKEN: HF_TOKEN is a secret, and Ray logs what a job sends to hosts. Leave it out here, "
+            "and set it in the environment in which Ray is started on each host",
+        ),
+        (
+            CLUSTER + "env: {HTTPS_PROXY: 'http://me:planted@proxy'}\n",
+            "5: cluster.env.HTTPS_PROXY: HTTPS_PROXY is a secret",
+        ),
+        (
             CLUSTER + 'env: {A: "b\\0"}\n',
             "5: cluster.env.A: expected text without NUL characters, got the text 'b\\x00'",
         ),
@@ -258,3 +267,10 @@ def test_an_unknown_bare_name_lists_the_shipped_jobs_and_no_others() -> None:
         "; expected a path, or one of the shipped files convert.yaml, quantize_and_serve.yaml, "
         "serve.yaml; did you mean convert.yaml?"
     )
+
+
+def test_a_key_does_not_stand_in_a_job(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("model: m\nserve:\n  api_key: planted\n")
+    with pytest.raises(ConfigError, match=r"my\.yaml:3: serve\.api_key: api_key is a secret") as caught:
+        load_serve_job(str(tmp_path / "my.yaml"), FLAGS)
+    assert "planted" not in str(caught.value)
