@@ -14,8 +14,9 @@ from podquant.checkpoint.companions import companions
 from podquant.checkpoint.experts import name_experts
 from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.jsonfile import read_object
-from podquant.checkpoint.shards import adapter_note, find_shards
+from podquant.checkpoint.shards import INDEX, adapter_note, find_shards
 from podquant.checkpoint.undeclared import declared_config
+from podquant.checkpoint.versions import Versions, refuse_changed
 from podquant.checkpoint.wrappers import unwrapped
 from podquant.errors import CheckpointError
 from podquant.storage.publication import refuse_half_replaced
@@ -29,18 +30,16 @@ _AT_A_TIME = 16  # headers being read: a bucket takes some 50 ms for each
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What tells a safetensors file from a changed one.
+    """What tells a safetensors file from another one.
 
     Attributes:
         size: in bytes.
-        version: `Store.version`.
         header_sha256: of its header, as `Header.sha256`.
         header_crc32c: of the same bytes.
         header_nbytes: how many these are.
     """
 
     size: int
-    version: str
     header_sha256: str
     header_crc32c: int
     header_nbytes: int
@@ -55,6 +54,7 @@ class Checkpoint:
         config: config.json, less a section on quantization that no weight bears out.
         tensors: by name; ordered by file, then by place in the file. Experts that are fused are there one by one.
         files: the safetensors files, by name.
+        versions: of config.json, the index and the safetensors files, as they were read.
         other_files: names to copy beside quantized weights (tokenizer, chat template, generation config …).
         notes: what a user should know of how the directory was read, a sentence each.
     """
@@ -63,6 +63,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: dict[str, FileInfo]
+    versions: Versions
     other_files: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -82,8 +83,10 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{store.uri}: no {_CONFIG}. Expected the directory of a Hugging Face checkpoint."
                 )
+            versions = {name: store.version(name) for name in (_CONFIG, INDEX) if name in sizes}
             config = read_object(store, _CONFIG)
             shards = find_shards(store, sizes)
+            versions |= {name: store.version(name) for name in shards.files}
             with ThreadPoolExecutor(_AT_A_TIME) as threads:
                 found = threads.map(lambda file: read_header(store, file), shards.files)
                 headers = dict(zip(shards.files, found, strict=True))
@@ -92,15 +95,16 @@ class Checkpoint:
             tensors, wrapped = _unwrapped(tensors)
             config, notes = declared_config(config, tensors, store.uri)
             tensors = name_experts(tensors, config, store.uri)
+            refuse_changed(store, versions, "while it was opened. Let nothing write to it, and start again")
         except BaseException:
             store.close()
             raise
         infos = {
-            file: FileInfo(header.size, store.version(file), header.sha256, header.crc32c, header.data_offset)
+            file: FileInfo(header.size, header.sha256, header.crc32c, header.data_offset)
             for file, header in headers.items()
         }
         notes += (*wrapped, *shards.notes, *(() if adapter is None else (adapter,)))
-        return cls(store, config, tensors, infos, companions(store, sizes), notes)
+        return cls(store, config, tensors, infos, versions, companions(store, sizes), notes)
 
     @property
     def wholes(self) -> dict[str, Whole]:

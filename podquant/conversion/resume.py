@@ -19,9 +19,10 @@ from podquant.artifact.documents import encode_json
 from podquant.artifact.manifest import OutputFile
 from podquant.checkpoint.fingerprint import content_ids
 from podquant.checkpoint.index import Checkpoint
+from podquant.checkpoint.versions import refuse_changed
 from podquant.conversion.plan import Plan
 from podquant.conversion.receipts import Receipt, decode_receipt
-from podquant.conversion.task import receipt_name, refuse_changed
+from podquant.conversion.task import CHANGED, receipt_name
 from podquant.errors import ArtifactError, ArtifactExistsError
 from podquant.storage.publication import Publication
 from podquant.storage.records import Records
@@ -39,7 +40,7 @@ def describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     Raises:
         StorageError: the source has changed since it was opened, or cannot be read.
     """
-    refuse_changed(checkpoint.store, {name: info.version for name, info in checkpoint.files.items()})
+    refuse_changed(checkpoint.store, checkpoint.versions, CHANGED)
     ids = content_ids(checkpoint)
     schemes = {name: None if each.scheme is None else asdict(each.scheme) for name, each in plan.modules.items()}
     return {
@@ -47,7 +48,7 @@ def describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "source": plan.source.name,
         "tp_size": plan.tp_size,
         "files": {
-            name: {"header": info.header_sha256, "content": ids[name], "version": info.version}
+            name: {"header": info.header_sha256, "content": ids[name], "version": checkpoint.versions[name]}
             for name, info in checkpoint.files.items()
         },
         "rules": schemes,

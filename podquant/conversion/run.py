@@ -16,6 +16,7 @@ from podquant.artifact.manifest import Manifest, OutputFile
 from podquant.artifact.naming import MANIFEST
 from podquant.artifact.reader import read_manifest
 from podquant.checkpoint.index import Checkpoint
+from podquant.checkpoint.versions import refuse_changed_since
 from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
 from podquant.cluster.local import LocalHosts
 from podquant.conversion.commit import commit
@@ -24,7 +25,7 @@ from podquant.conversion.memory import files_at_a_time
 from podquant.conversion.plan import Plan
 from podquant.conversion.receipts import Receipt, Seconds
 from podquant.conversion.resume import check_staged, describe, resume
-from podquant.conversion.task import Setting, check_tied, do_unit, receipt_name
+from podquant.conversion.task import CHANGED, Setting, check_tied, do_unit, receipt_name
 from podquant.conversion.units import Unit
 from podquant.errors import ArtifactExistsError, StorageError
 from podquant.quantize.quality import Quality
@@ -87,8 +88,8 @@ def convert(
     Raises:
         ArtifactExistsError: `target` is taken (or, to overwrite, holds something that is no artifact), or another
             conversion was begun there.
-        StorageError: the disk is too small or fills up, another run writes there, bytes cannot be read or written, or
-            what was read is not what the source's storage has.
+        StorageError: the disk is too small or fills up, another run writes there, bytes cannot be read or written, the
+            source is not what it was when it was opened, or what was read is not what its storage has.
         CheckpointError: tied tensors that are both stored differ.
         NonFiniteWeightError: names the tensor, the row and the file.
         ClusterError: there are no hosts, or they die one after another.
@@ -98,6 +99,7 @@ def convert(
     records = open_records(f"{publication.uri}.receipts")
     window_bytes = window_bytes or checkpoint.store.window_bytes
     setting = Setting(checkpoint.store.uri, publication.staging, records, threads, window_bytes, allow_nonfinite)
+    versions = {**checkpoint.versions, **{name: checkpoint.store.version(name) for name in plan.copied}}
     described = describe(checkpoint, plan)
     with publication:
         receipts = resume(described, plan, publication, records, overwrite=overwrite)
@@ -107,6 +109,7 @@ def convert(
             tied = _do_units(checkpoint, plan, setting, hosts or LocalHosts(), receipts, on_progress)
             _refuse_corrupted(checkpoint, plan, receipts, tied, records)
             copied = {name: _copy(checkpoint, name, size, publication) for name, size in plan.copied.items()}
+            refuse_changed_since(checkpoint.store.uri, versions, CHANGED)
             check_staged({**copied, **{n: f for r in receipts.values() for n, f in r.files.items()}}, publication)
             manifest = commit(plan, list(receipts.values()), copied, publication)
         except BaseException:
@@ -200,7 +203,7 @@ def _task(checkpoint: Checkpoint, setting: Setting, unit: Unit) -> Task[Receipt]
 
 
 def _versions(checkpoint: Checkpoint, files: set[str]) -> dict[str, str]:
-    return {name: checkpoint.files[name].version for name in sorted(files)}
+    return {name: checkpoint.versions[name] for name in sorted(files)}
 
 
 def _refuse_corrupted(

@@ -6,19 +6,24 @@ nothing of clusters, or of what other units there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
 from podquant.checkpoint.header import TensorInfo
+from podquant.checkpoint.versions import Versions, refuse_changed, refuse_changed_since
 from podquant.conversion.receipts import Receipt
 from podquant.conversion.units import Unit
 from podquant.conversion.work import Progress, Workbench, check_equal, convert_unit
-from podquant.errors import StorageError
 from podquant.storage.publication import Staging
 from podquant.storage.records import Records
 from podquant.storage.runs import Run
-from podquant.storage.store import Store, open_store
+from podquant.storage.store import open_store
+
+CHANGED = (
+    "while it was converted: what was read of it does not belong together, and is not published. Let nothing write to "
+    "the source, and run again with --overwrite to start over"
+)
+"""What is said of a source that is not what it was."""
 
 
 @dataclass(frozen=True)
@@ -42,33 +47,35 @@ class Setting:
     allow_nonfinite: bool = False
 
 
-def do_unit(setting: Setting, unit: Unit, versions: Mapping[str, str], on_progress: Progress) -> Receipt:
+def do_unit(setting: Setting, unit: Unit, versions: Versions, on_progress: Progress) -> Receipt:
     """Convert one unit and leave its receipt.
 
     Args:
         versions: of the source files that it reads, as they were when the conversion was planned.
 
     Raises:
-        StorageError: the source has changed since, or bytes could not be read or written.
+        StorageError: the source has changed by the end, or bytes could not be read or written.
         NonFiniteWeightError: names the tensor, the row and the file.
     """
     with closing(open_store(setting.source)) as store:
-        refuse_changed(store, versions)
+        refuse_changed(store, versions, CHANGED)
         with Workbench(unit.tensors, threads=setting.threads, window_bytes=setting.window_bytes) as bench:
             receipt = convert_unit(
                 store, unit, setting.staging.writer, bench, on_progress, allow_nonfinite=setting.allow_nonfinite
             )
+    refuse_changed_since(setting.source, versions, CHANGED)
     setting.receipts.write(receipt_name(unit.file), receipt.encode())
     return receipt
 
 
 def check_tied(
-    setting: Setting, tied: tuple[TensorInfo, TensorInfo], versions: Mapping[str, str], on_progress: Progress
+    setting: Setting, tied: tuple[TensorInfo, TensorInfo], versions: Versions, on_progress: Progress
 ) -> tuple[Run, ...]:
     """Check that the first of two tied tensors, which is left out, equals the second. Returns what was read of it."""
     with closing(open_store(setting.source)) as store:
-        refuse_changed(store, versions)
+        refuse_changed(store, versions, CHANGED)
         runs = check_equal(store, *tied, setting.window_bytes)
+    refuse_changed_since(setting.source, versions, CHANGED)
     on_progress(tied[0].nbytes)
     return runs
 
@@ -76,13 +83,3 @@ def check_tied(
 def receipt_name(unit: str) -> str:
     """Name of the document that holds a unit's receipt."""
     return f"{unit}.json"
-
-
-def refuse_changed(store: Store, versions: Mapping[str, str]) -> None:
-    """Raise StorageError if a file is not of the version that it had when the conversion was planned."""
-    for name, version in versions.items():
-        if store.version(name) != version:
-            raise StorageError(
-                f"{store.uri}/{name}: changed while it was converted (it was {version}, is {store.version(name)}). "
-                "Leave the source alone, and run again with --overwrite"
-            )

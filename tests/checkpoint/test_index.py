@@ -52,12 +52,12 @@ def test_opens_a_single_file(tmp_path: Path) -> None:
     assert checkpoint.files == {
         "model.safetensors": FileInfo(
             len(raw),
-            checkpoint.store.version("model.safetensors"),
             hashlib.sha256(header).hexdigest(),
             google_crc32c.value(header),
             len(header),
         )
     }
+    assert checkpoint.versions == {n: checkpoint.store.version(n) for n in ("config.json", "model.safetensors")}
     assert checkpoint.store.uri == str(tmp_path)
     checkpoint.close()
     with pytest.raises(StorageError, match="closed"):

@@ -101,7 +101,7 @@ def test_small_files_come_whole_and_checked(hub: HubEmulator, store: HubStore) -
         store.read("config.json", 99)
     hub.fail("corrupt", "^cdn")
     with pytest.raises(TransientStorageError, match="expected content with sha256"):
-        store.read(FILE, 1 << 20)
+        store.read(FILE, 1 << 25)
 
 
 def test_many_threads_read_one_store(hub: HubEmulator, store: HubStore) -> None:
