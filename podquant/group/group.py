@@ -191,7 +191,7 @@ class Group:
 
     def _await_hosts(self) -> None:
         end = time.monotonic() + self._deadlines.arrival
-        while absent := [host.absence for host in self._hosts if host.absence is not None]:
+        while absent := [absence for host in self._hosts if (absence := host.absence) is not None]:
             self.engine.tell("; ".join(absent))
             if time.monotonic() > end and not self._has_served:
                 reason = f"{'; '.join(absent)}, after {self._deadlines.arrival:g} s"

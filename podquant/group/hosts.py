@@ -101,8 +101,13 @@ class RemoteHost:
 
     def launch(self, launch: Launch) -> None:
         with self._lock:
-            self._running[launch.member.group] = launch.member, launch.generation
-        self._send(StartMember(launch))
+            absence = self._absence
+            if absence is None:
+                self._running[launch.member.group] = launch.member, launch.generation
+        if absence is None:
+            self._send(StartMember(launch))
+        else:  # lost since it was looked for
+            self._on_report(Report(launch.member, launch.generation, Ended(absence)))
 
     def command(self, group: int, generation: int, command: EngineCommand) -> None:
         self._send(CommandMember(group, generation, command))

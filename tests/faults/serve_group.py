@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,8 +117,10 @@ def stream_once(http: httpx.Client, body: dict[str, object], expected: list[int]
 class Faults:
     """What can happen to a group; each returns what it was, and has undone it."""
 
-    def __init__(self, service: Service, proxy: Proxy, cache: Path, chance: random.Random) -> None:
-        self._service, self._proxy, self._cache, self._chance = service, proxy, cache, chance
+    def __init__(
+        self, service: Service, proxy: Proxy, cache: Path, chance: random.Random, names: Sequence[str]
+    ) -> None:
+        self._service, self._proxy, self._cache, self._chance, self._names = service, proxy, cache, chance, names
 
     def any(self) -> str:
         """One of them, at random."""
@@ -130,7 +132,7 @@ class Faults:
             self.take_the_descriptors,
             self.fill_the_disk,
         ]
-        return self._chance.choice(kinds)()
+        return self._chance.choice([kind for kind in kinds if kind.__name__ in self._names or not self._names])()
 
     def kill_a_member(self) -> str:
         number = self._some_host()
@@ -239,6 +241,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=30.0, help="end earlier than after --faults")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], help="names of faults, as cut_the_link")
     arguments = parser.parse_args()
     expected = expected_tokens(GOLDENS / "llama")
     end = time.monotonic() + 60 * arguments.minutes
@@ -277,7 +280,7 @@ def run(
     ]
     for client in clients:
         client.start()
-    faults = Faults(service, proxy, cache, random.Random(arguments.seed))
+    faults = Faults(service, proxy, cache, random.Random(arguments.seed), arguments.only)
     seconds: list[float] = []
     try:
         while len(seconds) < arguments.faults and time.monotonic() < end:

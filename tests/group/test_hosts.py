@@ -175,6 +175,12 @@ def test_a_host_is_told_what_to_do_and_reports(host0: Host0) -> None:
     assert (host.absence or "").startswith("host 1 is lost since ")
 
 
+def test_a_process_that_a_lost_host_should_start_is_reported_to_have_ended(host0: Host0) -> None:
+    launch = Launch(Member(0, 1, 3), 4, new_nonce(), FLAGS.options, DEADLINES, "h")
+    host0.hosts[1].launch(launch)
+    assert host0.reports == [Report(launch.member, 4, Ended("host 1 has not come yet"))]
+
+
 def keep_alive(connection: Connection[ToHost], until: threading.Event) -> None:
     while not until.wait(DEADLINES.heartbeat / 4):
         connection.send(Heartbeat())
