@@ -17,6 +17,7 @@ from podquant.artifact.naming import MANIFEST, folder_of, is_safe, scales_of, we
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_DISK_NAME, QUANTIZED_DTYPES, DType
 from podquant.errors import ArtifactError
+from podquant.foreign import shown
 from podquant.quantize.qarray import scales_shape
 
 FORMAT = "podquant-artifact"
@@ -177,7 +178,7 @@ def _module(fields: Fields) -> ModuleRule:
 def _output_file(name: str, fields: Fields) -> OutputFile:
     fields.only("size", "crc32c")
     if not is_safe(name):
-        raise ArtifactError(f"{fields.where}: expected a name inside the artifact, got {name!r}")
+        raise ArtifactError(f"{fields.where}: expected a name inside the artifact, got {shown(name)}")
     return OutputFile(fields.integer("size"), int(fields.hexadecimal("crc32c", digits=8), 16))
 
 
@@ -221,10 +222,11 @@ def _scheme(fields: Fields) -> Scheme | None:
 def _check_pieces(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
     """The pieces must cut the tensor along at most one axis, in order of ranks, without gap or overlap."""
     pieces, shape = tensor.pieces, tensor.shape
-    ranks = [piece.rank for piece in pieces]
-    if ranks != [None] and (manifest.tp_size == 1 or ranks != list(range(manifest.tp_size))):
+    ranks, tp_size = [piece.rank for piece in pieces], manifest.tp_size
+    in_turn = 1 < tp_size == len(ranks) and all(rank == number for number, rank in enumerate(ranks))
+    if ranks != [None] and not in_turn:
         expected = "one piece of rank null" + (f", or ranks 0..{manifest.tp_size - 1}" if manifest.tp_size > 1 else "")
-        raise ArtifactError(f"{at}: expected {expected} at tp_size {manifest.tp_size}, got ranks {ranks}")
+        raise ArtifactError(f"{at}: expected {expected} at tp_size {manifest.tp_size}, got ranks {shown(ranks)}")
     axes = {axis for piece in pieces for axis, size in enumerate(piece.shape) if shape[axis : axis + 1] != (size,)}
     if any(len(piece.start) != len(shape) or len(piece.shape) != len(shape) for piece in pieces) or len(axes) > 1:
         raise ArtifactError(f"{at}: expected pieces that cut {list(shape)} along one axis, got {_windows(pieces)}")
@@ -287,8 +289,8 @@ def _check_modules(manifest: Manifest, at: str) -> None:
             )
 
 
-def _windows(pieces: tuple[Piece, ...]) -> list[tuple[list[int], list[int]]]:
-    return [(list(piece.start), list(piece.shape)) for piece in pieces]
+def _windows(pieces: tuple[Piece, ...]) -> str:
+    return shown([(list(piece.start), list(piece.shape)) for piece in pieces])
 
 
 def _encode_scheme(scheme: Scheme | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ the same in the same words. Knows nothing of where tensors are, and reads none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,6 +95,27 @@ class CheckedModel:
     notes: tuple[str, ...]
 
 
+def declare_held(config: Mapping[str, Any], names: Collection[str], where: str) -> tuple[ModelConfig, Declaration]:
+    """Read config.json and declare its model, unless it counts more weights than there are tensors.
+
+    Args:
+        config: config.json.
+        names: of all tensors.
+        where: the checkpoint, for messages.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: as `check_model`.
+    """
+    model = read_model_config(config, names, f"{where}/config.json")
+    experts = model.moe.num_experts * sum(model.moe.layers) if model.moe else 0
+    counted = f"{model.num_layers:,} layers" + (f" with {experts:,} experts together" if experts else "")
+    if model.num_layers > len(names) or experts > len(names):
+        raise CheckpointError(
+            f"{where}: config.json counts {counted}, but the files hold only {len(names):,} tensors. {MISFIT_ADVICE}"
+        )
+    return model, declare(model)
+
+
 def check_model(
     config: Mapping[str, Any],
     tensors: Mapping[str, Held],
@@ -118,9 +139,8 @@ def check_model(
         CheckpointError: config.json or the tensors are wrong.
         MeshError: it cannot be laid out so.
     """
-    model = read_model_config(config, tensors, f"{where}/config.json")
+    model, declaration = declare_held(config, tensors, where)
     plan_layout(model, tp_size, ep_size)
-    declaration = declare(model)
     head = f"{model.names.lm_head}."
     unused = check_headers(declaration, tensors, where, is_quantized)
     extras = sort_extras((name for name in unused if not name.startswith(head)), model.num_layers)

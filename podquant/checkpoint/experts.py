@@ -16,8 +16,10 @@ from typing import Any
 from podquant.checkpoint.check import MISFIT_ADVICE
 from podquant.checkpoint.header import TensorInfo
 from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.families.config import MOST_EXPERTS
 from podquant.families.experts import ExpertNames, count_key
 from podquant.families.registry import expert_names
+from podquant.foreign import shown
 
 _FUSED_BLOCK = "mlp"
 """The block that fused experts of a layer are in, whatever the family calls it otherwise."""
@@ -70,9 +72,10 @@ def _parts(
     count, width = config.get(count_key(config)), config.get("hidden_size")
     axis = len(projections)  # of D: [E, 2F, D] or [E, D, F]
     fits = len(info.shape) == 3 and info.shape[0] == count and info.shape[axis] == width
+    fits = fits and info.nbytes > 0 and info.shape[0] <= MOST_EXPERTS
     rows, odd = divmod(info.shape[1], len(projections)) if fits else (0, 0)
     if not fits or odd:
-        form = f"[{count}, 2F, {width}]" if axis == 2 else f"[{count}, {width}, F]"
+        form = f"[{shown(count)}, 2F, {shown(width)}]" if axis == 2 else f"[{shown(count)}, {shown(width)}, F]"
         raise CheckpointError(
             f"{where}/{info.file}: {info.name}: expected shape {form}, as {count_key(config)} and hidden_size of "
             f"config.json say, got {list(info.shape)}. {MISFIT_ADVICE}"
@@ -104,12 +107,13 @@ def _check_complete(tensors: Iterable[str], names: ExpertNames, config: Mapping[
     if not isinstance(count, int):
         return  # the code that needs the number refuses this
     for block, found in layers.items():
-        wanted = [(number, name) for number in range(count) for name in (names.gate, names.up, names.down)]
-        missing = [each for each in wanted if each not in found]
-        says = f"config.json says {count_key(config)}: {count}. {MISFIT_ADVICE}"
-        if missing:
-            tensor = "{}.experts.{}.{}.weight".format(block, *missing[0])
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        projections = (names.gate, names.up, names.down)
+        num_missing = count * len(projections) - sum(number < count and name in projections for number, name in found)
+        says = f"config.json says {count_key(config)}: {shown(count)}. {MISFIT_ADVICE}"
+        if num_missing > 0:
+            wanted = ((number, name) for number in range(count) for name in projections)
+            tensor = "{}.experts.{}.{}.weight".format(block, *next(each for each in wanted if each not in found))
+            more = f" and {num_missing - 1} more" if num_missing > 1 else ""
             raise CheckpointError(f"{where}: tensor {tensor} is missing{more}: {says}")
         if found and (most := max(found)[0]) >= count:
             raise CheckpointError(f"{where}: {block}.experts.{most} is there, but {says}")

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 from podquant.config.scheme import Scheme
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.modules import kind_of
+from podquant.foreign import cut, shown
 
 Layout = Literal["plain", "packed", "inverse"]
 Strategy = Literal["tensor", "channel", "block"]
@@ -104,8 +105,8 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
     """How config.json says the checkpoint is quantized, in words; None if it says nothing."""
     for key in KEYS:
         if section := config.get(key):
-            method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else repr(section)
-            return f"{key} with quant_method {method}"
+            method = section.get("quant_method", "an unnamed method") if isinstance(section, dict) else section
+            return f"{key} with quant_method {cut(method) if isinstance(method, str) else shown(method)}"
     return None
 
 
@@ -131,7 +132,7 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization | N
         return _read_compressed_tensors(section, at)
     if method == "fp8":
         return _read_fp8(section, at)
-    named = "has no quant_method" if method is None else f"quant_method {method!r} is not supported"
+    named = "has no quant_method" if method is None else f"quant_method {shown(method)} is not supported"
     raise UnsupportedModelError(f"{at}: the checkpoint is already quantized, and {named}. {_ADVICE}")
 
 
@@ -139,7 +140,7 @@ def _read_fp8(section: Mapping[str, Any], at: str) -> Quantization:
     """Blocks of e4m3. Other software quantizes their activations 128 columns at a time; podquant leaves them alone."""
     for key, allowed in (("activation_scheme", "dynamic"), ("fmt", "e4m3"), ("kv_cache_scheme", None)):
         if section.get(key) not in (None, allowed):
-            _refuse(at, f"fp8 with {key}: {section[key]!r}")
+            _refuse(at, f"fp8 with {key}: {shown(section[key])}")
     block = section.get("weight_block_size")
     if block is None:
         _refuse(at, "fp8 without weight_block_size")
@@ -168,7 +169,7 @@ def _read_group(group: Any, default_format: Any, at: str) -> tuple[Targets, Stor
     targets = _names(group.get("targets"), f"{at}: targets")
     form = group.get("format") or default_format
     if form not in _FORMATS:
-        _refuse(at, f"compressed-tensors in the format {form!r}")
+        _refuse(at, f"compressed-tensors in the format {shown(form)}")
     weights = group.get("weights")
     if not isinstance(weights, dict):
         _refuse(at, "compressed-tensors without quantized weights")
@@ -177,7 +178,7 @@ def _read_group(group: Any, default_format: Any, at: str) -> tuple[Targets, Stor
     if weights.get("type", "int") not in types:
         _malformed(f"{at}: weights: type", f"{' or '.join(types)}, as format {form} has", weights.get("type"))
     if weights.get("dynamic", False) is not False:
-        _refuse(f"{at}: weights", f"dynamic: {weights['dynamic']!r}")
+        _refuse(f"{at}: weights", f"dynamic: {shown(weights['dynamic'])}")
     strategy, block = _strategy(weights, f"{at}: weights")
     if layout == "packed" and strategy == "block":
         _refuse(at, "pack-quantized in blocks")
@@ -196,7 +197,7 @@ def _strategy(weights: Mapping[str, Any], at: str) -> tuple[Strategy, tuple[int,
         return "tensor", None
     if strategy == "channel":
         return "channel", None
-    _refuse(at, f"strategy {strategy!r}" + (f" with group_size {size}" if size else ""))
+    _refuse(at, f"strategy {shown(strategy)}" + (f" with group_size {shown(size)}" if size else ""))
 
 
 def _activations(section: Any, block: tuple[int, int] | None, at: str) -> str | None:
@@ -211,19 +212,19 @@ def _activations(section: Any, block: tuple[int, int] | None, at: str) -> str | 
         _malformed(at, "an object or null", section)
     dtype = _dtype(section, at)
     if section.get("dynamic", False) is not True:
-        _refuse(at, f"static activations (dynamic: {section.get('dynamic', False)!r})")
+        _refuse(at, f"static activations (dynamic: {shown(section.get('dynamic', False))})")
     strategy = section.get("strategy")
     if strategy == "group" and block is not None and section.get("group_size") == block[1]:
         return None
     if strategy != "token":
-        _refuse(at, f"strategy {strategy!r}")
+        _refuse(at, f"strategy {shown(strategy)}")
     return dtype
 
 
 def _dtype(section: Mapping[str, Any], at: str) -> str:
     bits, kind = section.get("num_bits", 8), section.get("type", "int")
     if bits != 8 or kind not in _DTYPES:
-        _refuse(at, f"{bits}-bit {kind}")
+        _refuse(at, f"{shown(bits)}-bit {shown(kind)}")
     if section.get("symmetric", True) is not True:
         _refuse(at, "asymmetric codes (symmetric: false)")
     return _DTYPES[kind]
@@ -248,7 +249,7 @@ def _names(value: Any, at: str) -> tuple[str, ...]:
             try:
                 re.compile(name[3:])
             except re.error as error:
-                raise CheckpointError(f"{at}: {name!r} is not a regular expression: {error}. Correct it") from None
+                raise CheckpointError(f"{at}: {shown(name)} is not a regular expression: {error}. Correct it") from None
     return tuple(value)
 
 
@@ -258,5 +259,5 @@ def _refuse(at: str, what: str) -> NoReturn:
 
 def _malformed(at: str, expected: str, found: Any) -> NoReturn:
     raise CheckpointError(
-        f"{at}: expected {expected}, got {found!r}. Correct config.json, or use the one that the tool wrote"
+        f"{at}: expected {expected}, got {shown(found)}. Correct config.json, or use the one that the tool wrote"
     )

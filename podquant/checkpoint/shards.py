@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from podquant.checkpoint.header import Header
 from podquant.checkpoint.jsonfile import read_object
 from podquant.errors import CheckpointError
-from podquant.foreign import shown
+from podquant.foreign import cut, shown
 from podquant.storage.names import is_plain
 from podquant.storage.store import Store
 
@@ -113,9 +114,11 @@ def _without_index(store: Store, sizes: Mapping[str, int]) -> Shards:
             "those that do not belong to the checkpoint."
         )
     ((stem, count), numbers) = next(iter(series.items()))
-    missing = [_numbered(stem, count, number) for number in range(1, count + 1) if number not in numbers]
-    if missing:
-        raise CheckpointError(f"{store.uri}: of its {count} numbered files are missing: {listed(missing)}. Fetch them.")
+    if num_missing := count - len(numbers):
+        missing = islice((number for number in range(1, count + 1) if number not in numbers), 3)
+        named = ", ".join(_numbered(stem, count, number) for number in missing)
+        more = f" and {num_missing - 3:,} more" if num_missing > 3 else ""
+        raise CheckpointError(f"{store.uri}: of its {count:,} numbered files are missing: {named}{more}. Fetch them.")
     return Shards(tuple(sorted(_numbered(stem, count, number) for number in numbers)), {})
 
 
@@ -155,7 +158,7 @@ def adapter_note(store: Store, sizes: Collection[str]) -> str | None:
     if _ADAPTER not in sizes:
         return None
     base = read_object(store, _ADAPTER).get("base_model_name_or_path")
-    of = f" of {base}" if isinstance(base, str) and base else ""
+    of = f" of {cut(base)}" if isinstance(base, str) and base else ""
     if SINGLE not in sizes and INDEX not in sizes and not any(_series(name) for name in sizes):
         raise CheckpointError(
             f"{store.uri}: this is a LoRA adapter{of}: merge it into its base first (peft: "
@@ -166,5 +169,5 @@ def adapter_note(store: Store, sizes: Collection[str]) -> str | None:
 
 def listed(names: Collection[str]) -> str:
     """The first three names, and how many more."""
-    text = ", ".join(list(names)[:3])
+    text = ", ".join(cut(name, 200) for name in list(names)[:3])
     return text if len(names) <= 3 else f"{text} and {len(names) - 3} more"

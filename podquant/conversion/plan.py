@@ -14,6 +14,7 @@ from podquant.artifact.compressed_tensors import quantization_config
 from podquant.artifact.manifest import ModuleRule, Source, SourceFile
 from podquant.artifact.naming import scales_of, weights_file
 from podquant.artifact.slices import cut_of, cut_of_scales
+from podquant.checkpoint.check import declare_held
 from podquant.checkpoint.header import TensorInfo
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import QuantizationConfig, UnmatchedRule
@@ -22,8 +23,7 @@ from podquant.conversion.memory import worker_nbytes
 from podquant.conversion.units import Output, TensorPlan, Unit
 from podquant.dtypes import BY_NAME, SOURCE_DTYPES
 from podquant.errors import CheckpointError, ConfigError, UnsupportedModelError
-from podquant.families.declaration import DiskTensor, declare
-from podquant.families.registry import read_model_config
+from podquant.families.declaration import DiskTensor
 from podquant.quantize.qarray import scales_shape
 
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, _UNITS_AT_LEAST = 64 << 20, 1 << 30, 32
@@ -211,7 +211,7 @@ def _plan_tensors(
 def _declared(checkpoint: Checkpoint) -> Mapping[str, DiskTensor]:
     """The tensors that config.json declares; none of a model that podquant cannot run: it is planned, too."""
     try:
-        return declare(read_model_config(checkpoint.config, checkpoint.tensors)).tensors
+        return declare_held(checkpoint.config, checkpoint.tensors, checkpoint.store.uri)[1].tensors
     except CheckpointError:
         return {}
 

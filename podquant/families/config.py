@@ -13,6 +13,14 @@ from typing import Any, Literal
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.disk import DiskNames
 from podquant.families.latent import LatentConfig
+from podquant.foreign import shown
+
+_MOST = 2**31 - 1
+"""Of any count or id: what the arrays of a program index by."""
+
+MOST_LAYERS = 10_000
+MOST_EXPERTS = 1 << 16
+"""Of a layer. Both are some fifty times what any model has; tables of so many take no time to make."""
 
 FULL_ATTENTION = 1 << 30
 """A window no position reaches past: attention over everything before."""
@@ -183,16 +191,18 @@ class ConfigReader:
         self.where = where
 
     def _wrong(self, key: str, expected: str) -> CheckpointError:
-        got = repr(self.values[key]) if key in self.values else "nothing"
+        got = shown(self.values[key]) if key in self.values else "nothing"
         key = self._spelled.get(key, key)
         return CheckpointError(f"{self.where}: `{key}` must be {expected}, got {got}; is the checkpoint complete?")
 
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """An integer from `least` on."""
+    def count(self, key: str, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
+        """An integer from `least` to `most`."""
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self._wrong(key, f"an integer from {least} on")
+        if value > most:
+            raise self._wrong(key, f"at most {most:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -219,14 +229,14 @@ class ConfigReader:
         """A token id, a list of them, or nothing."""
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) <= _MOST for i in ids):
             raise self._wrong(key, "a token id or a list of token ids")
         return tuple(ids)
 
     def refuse_unless(self, key: str, allowed: Sequence[object]) -> None:
         """Refuse an option podquant would have to ignore."""
         if self.values.get(key) not in (None, *allowed):
-            said = f"{self._spelled.get(key, key)}: {self.values[key]!r}"
+            said = f"{self._spelled.get(key, key)}: {shown(self.values[key])}"
             raise UnsupportedModelError(
                 f"{self.where}: `{said}` is not supported (supported: {list(allowed)!r} or absent)"
             )
@@ -264,7 +274,7 @@ def read_rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
     key = "rope_parameters" if new is not None else "rope_scaling"
     raw = new if new is not None else old
     if raw is not None and not isinstance(raw, Mapping):
-        raise CheckpointError(f"{reader.where}: `{key}` must be a mapping, got {raw!r}")
+        raise CheckpointError(f"{reader.where}: `{key}` must be a mapping, got {shown(raw)}")
     values: dict[str, Any] = dict(raw or {})
     if values.get("rope_type", values.get("type")) == "yarn":
         values.setdefault("original_max_position_embeddings", reader.count("max_position_embeddings"))
@@ -272,8 +282,9 @@ def read_rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
     theta = inner.number("rope_theta", reader.number("rope_theta", 10000.0))
     kind = values.get("rope_type", values.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+        known = ", ".join(_ROPE_NEEDS)
         raise UnsupportedModelError(
-            f"{reader.where}: rope type {kind!r} in `{key}` is not supported; supported are {', '.join(_ROPE_NEEDS)}"
+            f"{reader.where}: rope type {shown(kind)} in `{key}` is not supported; supported are {known}"
         )
     rotated = inner.number("partial_rotary_factor", reader.number("partial_rotary_factor", partial or 1.0))
     if rotated > 1.0 or (rotated < 1.0 and partial is None):
@@ -315,6 +326,6 @@ def read_windows(
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in legal for kind in kinds):
         raise UnsupportedModelError(
             f"{reader.where}: `layer_types` must name full_attention or sliding_attention for each of the "
-            f"{num_layers} layers, got {kinds!r}"
+            f"{num_layers} layers, got {shown(kinds)}"
         )
     return tuple(window if kind == "sliding_attention" else FULL_ATTENTION for kind in kinds)

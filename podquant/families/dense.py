@@ -9,6 +9,7 @@ from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.config import FULL_ATTENTION, NO_ROPE, ConfigReader, ModelConfig, RopeConfig, read_rope
 from podquant.families.disk import DiskNames
 from podquant.families.family import Family, Sliding, read_sliding
+from podquant.foreign import shown
 
 _FUSED = DiskNames(
     parts={
@@ -56,7 +57,7 @@ def _smollm3(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
     if not isinstance(turns, list) or len(turns) < config.num_layers or any(turn not in (0, 1) for turn in turns):
         raise CheckpointError(
             f"{reader.where}: `no_rope_layers` must have 1 for each of the {config.num_layers} layers that turns and 0 "
-            f"for each that does not, got {turns!r}; is the checkpoint complete?"
+            f"for each that does not, got {shown(turns)}; is the checkpoint complete?"
         )
     kinds = tuple(1 - int(turn) for turn in turns[: config.num_layers])
     windows = config.windows

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
 
+MOST_SHARDS = 1 << 14
+"""No slice of TPUs has more chips."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -49,7 +52,7 @@ def plan_layout(config: ModelConfig, tp_size: int, ep_size: int = 1) -> Layout:
 
     wrong = misfit(tp_size)
     if wrong:
-        fitting = [size for size in range(ep_size, config.num_heads + 1, ep_size) if not misfit(size)]
+        fitting = [size for size in range(ep_size, min(config.num_heads, MOST_SHARDS) + 1, ep_size) if not misfit(size)]
         raise MeshError(
             f"{config.architecture} cannot be cut into tp_size {tp_size}: {' and '.join(wrong)} do not divide; "
             f"tensor-parallel sizes that fit this model: {', '.join(map(str, fitting))}"
@@ -63,7 +66,11 @@ def _check_experts(config: ModelConfig, tp_size: int, ep_size: int) -> None:
     if config.moe is None:
         raise MeshError(f"--ep-size {ep_size} shares out experts, and {config.architecture} has none: leave it out")
     if tp_size % ep_size or config.moe.num_experts % ep_size:
-        fitting = [size for size in range(1, tp_size + 1) if tp_size % size == config.moe.num_experts % size == 0]
+        fitting = [
+            size
+            for size in range(1, min(tp_size, MOST_SHARDS) + 1)
+            if tp_size % size == config.moe.num_experts % size == 0
+        ]
         raise MeshError(
             f"--ep-size {ep_size} must divide --tp-size {tp_size} and the {config.moe.num_experts} experts of "
             f"{config.architecture}; sizes that fit: {', '.join(map(str, fitting))}"

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from podquant.errors import CheckpointError
-from podquant.families.config import ConfigReader, ModelConfig, MoEConfig, read_rope
+from podquant.families.config import MOST_EXPERTS, ConfigReader, ModelConfig, MoEConfig, read_rope
 from podquant.families.deepseek import read_latent
 from podquant.families.disk import DiskNames
 from podquant.families.experts import count_key
 from podquant.families.family import Family, Sliding, qwen_sliding, read_sliding
+from podquant.foreign import shown
 
 
 def _mixtral(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]:
@@ -106,6 +107,10 @@ def _deepseek_v2(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Any]
 def _qwen_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     step = reader.count("decoder_sparse_step", 1)
     dense = reader.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise CheckpointError(
+            f"{reader.where}: `mlp_only_layers` must be a list of layers, got {shown(dense)}; is the file complete?"
+        )
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
 
 
@@ -114,7 +119,7 @@ def _experts(
 ) -> Mapping[str, Any]:
     """`moe`, with the number of experts, under whichever key it is; refuses what no token could be routed by."""
     key = count_key(reader.values)
-    experts = reader.count(key)
+    experts = reader.count(key, most=MOST_EXPERTS)
     moe = MoEConfig(experts, top_k, ffn_size, layers, **more)
     groups = moe.num_groups
     if experts % groups or moe.top_groups > groups or top_k > experts // groups * moe.top_groups:

@@ -11,7 +11,7 @@ from typing import Any
 
 from podquant.dtypes import SOURCE_DTYPES
 from podquant.errors import CheckpointError, UnsupportedModelError
-from podquant.families.config import ConfigReader, ModelConfig, read_windows
+from podquant.families.config import MOST_LAYERS, ConfigReader, ModelConfig, read_windows
 from podquant.families.dense import DENSE
 from podquant.families.experts import ExpertNames
 from podquant.families.family import Family, qwen_sliding, read_sliding
@@ -20,6 +20,7 @@ from podquant.families.internlm import INTERNLM
 from podquant.families.modules import kind_of
 from podquant.families.moe import MOE
 from podquant.families.qwen1 import QWEN1
+from podquant.foreign import shown
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(),
@@ -52,7 +53,7 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
 
 def _unsupported(name: str, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
+        f"{where}: architecture {shown(name)} is not supported; supported are {', '.join(FAMILIES)}"
     )
 
 
@@ -106,19 +107,19 @@ def read_model_config(config: Mapping[str, Any], names: Iterable[str], where: st
     architectures, family = config.get("architectures"), family_of(config)
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(
-            f"{where}: `architectures` must be a list with the model's class name, got {architectures!r}"
+            f"{where}: `architectures` must be a list with the model's class name, got {shown(architectures)}"
         )
     if family is None:
         raise _unsupported(architectures[0], where)
     reader = ConfigReader(config, where, family.spelled, family.defaults)
     reader.refuse_unless("pretraining_tp", [1])
     reader.refuse_unless("hidden_act", list(_ACTIVATIONS))
-    num_layers, hidden_size = reader.count("num_hidden_layers"), reader.count("hidden_size")
+    num_layers, hidden_size = reader.count("num_hidden_layers", most=MOST_LAYERS), reader.count("hidden_size")
     num_heads, num_kv_heads, head_dim = _read_heads(reader, hidden_size, where)
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in SOURCE_DTYPES:
+    if not isinstance(dtype, str) or dtype not in SOURCE_DTYPES:
         raise UnsupportedModelError(
-            f"{where}: dtype {dtype!r} is not supported; supported are {', '.join(SOURCE_DTYPES)}"
+            f"{where}: dtype {shown(dtype)} is not supported; supported are {', '.join(SOURCE_DTYPES)}"
         )
     attention_bias = reader.flag("attention_bias", False)
     common = ModelConfig(
