@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -13,16 +14,17 @@ from fastapi.responses import JSONResponse, Response
 
 from podquant.engine.limits import Limits
 from podquant.engine.request import Output, Request, TokenLogprobs
+from podquant.server.bodies import BodyRoute
 from podquant.server.collect import collect, usage, usage_of_event
-from podquant.server.generation import ClientGoneError
 from podquant.server.messages import Message
+from podquant.server.off_loop import off_loop
 from podquant.server.schemas import ChatBody
-from podquant.server.service import off_loop, require_tokenizer, require_unicode, service_of, within
+from podquant.server.service import require_prompts_fit, require_tokenizer, require_unicode, service_of, within
 from podquant.server.stream import EventStream, Template, event
 from podquant.server.token_text import TokenText
 from podquant.tokenizer.tokenizer import Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -32,37 +34,33 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
     engine = service.require(body.model)
     tokenizer = require_tokenizer(engine, "messages")
     prompt_ids = tuple(await encode_chat(tokenizer, body.messages, engine.limits))
+    require_prompts_fit(len(prompt_ids) * body.n, engine.limits)
     writer = _Writer(str(service.model_name), service.tokens, body, prompt_ids)
     room = engine.limits.room(len(prompt_ids))
     requests = [
         Request(f"{writer.id}-{choice}", prompt_ids, body.params(choice, room, engine.defaults))
         for choice in range(body.n)
     ]
-    generation = service.generation(engine, http, requests)
+    generation = service.generation(engine, requests)
     if body.stream:
         return EventStream(generation, writer)
-    try:
-        outputs = await collect(generation, len(requests))
-    except ClientGoneError:
-        return Response(status_code=499)
-    return JSONResponse(writer.whole(outputs))
+    outputs = await collect(generation, len(requests))
+    size = sum(len(request.prompt_ids) for request in requests)
+    return await off_loop(size, lambda: JSONResponse(writer.whole(outputs)))
 
 
-async def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], limits: Limits | None = None) -> list[int]:
+async def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], limits: Limits) -> list[int]:
     """The prompt of a chat. Raises RequestError if the template refuses the messages, or they exceed the limits."""
-    chat = [message.as_template_sees_it() for message in messages]
-    length = 0
-    for text in _texts(chat):
-        require_unicode(text, "messages")
-        length += len(text)
 
-    def work(most: int | None) -> list[int]:
-        ids = tokenizer.encode_chat(chat, most=most)
-        if limits is not None:
-            limits.check_length(len(ids), 1, "messages")
+    def work() -> list[int]:
+        chat = [message.as_template_sees_it() for message in messages]
+        for text in _texts(chat):
+            require_unicode(text, "messages")
+        ids = within(limits, "messages", lambda most: tokenizer.encode_chat(chat, most=most))
+        limits.check_length(len(ids), 1, "messages")
         return ids
 
-    return await off_loop(length, lambda: within(limits, "messages", work))
+    return await asyncio.to_thread(work)
 
 
 def _texts(value: Any) -> Iterator[str]:

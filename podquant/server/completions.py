@@ -15,14 +15,15 @@ from fastapi.responses import JSONResponse, Response
 from podquant.engine.backend import Backend
 from podquant.engine.request import Output, Request, TokenLogprobs
 from podquant.errors import RequestError
+from podquant.server.bodies import BodyRoute
 from podquant.server.collect import collect, usage, usage_of_event
-from podquant.server.generation import ClientGoneError
+from podquant.server.off_loop import off_loop
 from podquant.server.schemas import CompletionBody
-from podquant.server.service import encode, require_tokenizer, service_of
+from podquant.server.service import encode, require_prompts_fit, require_tokenizer, service_of
 from podquant.server.stream import EventStream, Template, event
 from podquant.server.token_text import TextOffsets, TokenText
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     """Continue one or several prompts."""
     service = service_of(http)
     engine = service.require(body.model)
+    for prompt in body.prompt:
+        if not isinstance(prompt, str):
+            engine.limits.check_length(len(prompt), 0, "prompt")
     texts = dict.fromkeys(prompt for prompt in body.prompt if isinstance(prompt, str))  # each is tokenized once
     read = {text: await _read(engine, text, add_special_tokens=body.add_special_tokens) for text in texts}
     prompts = [read[prompt] if isinstance(prompt, str) else _Prompt(tuple(prompt), "") for prompt in body.prompt]
+    require_prompts_fit(sum(len(prompt.ids) for prompt in prompts) * body.n, engine.limits)
     writer = _Writer(str(service.model_name), service.tokens, engine, body, prompts)
     requests = [
         Request(
@@ -49,14 +54,12 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
         for p, prompt in enumerate(prompts)
         for choice in range(body.n)
     ]
-    generation = service.generation(engine, http, requests)
+    generation = service.generation(engine, requests)
     if body.stream:
         return EventStream(generation, writer)
-    try:
-        outputs = await collect(generation, len(requests))
-    except ClientGoneError:
-        return Response(status_code=499)
-    return JSONResponse(writer.whole(outputs))
+    outputs = await collect(generation, len(requests))
+    size = sum(len(request.prompt_ids) for request in requests)
+    return await off_loop(size, lambda: JSONResponse(writer.whole(outputs)))
 
 
 async def _read(engine: Backend, prompt: str, *, add_special_tokens: bool) -> _Prompt:

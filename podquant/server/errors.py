@@ -14,8 +14,12 @@ from starlette.exceptions import HTTPException
 
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 from podquant.server import fields
+from podquant.server.shown import shown
 
 _log = logging.getLogger(__name__)
+
+_LONGEST_NAME = 80
+"""Characters of a field's name that are said back."""
 
 RETRY = {"Retry-After": "1"}
 """The header of an answer that another try may change."""
@@ -104,21 +108,15 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 def describe(errors: Sequence[ErrorDetails | dict[str, Any]]) -> tuple[str, str | None, str]:
     """Message, param and code for the first of pydantic's complaints about a body."""
     error = errors[0]
-    path = ".".join(str(part) for part in error["loc"] if part != "body")
+    names = [*error["loc"], error.get("ctx", {}).get("name") or ""]
+    path = ".".join(str(part)[:_LONGEST_NAME] for part in names if part not in ("body", ""))
     param = path.encode(errors="replace").decode() or None  # half a surrogate pair cannot be sent back
     match error["type"]:
-        case "json_invalid":
-            return f"The body is not valid JSON: {error['ctx']['error']} (byte {param}).", None, "invalid_json"
-        case "extra_forbidden":
-            return f"Unknown parameter: {param!r}. Remove it, or check its spelling.", param, "unknown_parameter"
-        case "missing" if param is None:
-            return "The body is empty: expected a JSON object.", None, "invalid_json"
         case "missing":
             return f"Missing parameter: {param!r} is required.", param, "missing_parameter"
-        case fields.UNSUPPORTED | fields.INVALID:
-            names = [part for part in (path, error["ctx"]["name"]) if part]
-            return str(error["msg"]), ".".join(names) or None, str(error["type"])
+        case fields.UNSUPPORTED | fields.INVALID | fields.UNKNOWN as code:
+            message = f"Unknown parameter: {param!r}. Remove it, or check its spelling."
+            return message if code == fields.UNKNOWN else str(error["msg"]), param, code
     if param is None:
-        return f"The body must be a JSON object sent as application/json: {error['msg']}.", None, "invalid_value"
-    got = repr(error["input"])
-    return f"{param}: {error['msg']}; got {got if len(got) < 80 else got[:76] + ' ...'}.", param, "invalid_value"
+        return f"The body must be a JSON object: {error['msg']}.", None, "invalid_value"
+    return f"{param}: {error['msg']}; got {shown(error['input'])}.", param, "invalid_value"

@@ -19,6 +19,9 @@ from pydantic_core import PydanticCustomError
 UNSUPPORTED = "unsupported_parameter"
 """pydantic's error type, and the code in the answer, of a field that is known and not supported."""
 
+UNKNOWN = "unknown_parameter"
+"""The same of a field that has no row."""
+
 INVALID = "invalid_parameter"
 """The same of a field whose value contradicts another one."""
 
@@ -276,11 +279,21 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     PART: ClassVar[Part]
+    MOST_VALUES: ClassVar[int] = 1 << 17
+    """JSON values that a body of this kind may hold: far more than the fields and messages of any."""
+    TAKES_IDS: ClassVar[bool] = False
+    """Whether these values may be a model's token ids, of which its context allows more."""
 
     @model_validator(mode="before")
     @classmethod
     def _strip(cls, data: Any) -> Any:
-        return strip(data, cls.PART) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        kept = strip(data, cls.PART)
+        for name in kept:
+            if name not in cls.model_fields:  # told here, at the first: pydantic would make an error for each
+                raise PydanticCustomError(UNKNOWN, "unknown", {"name": name})
+        return kept
 
 
 def unsupported(name: str | None, message: str) -> PydanticCustomError:

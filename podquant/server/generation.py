@@ -7,24 +7,17 @@ one write to a socket whatever a request has heard since the last.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from podquant.engine.backend import Backend
 from podquant.engine.request import FinishReason, Output, Request
 from podquant.errors import EngineStoppedError, RequestError
 from podquant.server.metrics import Metrics
-
-Receive = Callable[[], Awaitable[Any]]
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection; there is nobody to tell."""
 
 
 class Mailbox:
@@ -57,7 +50,6 @@ class Generation:
         mailbox: brings its outputs.
         metrics: told of every sequence.
         requests: the sequences.
-        receive: ASGI's; tells when the client goes away.
 
     Raises, on entering, what `Backend.submit` raises; then none of the sequences runs.
     """
@@ -68,17 +60,14 @@ class Generation:
         mailbox: Mailbox,
         metrics: Metrics,
         requests: Sequence[Request],
-        receive: Receive,
     ) -> None:
         self._engine = engine
         self._mailbox = mailbox
         self._metrics = metrics
         self._requests = requests
-        self._receive = receive
         self._open = set(range(len(requests)))
         self._news: list[tuple[int, Output]] = []
         self._arrived = asyncio.Event()
-        self._is_gone = False
         self._began = time.perf_counter()
         self._last_token: list[float | None] = [None] * len(requests)
 
@@ -89,16 +78,12 @@ class Generation:
         except RequestError:
             self._abort("refused")
             raise
-        self._watcher = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._watcher.cancel()
         self._abort("cancelled")
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watcher
 
     def hear(self, index: int, output: Output) -> None:
         """Take news of one sequence, on the event loop."""
@@ -108,27 +93,16 @@ class Generation:
     async def news(self) -> AsyncIterator[list[tuple[int, Output]]]:
         """What has come since the last time, until every sequence has ended.
 
-        Raises:
-            ClientGoneError: the connection is closed.
-            EngineStoppedError: the engine ended a sequence before its time.
+        Raises EngineStoppedError if the engine ended a sequence before its time.
         """
-        while self._open or self._is_gone:
+        while self._open:
             await self._arrived.wait()
-            if self._is_gone:
-                raise ClientGoneError
             self._arrived.clear()
             batch, self._news = self._news, []
             now = time.perf_counter()
             for index, output in batch:
                 self._measure(index, output, now)
             yield batch
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._is_gone = True
-        self._abort("cancelled")  # at once: the writer may be stuck in a send
-        self._arrived.set()
 
     def _abort(self, outcome: str) -> None:
         if self._open:

@@ -1,4 +1,5 @@
-"""What every request passes before a route sees it: the API key, and a bound on the body. Plain ASGI."""
+"""What every request passes before a route sees it, the API key and a bound on the body, and what ends it wherever it
+is then: that its client has gone. Plain ASGI."""
 
 from __future__ import annotations
 
@@ -44,7 +45,21 @@ class Guard:
         except ApiError as error:
             await response_for(error)(scope, receive, body.lingering(send))
         else:
-            await self._app(scope, body.replay, send)
+            await self._answer(scope, body, send)
+
+    async def _answer(self, scope: Scope, body: _Body, send: Send) -> None:
+        """Run the app until it has answered or the client has gone: then nothing more is done for it."""
+        work = asyncio.ensure_future(self._app(scope, body.replay, send))
+        leave = asyncio.ensure_future(body.leave())
+        try:
+            await asyncio.wait((work, leave), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leave.cancel()
+            if not work.done():
+                work.cancel()
+                await asyncio.wait((work,))
+        if not work.cancelled():
+            work.result()
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key_digest is None or path in _OPEN_TO_ALL:
@@ -66,6 +81,7 @@ class _Body:
     def __init__(self, receive: Receive, headers: Headers) -> None:
         self.headers = headers
         self._receive = receive
+        self._gone = asyncio.Event()
         self._is_whole = "content-length" not in headers and "transfer-encoding" not in headers
         self._pending: Message | None = {"type": "http.request", "body": b"", "more_body": False}
 
@@ -78,8 +94,8 @@ class _Body:
         while not self._is_whole:
             message = await self._receive()
             if message["type"] != "http.request":
-                self._pending = message  # the client has gone
-                return
+                self._gone.set()
+                break
             pieces.append(message.get("body", b""))
             num_bytes += len(pieces[-1])
             self._is_whole = not message.get("more_body", False)
@@ -88,9 +104,18 @@ class _Body:
         self._pending = {"type": "http.request", "body": b"".join(pieces), "more_body": False}
 
     async def replay(self) -> Message:
-        """ASGI's `receive` for whoever comes after: the whole body, then what is heard of the connection."""
+        """ASGI's `receive` for whoever comes after: the whole body, then that the client has gone, once it has."""
         message, self._pending = self._pending, None
-        return await self._receive() if message is None else message
+        if message is not None:
+            return message
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def leave(self) -> None:
+        """Returns once the client has gone; begin it when the whole body is there, once."""
+        while not self._gone.is_set():
+            if (await self._receive())["type"] == "http.disconnect":
+                self._gone.set()
 
     def lingering(self, send: Send) -> Send:
         """ASGI's `send` that ends a response only once the client has sent all, or has had its time."""

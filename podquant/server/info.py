@@ -12,14 +12,16 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from podquant.errors import RequestError
+from podquant.errors import RequestError, RequestTooLongError
+from podquant.server.bodies import BodyRoute
 from podquant.server.chat import encode_chat
 from podquant.server.errors import RETRY, error_response
 from podquant.server.metrics import CONTENT_TYPE
+from podquant.server.off_loop import off_loop
 from podquant.server.schemas import DetokenizeBody, TokenizeBody
-from podquant.server.service import encode, off_loop, require_tokenizer, service_of
+from podquant.server.service import encode, require_tokenizer, service_of
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 metrics_router = APIRouter()
 
 _STARTED = int(time.time())
@@ -96,10 +98,12 @@ async def tokenize(body: TokenizeBody, http: HttpRequest) -> JSONResponse:
     """Token ids of a text or a chat."""
     engine = service_of(http).require(body.model)
     if body.messages is not None:
-        ids = await encode_chat(require_tokenizer(engine, "messages"), body.messages)
+        ids = await encode_chat(require_tokenizer(engine, "messages"), body.messages, engine.limits)
     else:
         tokenizer = require_tokenizer(engine, "prompt")
-        ids = await encode(tokenizer, body.prompt or "", add_special_tokens=body.add_special_tokens)
+        ids = await encode(
+            tokenizer, body.prompt or "", add_special_tokens=body.add_special_tokens, limits=engine.limits
+        )
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.limits.longest})
 
 
@@ -108,6 +112,12 @@ async def detokenize(body: DetokenizeBody, http: HttpRequest) -> JSONResponse:
     """The text of token ids."""
     engine = service_of(http).require(body.model)
     tokenizer = require_tokenizer(engine, "tokens")
+    if len(body.tokens) > engine.limits.longest:
+        raise RequestTooLongError(
+            f"{len(body.tokens)} tokens are more than a prompt and its output have room for, {engine.limits.longest}. "
+            "Send them in parts.",
+            "tokens",
+        )
     vocab_size = engine.limits.vocab_size
     wrong = next((token for token in body.tokens if token >= vocab_size), None)
     if wrong is not None:

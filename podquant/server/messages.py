@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import WithJsonSchema, field_validator, model_validator
+from pydantic import FailFast, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 from pydantic_core import from_json
 
 from podquant.server.fields import Body, Part, invalid, strip, unsupported
+from podquant.server.json_bounds import JsonBoundsError, ValuesLeft
+from podquant.server.shown import shown
 
 
 class Function(Body):
@@ -20,12 +22,16 @@ class Function(Body):
 
     @field_validator("arguments", mode="after")
     @classmethod
-    def _parse(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+    def _parse(cls, value: str | dict[str, Any], info: ValidationInfo[ValuesLeft | None]) -> str | dict[str, Any]:
         """The object behind a text, as templates write it as JSON again; what a model has got wrong stays a text."""
         if not isinstance(value, str):
             return value
         try:
-            parsed = from_json(value or "{}")  # bounds the nesting, as the body's own parser does
+            if info.context is not None:
+                info.context.spend(value)
+            parsed = from_json(value or "{}")
+        except JsonBoundsError as error:
+            raise invalid(None, f"arguments: hold {error}, together with the rest of the body; send less.") from None
         except ValueError:
             return value
         return parsed if isinstance(parsed, dict) else value
@@ -40,6 +46,9 @@ class ToolCall(Body):
     id: str | None = None
     function: Function
 
+
+_MOST_CALLS = 1024
+"""Tools that one message of an assistant calls."""
 
 _PART_SCHEMA = {
     "type": "object",
@@ -58,7 +67,7 @@ class Message(Body):
         str, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]})
     ] = ""
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FailFast(), Field(max_length=_MOST_CALLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -69,7 +78,7 @@ class Message(Body):
         if isinstance(value, str):
             return value
         if not isinstance(value, list):
-            raise invalid(None, f"content: expected a text or a list of parts, got {value!r:.60}.")
+            raise invalid(None, f"content: expected a text or a list of parts, got {shown(value)}.")
         return "".join(_text_of(part, index) for index, part in enumerate(value))
 
     @model_validator(mode="after")
@@ -88,15 +97,15 @@ class Message(Body):
 
 def _text_of(part: Any, index: int) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise invalid(f"{index}", f"content.{index}: expected an object with a type, got {part!r:.60}.")
+        raise invalid(f"{index}", f"content.{index}: expected an object with a type, got {shown(part)}.")
     kind = part["type"]
     if kind not in ("text", "refusal"):
-        raise unsupported(f"{index}", f"content.{index}: a part of type {kind!r} is not supported; only text is.")
+        raise unsupported(f"{index}", f"content.{index}: a part of type {shown(kind)} is not supported; only text is.")
     kept = strip(part, Part.CONTENT, f"{index}.")
     more = [name for name in kept if name not in ("type", kind)]
     if more:
-        raise invalid(f"{index}.{more[0]}", f"content.{index}: a part of type {kind!r} has no {more[0]!r:.60}.")
+        raise invalid(f"{index}.{more[0]}", f"content.{index}: a part of type {kind!r} has no {shown(more[0])}.")
     text = kept.get(kind)
     if not isinstance(text, str):
-        raise invalid(f"{index}.{kind}", f"content.{index}.{kind}: expected a text, got {text!r:.60}.")
+        raise invalid(f"{index}.{kind}", f"content.{index}.{kind}: expected a text, got {shown(text)}.")
     return text

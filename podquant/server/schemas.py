@@ -7,20 +7,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import FailFast, Field, WithJsonSchema, field_validator, model_validator
 
 from podquant.engine.defaults import SamplingDefaults
 from podquant.engine.request import SamplingParams
 from podquant.server.fields import Body, Part, invalid, unsupported
 from podquant.server.messages import Message
+from podquant.server.shown import shown
 
 MAX_CHOICES = 128
 """Prompts times `n` in one HTTP request."""
 
 _MAX_STOPS = 64
+_LONGEST_STOP = 1024
+"""Characters: far from what anybody stops at, and little enough to look for in every token's text."""
+
+_MAX_MESSAGES = 1 << 14
+_MANY_IDS = 1 << 20
 
 Prompt = str | list[int]
+Stop = Annotated[str, Field(max_length=_LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0)]
+Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=_MAX_MESSAGES)]
 
 
 class StreamOptions(Body):
@@ -63,8 +71,8 @@ class _Generation(Body):
     max_completion_tokens: int | None = Field(None, ge=0)
     min_tokens: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Annotated[list[str], Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
+    stop: Annotated[list[Stop], FailFast(), Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
@@ -132,6 +140,8 @@ class CompletionBody(_Generation):
     """
 
     PART = Part.COMPLETION
+    MOST_VALUES = _MANY_IDS
+    TAKES_IDS = True
 
     prompt: Annotated[
         list[Prompt],
@@ -190,11 +200,13 @@ def parse_prompts(value: Any) -> list[Prompt]:
             None,
             "prompt: expected a text, a list of texts, a list of token ids or a list of such lists, not empty.",
         )
+    if len(value) > MAX_CHOICES:
+        raise invalid(None, f"prompt: {len(value)} prompts, more than {MAX_CHOICES}; send several requests.")
     for i, prompt in enumerate(value):
         if isinstance(prompt, str):
             continue
         if not isinstance(prompt, list) or not all(map(_is_int, prompt)):
-            raise invalid(None, f"prompt: expected a text or a list of integer token ids at {i}, got {prompt!r:.60}.")
+            raise invalid(None, f"prompt: expected a text or a list of integer token ids at {i}, got {shown(prompt)}.")
         if not prompt:
             raise invalid(None, f"prompt: the list of token ids at {i} is empty; expected at least one.")
     return value
@@ -214,7 +226,7 @@ class ChatBody(_Generation):
 
     PART = Part.CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -239,7 +251,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -253,7 +265,9 @@ class DetokenizeBody(Body):
     """`POST /detokenize`."""
 
     PART = Part.DETOKENIZE
+    MOST_VALUES = _MANY_IDS
+    TAKES_IDS = True
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FailFast()]
     skip_special_tokens: bool = False

@@ -14,12 +14,14 @@ from podquant.errors import EngineStoppedError, RequestError
 from podquant.server.errors import ApiError
 from podquant.server.generation import Generation, Mailbox
 from podquant.server.metrics import Metrics
+from podquant.server.off_loop import off_loop
+from podquant.server.shown import shown
 from podquant.server.token_text import TokenText
 from podquant.tokenizer.length import TooManyTokensError
 from podquant.tokenizer.tokenizer import Tokenizer
 
-_LONG_TEXT = 4096
-"""Characters, or tokens, from which the tokenizer's work leaves the event loop."""
+_MOST_PROMPT_TOKENS = 1 << 20
+"""Of all choices of one HTTP request, unless a single prompt may be longer."""
 
 
 class Service:
@@ -70,16 +72,16 @@ class Service:
         if model is not None and model != self.model_name:
             raise ApiError(
                 404,
-                f"There is no model {model!r} here; this server has {self.model_name!r}.",
+                f"There is no model {shown(model)} here; this server has {self.model_name!r}.",
                 code="model_not_found",
                 param="model",
             )
         return self.engine
 
-    def generation(self, engine: Backend, http: HttpRequest, requests: Sequence[Request]) -> Generation:
+    def generation(self, engine: Backend, requests: Sequence[Request]) -> Generation:
         """The sequences of one HTTP request, still to be entered."""
         assert self._mailbox is not None
-        return Generation(engine, self._mailbox, self.metrics, requests, http.receive)
+        return Generation(engine, self._mailbox, self.metrics, requests)
 
     def _stats(self) -> EngineStats | None:
         return self.engine.stats() if self.engine else None
@@ -102,29 +104,26 @@ def require_tokenizer(engine: Backend, param: str) -> Tokenizer:
     return engine.tokenizer
 
 
-async def encode(
-    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, limits: Limits | None = None
-) -> list[int]:
+async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, limits: Limits) -> list[int]:
     """Token ids of a text, without holding up the event loop if it is long.
 
     Raises:
         RequestError: the text is not Unicode.
-        RequestTooLongError: it surely exceeds the limits, if any; most often told before it is tokenized.
+        RequestTooLongError: it surely exceeds the limits; most often told before it is tokenized.
     """
     require_unicode(text, "prompt")
 
-    def work(most: int | None) -> list[int]:
+    def work(most: int) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens, most=most)
 
     return await off_loop(len(text), lambda: within(limits, "prompt", work))
 
 
-def within(limits: Limits | None, param: str, work: Callable[[int | None], list[int]]) -> list[int]:
+def within(limits: Limits, param: str, work: Callable[[int], list[int]]) -> list[int]:
     """What `work` gives when told the most tokens. RequestTooLongError, which blames `param`, if there are more."""
     try:
-        return work(None if limits is None else limits.longest)
+        return work(limits.longest)
     except TooManyTokensError as error:
-        assert limits is not None
         limits.check_length(error.at_least, 1, param, is_exact=False)
         raise
 
@@ -141,6 +140,12 @@ def require_unicode(text: str, param: str) -> None:
         ) from None
 
 
-async def off_loop[T](length: int, work: Callable[[], T]) -> T:
-    """What `work` gives on so many characters or tokens, without holding up the event loop if they are many."""
-    return work() if length < _LONG_TEXT else await asyncio.to_thread(work)
+def require_prompts_fit(num_tokens: int, limits: Limits) -> None:
+    """Raises RequestError for more tokens in the prompts of all choices than one HTTP request may bring."""
+    most = max(_MOST_PROMPT_TOKENS, limits.longest)
+    if num_tokens > most:
+        raise RequestError(
+            f"The prompts of all choices have {num_tokens} tokens together (a prompt counts n times); one request may "
+            f"bring {most}. Send several requests.",
+            "n",
+        )

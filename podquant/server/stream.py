@@ -7,6 +7,8 @@ two cores the JSON of a token competes with the computing of the next one.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from json.encoder import encode_basestring_ascii as json_string
 from typing import Any, Protocol
 
@@ -16,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 from podquant.engine.request import Output
 from podquant.errors import RequestError
 from podquant.server.errors import error_body
-from podquant.server.generation import ClientGoneError, Generation
+from podquant.server.generation import Generation
+from podquant.server.off_loop import off_loop
 
 DONE = b"data: [DONE]\n\n"
 
@@ -71,12 +74,14 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             try:
                 async for batch in generation.news():
-                    data = b"".join([self._chunks.chunk(index, output) for index, output in batch])
+                    scored = sum(len(output.prompt_logprobs) for _, output in batch)
+                    data = await off_loop(scored, partial(self._write, batch))
                     if data:
                         await send({"type": "http.response.body", "body": data, "more_body": True})
                 last = self._chunks.end()
-            except ClientGoneError:
-                return
             except RequestError as error:
                 last = event(error_body(503, str(error), code="unavailable"))
             await send({"type": "http.response.body", "body": last + DONE})
+
+    def _write(self, batch: Sequence[tuple[int, Output]]) -> bytes:
+        return b"".join([self._chunks.chunk(index, output) for index, output in batch])
