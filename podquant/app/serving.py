@@ -17,6 +17,7 @@ from podquant.group.hosts import SharedFlags
 from podquant.group.other_host import serve_host
 from podquant.group.service import GroupOptions, GroupService
 from podquant.server.app import attach_engine, create_app, tell_phase
+from podquant.server.connections import raise_file_limit
 from podquant.server.http_server import HttpServer
 
 _LAST_WORDS_SECONDS = 5.0
@@ -63,6 +64,7 @@ def serve(
     Raises:
         PodquantError: the address or the model cannot be had, or the hosts do not come.
     """
+    raise_file_limit()
     name = http.served_model_name or options.model_path
     app = create_app(None, api_key=http.api_key, served_model_name=name, with_metrics=http.with_metrics)
     server = HttpServer(app, http.host, http.port, access_log=http.access_log)

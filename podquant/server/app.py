@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from podquant.engine.backend import Backend
 from podquant.server import chat, completions, errors, info
-from podquant.server.guard import Guard
+from podquant.server.guard import BODY_SECONDS, Guard
 from podquant.server.service import Service
 
 MAX_BODY_BYTES = 16 << 20
@@ -21,6 +21,7 @@ def create_app(
     api_key: str | None = None,
     served_model_name: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_seconds: float = BODY_SECONDS,
     with_metrics: bool = True,
 ) -> FastAPI:
     """An app that serves an engine.
@@ -30,6 +31,7 @@ def create_app(
         api_key: what callers must send as a bearer token; None asks for nothing.
         served_model_name: what callers call the model; None for the engine's own name.
         max_body_bytes: a longer body is refused.
+        body_seconds: one that takes longer, and is slow, is refused.
         with_metrics: whether there is /metrics.
     """
     service = Service(engine, served_model_name)
@@ -47,7 +49,7 @@ def create_app(
     if with_metrics:
         app.include_router(info.metrics_router)
     errors.install(app)
-    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes)
+    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, body_seconds=body_seconds)
     return app
 
 

@@ -15,6 +15,11 @@ from podquant.server.errors import ApiError, response_for
 
 _OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})
 
+BODY_SECONDS = 30.0
+"""How long a body may take at the least, and how much longer for each so many bytes of it."""
+
+_BODY_RATE = 1 << 14
+
 _LINGER_SECONDS = 30.0
 """How long what a client still sends is read and dropped once it has its answer, so that it gets to read it: many send
 their whole body first, and a connection closed under them is all that they would see."""
@@ -27,12 +32,16 @@ class Guard:
         app: what it guards.
         api_key: compared in constant time with the bearer token of everything but /health, /ready and /metrics.
         max_body_bytes: a longer body is refused with 413, announced or not.
+        body_seconds: a body that takes longer, and comes slower than 16 KiB/s on the whole, is refused with 408.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, body_seconds: float = BODY_SECONDS
+    ) -> None:
         self._app = app
         self._key_digest = _digest(api_key) if api_key is not None else None
         self._max_body_bytes = max_body_bytes
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,9 +50,10 @@ class Guard:
         body = _Body(receive, Headers(scope=scope))
         try:
             self._check_key(scope["path"], body.headers)
-            await body.read(self._max_body_bytes)
+            await body.read(self._max_body_bytes, self._body_seconds)
         except ApiError as error:
-            await response_for(error)(scope, receive, body.lingering(send))
+            is_slow = error.status == 408  # it would not come to an end in any other time either
+            await response_for(error)(scope, receive, send if is_slow else body.lingering(send))
         else:
             await self._answer(scope, body, send)
 
@@ -85,10 +95,19 @@ class _Body:
         self._is_whole = "content-length" not in headers and "transfer-encoding" not in headers
         self._pending: Message | None = {"type": "http.request", "body": b"", "more_body": False}
 
-    async def read(self, most: int) -> None:
-        """Raises ApiError if it is longer than `most` bytes, at once where its length is announced."""
+    async def read(self, most: int, seconds: float) -> None:
+        """Raises ApiError if it is longer than `most` bytes, at once where its length is announced, or comes slowly."""
         if int(self.headers.get("content-length", "0")) > most:
             raise _too_large(most)
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                await self._read(most, deadline)
+        except TimeoutError:
+            raise ApiError(408, "The body took too long to come; send it faster.", code="request_timeout") from None
+
+    async def _read(self, most: int, deadline: asyncio.Timeout) -> None:
+        first = deadline.when()
+        assert first is not None
         pieces: list[bytes] = []
         num_bytes = 0
         while not self._is_whole:
@@ -98,6 +117,7 @@ class _Body:
                 break
             pieces.append(message.get("body", b""))
             num_bytes += len(pieces[-1])
+            deadline.reschedule(first + num_bytes / _BODY_RATE)
             self._is_whole = not message.get("more_body", False)
             if num_bytes > most:
                 raise _too_large(most)

@@ -9,8 +9,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from podquant.errors import ConfigError
+from podquant.server.connections import ConnectionLimits, protocol_class
 
 _BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
+
+_ACCEPTS = 16
+"""Connections accepted in one round of the event loop, and attempts in it where there is no file descriptor left."""
 
 KEEP_ALIVE_SECONDS = 75
 """How long an idle connection stays open: longer than proxies and clients keep theirs (60 s is usual), so that they
@@ -24,23 +29,35 @@ class HttpServer:
         app: what to serve.
         host, port: where; port 0 takes a free one.
         access_log: log a line for each request.
+        limits: of its connections.
 
     Raises ConfigError if the address cannot be had.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, access_log: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        access_log: bool = False,
+        limits: ConnectionLimits | None = None,
+    ) -> None:
         self._socket = _bind(host, port)
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
             app,
+            http=protocol_class(limits or ConnectionLimits()),
+            ws="none",
+            backlog=_ACCEPTS,
             log_config=None,
             access_log=access_log,
             lifespan="on",
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
         )
@@ -59,6 +76,14 @@ class HttpServer:
         if self._thread.is_alive():
             self._server.force_exit = True
             self._thread.join()
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen with another backlog: asyncio takes one number for this and for how often it accepts at a time."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_BACKLOG)
 
 
 def _bind(host: str, port: int) -> socket.socket:

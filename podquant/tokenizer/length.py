@@ -1,4 +1,4 @@
-"""Whether a text surely has too many tokens: told from its bytes or its beginning, before all of it is tokenized.
+"""Whether a text surely has too many tokens: told from its bytes or its first pieces, before all of it is tokenized.
 
 Tokenizing takes a second or so for each megabyte. Knows nothing of vocabularies or of what a text is for.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _CHARACTERS = 8
-"""More than an average token has in any language; a beginning of so many for each token allowed is tried first."""
+"""More than an average token has in any language; pieces of so many for each token allowed are tried first."""
 
 
 class TooManyTokensError(Exception):
@@ -29,11 +29,15 @@ def check_length(text: str, most: int, longest: int | None, count: Callable[[str
     if longest is not None:
         num_bytes = len(text) if text.isascii() else len(text.encode())
         _refuse_more(-(-num_bytes // longest), most)
-    beginning = _CHARACTERS * (most + 1)
-    if len(text) > 2 * beginning:
-        num_tokens = count(text[:beginning])
-        # what follows may change how the end of the beginning is cut, and no more
-        _refuse_more(num_tokens - num_tokens // 8 - 16, most)
+    size = _CHARACTERS * (most + 1)
+    if len(text) <= 2 * size:
+        return
+    at_least = 0
+    for start in range(0, len(text), size):
+        num_tokens = count(text[start : start + size])
+        # what is around a piece may change how its ends are cut, and no more
+        at_least += max(num_tokens - num_tokens // 8 - 16, 0)
+        _refuse_more(at_least, most)
 
 
 def _refuse_more(at_least: int, most: int) -> None:

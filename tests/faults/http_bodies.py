@@ -2,9 +2,10 @@
 
     python tests/faults/http_bodies.py http://127.0.0.1:30000 --pid PID [--bodies 2000] [--seed 0] [--senders 2]
 
-Run it against a server on this machine, with a model of a real tokenizer. Bodies of 16 MiB are generated from the seed and
-sent to every route, while another process asks for /health and follows a stream. Reported are the worst waits, with what
-was sent in them, the server's memory before and after, the statuses, and every answer from 500 on that was not meant.
+Run it against a server on this machine, with a model of a real tokenizer. Bodies of 16 MiB are generated from the seed
+and sent to every route, while another process asks for /health and follows a stream. Reported are the worst waits, with
+what was sent in them, the server's memory before and after, the statuses, and every answer from 500 on that was not
+meant.
 """
 
 from __future__ import annotations
@@ -238,6 +239,8 @@ class Sender:
         finally:
             connection.close()
         self.sent.append(Sent(what, began, time.perf_counter(), status, answer))
+        if time.perf_counter() - began > 5:
+            print(f"{time.perf_counter() - began:.1f} s {status} {what}", flush=True)
 
 
 def probe(url: str, key: str | None, stop: Event, waits: multiprocessing.Queue[tuple[str, float, float]]) -> None:
@@ -301,7 +304,7 @@ def send_all(options: argparse.Namespace) -> list[Sent]:
                 what = f"{method} {route} {what}"
             pieces = rng.choice((0, 0, 0, 0, 0, 0, 0, 0, 1, 7, 1 << 16))
             if pieces and pieces < 100:
-                data, what = data[: 1 << 20], what + f" in chunks of {pieces}"
+                data, what = data[: 1 << 16], what + f" in chunks of {pieces}"
             sender.send(method, route, f"#{number} {what}", data, pieces)
             if len(sender.sent) % 100 == 0:
                 print(f"{len(sender.sent)} sent, {memory(options.pid):.0f} MiB", flush=True)
@@ -346,10 +349,10 @@ def main() -> None:
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     stop, queue = spawn.Event(), spawn.Queue()
-    probing = spawn.Process(target=probe, args=(options.url, options.key, stop, queue))
+    probing = spawn.Process(target=probe, args=(options.url, options.key, stop, queue), daemon=True)
     probing.start()
     waits: list[tuple[str, float, float]] = []
-    threading.Thread(target=lambda: [waits.append(wait) for wait in iter(queue.get, None)], daemon=True).start()
+    threading.Thread(target=lambda: waits.extend(iter(queue.get, None)), daemon=True).start()
     while not any(kind == "stream" for kind, _, _ in waits):
         time.sleep(0.1)
     time.sleep(3)
@@ -362,10 +365,9 @@ def main() -> None:
     stop.set()
     probing.join()
     quiet = [wait for wait in waits if wait[2] < began]
-    print(
-        "before any body:",
-        {kind: round(max(e - b for k, b, e in quiet if k == kind), 3) for kind in {w[0] for w in quiet}},
-    )
+    for kind in sorted({kind for kind, _, _ in quiet}):
+        worst = max(end - begin for name, begin, end in quiet if name == kind)
+        print(f"before any body: {kind} {worst:.3f} s at the worst")
     report(sent, [wait for wait in waits if wait[2] >= began])
 
 

@@ -19,6 +19,7 @@ from podquant.engine.engine import LocalEngine
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import start_engine
 from podquant.server.app import create_app
+from podquant.server.connections import ConnectionLimits
 from podquant.server.http_server import HttpServer
 from podquant.tokenizer.tokenizer import Tokenizer
 
@@ -81,9 +82,9 @@ def tokenizer_of(engine: LocalEngine) -> Tokenizer:
 
 
 @contextmanager
-def serving(engine: LocalEngine | None, **more: Any) -> Iterator[str]:
+def serving(engine: LocalEngine | None, *, limits: ConnectionLimits | None = None, **more: Any) -> Iterator[str]:
     """The URL of a server over an engine."""
-    server = HttpServer(create_app(engine, **({"served_model_name": MODEL} | more)), "127.0.0.1", 0)
+    server = HttpServer(create_app(engine, **({"served_model_name": MODEL} | more)), "127.0.0.1", 0, limits=limits)
     server.start()
     try:
         yield server.url

@@ -15,7 +15,6 @@ from podquant.server import bodies, schemas
 from podquant.server.errors import ApiError
 from podquant.server.fields import Body
 from podquant.server.service import require_prompts_fit
-from tests.server.conftest import serving
 
 JSON = {"content-type": "application/json"}
 MILLIONS = (16 << 20) - 100
@@ -128,8 +127,3 @@ def test_json_must_say_that_it_is(client: httpx.Client, kind: str | None) -> Non
     for right in kinds:
         answer = client.post(COMPLETION, content=b'{"prompt": [5], "max_tokens": 1}', headers={"content-type": right})
         assert answer.status_code == 200
-
-
-def test_nothing_is_read_before_there_is_a_model() -> None:
-    with serving(None) as url:
-        assert httpx.post(f"{url}{COMPLETION}", content=b"{", headers=JSON).status_code == 503

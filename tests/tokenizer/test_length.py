@@ -52,7 +52,19 @@ def test_the_beginning_tells_a_text_whose_tokens_are_shorter_than_they_may_be() 
     assert at_least("a" * 1_000_000, 1000, None, count) == 2002 - 250 - 16
     assert seen == [8008]
     assert at_least("a" * 16_000, 1000, None) is None  # not much more than what would be tried first
-    assert at_least("a" * 1_000_000, 1000, None, lambda text: 1100) is None  # too near to tell
+    assert at_least("a" * 16_017, 1000, None, lambda text: len(text) // 15) is None  # too near to tell
+
+
+def test_further_pieces_tell_a_text_whose_tokens_are_long() -> None:
+    seen: list[int] = []
+
+    def count(text: str) -> int:
+        seen.append(len(text))
+        return len(text) // 32
+
+    assert at_least(" " * 16_000_000, 1000, None, count) == 5 * (250 - 31 - 16)
+    assert seen == [8008] * 5
+    assert at_least(" " * 1_000_000, 1000, None, lambda text: 1) is None  # as of one that drops what it does not know
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"unigram"}))
