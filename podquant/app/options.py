@@ -46,7 +46,7 @@ class ServeOptions:
     )
     skip_tokenizer_init: bool = _flag("serve token ids only, for checkpoints without a tokenizer", False)
 
-    host: str = _flag("address to listen on; 0.0.0.0 for all addresses, which calls for an --api-key", "127.0.0.1")
+    host: str = _flag("address to listen on; 0.0.0.0 for all addresses, which takes an API key", "127.0.0.1")
     port: int = _flag("port to listen on; 0 takes a free one", 30000)
     api_key: str | None = _flag(
         "what callers must send as `Authorization: Bearer KEY` (default: the value of PODQUANT_API_KEY, which other "
@@ -56,6 +56,9 @@ class ServeOptions:
     api_key_file: str | None = _flag(
         "file that holds that key and nothing else, such as a mounted Secret; read once, when the server starts",
         metavar="FILE",
+    )
+    allow_anonymous: bool = _flag(
+        "listen where other machines reach the server, although no API key is set: whoever does is answered", False
     )
     served_model_name: str | None = _flag("what callers call the model (default: --model-path)", metavar="NAME")
     enable_metrics: bool = _flag("serve GET /metrics for Prometheus", True)

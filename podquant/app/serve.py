@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
+import socket
 import sys
 import threading
 from dataclasses import fields, replace
@@ -54,6 +56,7 @@ def serve_part(options: ServeOptions, group: GroupOptions | None, is_stopped: th
         serving.serve_other_host(engine_options(options), group, options.node_rank, is_stopped)
         return
     options = replace(options, api_key=read_api_key(options), api_key_file=None)
+    require_key_where_others_reach(options)
     name = options.served_model_name or options.model_path
     loading = LoadProgress("loading")
 
@@ -89,6 +92,27 @@ def read_api_key(options: ServeOptions) -> str | None:
             f"{f'{len(key.split())} words' if key else 'an empty file'}. Make one with `openssl rand -hex 32`"
         )
     return key
+
+
+def require_key_where_others_reach(options: ServeOptions) -> None:
+    """Raises ConfigError if other machines reach the server, no key is asked for, and nobody has said that it is meant.
+
+    Args:
+        options: with the key, if there is any.
+    """
+    if options.api_key is not None or options.allow_anonymous:
+        return
+    try:
+        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return  # whoever listens there will say so
+    addresses = [str(address[0]).partition("%")[0] for *_, address in found]
+    if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        raise ConfigError(
+            f"--host {options.host}: other machines reach the server there, and it asks for no API key. Set "
+            f"{API_KEY_VARIABLE} (make one with `openssl rand -hex 32`) or --api-key-file, listen on 127.0.0.1, or say "
+            "--allow-anonymous to answer whoever comes"
+        )
 
 
 def check_source(options: ServeOptions, source: str, revision: str | None) -> None:

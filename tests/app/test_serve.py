@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from podquant.app.serve import (
     http_options,
     options_of,
     read_api_key,
+    require_key_where_others_reach,
+    serve_part,
 )
 from podquant.config.job import ServeJob
 from podquant.engine.options import EngineOptions
@@ -116,3 +120,33 @@ def test_a_file_that_holds_no_key(tmp_path: Path, data: bytes | None, message: s
 def test_one_key_is_enough() -> None:
     with pytest.raises(ConfigError, match="--api-key-file: expected only one of it and --api-key"):
         ServeOptions(model_path="m", api_key="a", api_key_file="b")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0", "192.0.2.1", "2001:db8::1", "fe80::1%lo", "::ffff:192.0.2.1"])
+def test_nobody_serves_all_machines_without_a_key_unawares(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"--host {host}: other machines reach.*--allow-anonymous"):
+        require_key_where_others_reach(ServeOptions(model_path="m", host=host))
+    require_key_where_others_reach(ServeOptions(model_path="m", host=host, api_key="key"))
+    require_key_where_others_reach(ServeOptions(model_path="m", host=host, allow_anonymous=True))
+
+
+def test_a_name_is_what_it_resolves_to() -> None:
+    own = socket.gethostname()
+    addresses = {address[0] for *_, address in socket.getaddrinfo(own, None)}
+    options = ServeOptions(model_path="m", host=own)
+    if all(str(address).startswith("127.") or address == "::1" for address in addresses):
+        require_key_where_others_reach(options)
+    else:
+        with pytest.raises(ConfigError, match="other machines reach"):
+            require_key_where_others_reach(options)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "no.such.host.invalid"])
+def test_this_machine_needs_no_key(host: str) -> None:
+    require_key_where_others_reach(ServeOptions(model_path="m", host=host))
+
+
+def test_it_is_refused_before_anything_is_loaded() -> None:
+    options = ServeOptions(model_path="/nowhere", device="cpu", host="0.0.0.0", port=0)
+    with pytest.raises(ConfigError, match="--allow-anonymous"):
+        serve_part(options, None, threading.Event())
