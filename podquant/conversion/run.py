@@ -16,7 +16,7 @@ from podquant.artifact.manifest import Manifest, OutputFile
 from podquant.artifact.naming import MANIFEST
 from podquant.artifact.reader import read_manifest
 from podquant.checkpoint.index import Checkpoint
-from podquant.checkpoint.versions import refuse_changed_since
+from podquant.checkpoint.versions import Versions, refuse_changed_since
 from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
 from podquant.cluster.local import LocalHosts
 from podquant.conversion.commit import commit
@@ -78,8 +78,7 @@ def convert(
     Args:
         threads: how many read and quantize, in each worker of the hosts.
         hosts: where units are done; None for this process, one after another.
-        window_bytes: source bytes in a window, None for what suits the source's storage; changes memory and speed,
-            never the result.
+        window_bytes: source bytes in a window, None for what suits the source's storage; never changes the result.
         overwrite: put the result in the place of an artifact that is at `target`, which stays until the end; and give
             up what an earlier run began there, if that was another conversion.
         allow_nonfinite: keep NaN and infinities in what is not quantized, instead of refusing them.
@@ -88,8 +87,8 @@ def convert(
     Raises:
         ArtifactExistsError: `target` is taken (or, to overwrite, holds something that is no artifact), or another
             conversion was begun there.
-        StorageError: the disk is too small or fills up, another run writes there, bytes cannot be read or written, the
-            source is not what it was when it was opened, or what was read is not what its storage has.
+        StorageError: the disk fills up, another run writes there, bytes cannot be read or written, the source is not
+            what it was when it was opened, or what was read is not what its storage has.
         CheckpointError: tied tensors that are both stored differ.
         NonFiniteWeightError: names the tensor, the row and the file.
         ClusterError: there are no hosts, or they die one after another.
@@ -108,8 +107,7 @@ def convert(
             _check_space(publication.uri, plan, receipts)
             tied = _do_units(checkpoint, plan, setting, hosts or LocalHosts(), receipts, on_progress)
             _refuse_corrupted(checkpoint, plan, receipts, tied, records)
-            copied = {name: _copy(checkpoint, name, size, publication) for name, size in plan.copied.items()}
-            refuse_changed_since(checkpoint.store.uri, versions, CHANGED)
+            copied = _copy_all(checkpoint, plan, versions, publication)
             check_staged({**copied, **{n: f for r in receipts.values() for n, f in r.files.items()}}, publication)
             manifest = commit(plan, list(receipts.values()), copied, publication)
         except BaseException:
@@ -226,6 +224,15 @@ def _refuse_corrupted(
 def _check_space(uri: str, plan: Plan, receipts: Mapping[str, Receipt]) -> None:
     there = sum(file.size for receipt in receipts.values() for file in receipt.files.values())
     require_space(uri, plan.bytes_out - there + _SLACK_BYTES, "the artifact")
+
+
+def _copy_all(
+    checkpoint: Checkpoint, plan: Plan, versions: Versions, publication: Publication
+) -> dict[str, OutputFile]:
+    """Copy the files beside the weights, the last to be read, and compare all of the source with what it was."""
+    copied = {name: _copy(checkpoint, name, size, publication) for name, size in plan.copied.items()}
+    refuse_changed_since(checkpoint.store.uri, versions, CHANGED)
+    return copied
 
 
 def _copy(checkpoint: Checkpoint, name: str, size: int, publication: Publication) -> OutputFile:

@@ -5,15 +5,16 @@ Knows nothing of HTTP, or of where the file is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from podquant.engine.request import SamplingParams
-from podquant.errors import CheckpointError, RequestError
+from podquant.errors import RequestError
+from podquant.foreign import shown
+from podquant.tokenizer.jsonfile import GENERATION, decode_object
 
-FILE = "generation_config.json"
+FILE = GENERATION
 
 _KEYS: Mapping[str, tuple[str, type]] = {
     "temperature": ("temperature", float),
@@ -64,17 +65,7 @@ def read_defaults(data: bytes, where: str) -> tuple[SamplingDefaults, list[str]]
     Raises:
         CheckpointError: it is not a JSON object.
     """
-    try:
-        settings = json.loads(data)
-    except ValueError as error:  # no UTF-8 either
-        raise CheckpointError(
-            f"{where} is not valid JSON: {error}. Correct it, or serve with --generation-config none."
-        ) from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"{where}: expected a JSON object, got {type(settings).__name__}. Correct it, or serve with "
-            "--generation-config none."
-        )
+    settings = decode_object(data, where)
     found: dict[str, Any] = {}
     notes = []
     for key, (name, kind) in _KEYS.items():
@@ -92,7 +83,7 @@ def read_defaults(data: bytes, where: str) -> tuple[SamplingDefaults, list[str]]
 def _problem(name: str, kind: type, value: Any) -> str | None:
     """Why a field cannot have a value; None if it can."""
     if isinstance(value, bool) or not isinstance(value, int | kind):
-        return f"expected {'an integer' if kind is int else 'a number'}, got {value!r:.60}"
+        return f"expected {'an integer' if kind is int else 'a number'}, got {shown(value)}"
     values: dict[str, Any] = {name: value}
     try:
         SamplingParams(**values)

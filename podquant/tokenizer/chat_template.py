@@ -14,9 +14,11 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from podquant.errors import CheckpointError, RequestError
+from podquant.foreign import cut, shown
 
 _DEVELOPER = "developer"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -38,7 +40,8 @@ class ChatTemplate:
         sources = {"default": source} if isinstance(source, str) else source
         if "default" not in sources:
             raise CheckpointError(
-                f"{where}: expected a chat template named 'default', found {sorted(sources)}. Name one of them so."
+                f"{where}: expected a chat template named 'default', found {shown(sorted(sources))}. Name one of them "
+                "so."
             )
         environment = _environment()
         self._variables = dict(variables)
@@ -48,8 +51,13 @@ class ChatTemplate:
             self._know_developer = {name for name, text in sources.items() if _names_developer(environment, text)}
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
-                f"{where}: the chat template is not valid Jinja, line {error.lineno}: {error.message}. "
+                f"{where}: the chat template is not valid Jinja, line {error.lineno}: {cut(error.message or '', 200)}. "
                 "Fix or remove it; without one the model serves completions only."
+            ) from error
+        except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:  # of Jinja's compiler
+            raise CheckpointError(
+                f"{where}: the chat template cannot be compiled: {cut(str(error) or type(error).__name__)}. Fix or "
+                "remove it; without one the model serves completions only."
             ) from error
 
     def render(
@@ -114,9 +122,19 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=lineno)
 
 
+@jinja2.pass_context
+def _as_it_is(context: jinja2.runtime.Context, value: Any) -> Any:
+    return value
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        # These two keep Jinja from computing constants, of whatever size, while it compiles.
+        optimized=False,
+        finalize=_as_it_is,
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

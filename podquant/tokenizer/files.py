@@ -5,15 +5,21 @@ Knows nothing of how text becomes tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from podquant.errors import CheckpointError
+from podquant.foreign import shown
 from podquant.tokenizer.added_tokens import AddedToken
 from podquant.tokenizer.chat_template import ChatTemplate
+from podquant.tokenizer.jsonfile import GENERATION, decode_object
+
+_ADVICE = "Correct it, or take the file that the model came with."
+
+_MOST_ID = 2**31 - 1
+_DIGITS = len(str(_MOST_ID))
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -65,7 +71,7 @@ class TokenizerFiles:
             directory,
             where,
             settings,
-            read("generation_config.json"),
+            read(GENERATION),
             _contents(names) | _contents(settings),
             tuple(added[token_id] for token_id in sorted(added)),
             tuple(dict.fromkeys(listed)),
@@ -81,8 +87,8 @@ class TokenizerFiles:
         name = self.settings.get("tokenizer_class")
         if name is not None and not isinstance(name, str):
             raise CheckpointError(
-                f"{self.where}/tokenizer_config.json: expected `tokenizer_class` to be a text, got {name!r}. "
-                "Download it again."
+                f"{self.where}/tokenizer_config.json: expected `tokenizer_class` to be a text, got {shown(name)}. "
+                f"{_ADVICE}"
             )
         return name.removesuffix("Fast") if name else None
 
@@ -99,7 +105,7 @@ class TokenizerFiles:
     def eos_ids(self, config: Mapping[str, Any]) -> set[int]:
         """The end tokens of config.json, given, and of generation_config.json: one, several or none each."""
         ids: set[int] = set()
-        for name, values in (("config.json", config), ("generation_config.json", self.generation)):
+        for name, values in (("config.json", config), (GENERATION, self.generation)):
             value = values.get("eos_token_id")
             several = value if isinstance(value, list) else [] if value is None else [value]
             for token_id in several:
@@ -133,7 +139,7 @@ class TokenizerFiles:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(
-                f"{self.where}/{path.relative_to(self.directory)} is not UTF-8: {error}. Download it again."
+                f"{self.where}/{path.relative_to(self.directory)} is not UTF-8: {error}. {_ADVICE}"
             ) from error
 
 
@@ -146,7 +152,7 @@ def _templates(source: Any, where: str) -> dict[str, str]:
     if not isinstance(source, dict) or not all(isinstance(text, str) for each in source.items() for text in each):
         raise CheckpointError(
             f"{where}: expected `chat_template` to be a text, or a list of objects with `name` and `template`, got "
-            f"{str(source)[:120]}. Download it again, or remove it; without one the model serves completions only."
+            f"{shown(source, 120)}. Correct or remove it; without one the model serves completions only."
         )
     return source
 
@@ -155,13 +161,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
     """The object in a file that a checkpoint may lack."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no UTF-8 either
-        raise CheckpointError(f"{where} is not valid JSON: {error}. Download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, got {type(value).__name__}. Download it again.")
-    return value
+    return decode_object(path.read_bytes(), where)
 
 
 def _added_tokens(settings: Mapping[str, Any], where: str) -> dict[int, AddedToken]:
@@ -169,10 +169,11 @@ def _added_tokens(settings: Mapping[str, Any], where: str) -> dict[int, AddedTok
     given = settings.get("added_tokens_decoder") or {}
     entries = given.items() if isinstance(given, dict) else [("", given)]
     for key, value in entries:
-        if not key.isdecimal() or not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        is_id = key.isdecimal() and len(key) <= _DIGITS and int(key) <= _MOST_ID
+        if not is_id or not isinstance(value, dict) or not isinstance(value.get("content"), str):
             raise CheckpointError(
-                f"{where}: expected `added_tokens_decoder` to map ids to objects with `content`, got {key!r}: {value!r}"
-                ". Download it again."
+                f"{where}: expected `added_tokens_decoder` to map ids to objects with `content`, got {shown(key)}: "
+                f"{shown(value)}. {_ADVICE}"
             )
         flags = {name: value.get(name) is True for name in _FLAGS}
         normalized = value.get("normalized", not flags["special"]) is True
@@ -199,8 +200,8 @@ def _content(value: Any) -> str | None:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_ID
 
 
 def _not_an_id(where: str, name: str, value: Any) -> CheckpointError:
-    return CheckpointError(f"{where}: expected a token id for {name!r}, got {value!r}. Download it again.")
+    return CheckpointError(f"{where}: expected a token id for {shown(name)}, got {shown(value)}. {_ADVICE}")

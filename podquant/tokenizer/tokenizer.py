@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from podquant.errors import CheckpointError, RequestError
+from podquant.foreign import shown
 from podquant.tokenizer.chat_template import ChatTemplate
 from podquant.tokenizer.chatml import ChatML, Mark
 from podquant.tokenizer.detokenize import Detokenizer
@@ -60,8 +61,9 @@ class Tokenizer:
 
         Raises CheckpointError for missing or bad files, and for a vocabulary that does not fit the model.
         """
+        model_type = config.get("model_type")
         vocabulary, files = _load_vocabulary(
-            TokenizerFiles.read(directory, where or str(directory)), config.get("model_type")
+            TokenizerFiles.read(directory, where or str(directory)), model_type if isinstance(model_type, str) else None
         )
         size = config.get("vocab_size") if vocab_size is None else vocab_size
         if size is not None:
@@ -180,12 +182,14 @@ def _check_fit(vocabulary: Vocabulary, files: TokenizerFiles, vocab_size: int) -
         token_id = vocabulary.token_id(content)
         if token_id is not None and token_id >= vocab_size:
             raise CheckpointError(
-                f"{files.where}: `{role}` {content!r} has id {token_id}, but the model's `vocab_size` is {vocab_size}. "
-                "The tokenizer is of another model: download it again with the weights."
+                f"{files.where}: `{role}` {shown(content)} has id {token_id}, but the model's `vocab_size` is "
+                f"{vocab_size}. The tokenizer is of another model: download it again with the weights."
             )
     beyond = [token.content for token in files.added if token.token_id >= vocab_size]
     if beyond:  # some checkpoints carry the added tokens of a larger sibling
-        _log.warning("%s: added tokens that the model lacks: %s; a text with one is refused", files.where, beyond)
+        _log.warning(
+            "%s: added tokens that the model lacks: %s; a text with one is refused", files.where, shown(beyond, 200)
+        )
 
 
 def _chat_format(vocabulary: Vocabulary, files: TokenizerFiles) -> ChatML | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,13 +12,18 @@ from typing import Any
 
 import tokenizers
 
-from podquant.errors import CheckpointError
+from podquant.errors import CheckpointError, PodquantError, RequestError
+from podquant.foreign import shown
 from podquant.tokenizer.added_tokens import AddedToken
 from podquant.tokenizer.detokenize import Detokenizer, WindowDetokenizer
 from podquant.tokenizer.files import TokenizerFiles
+from podquant.tokenizer.panics import reason
 
 _MANY = 1000
 """Ids whose decoding takes longer than handing Python's lock to another thread and back."""
+
+_TRIAL = "Hello, world! Größe 日本語 \n\t 12345 " + "a" * 64 + "!"
+"""Words, signs, digits, white space, letters of several bytes, and what patterns that backtrack stumble over."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -64,18 +70,24 @@ class JsonVocabulary:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """See `Vocabulary`."""
-        # unlike `encode`, which gives the same ids, it lets other threads run
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            # unlike `encode`, which gives the same ids, it lets other threads run
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            raise RequestError(f"The model's tokenizer cannot encode this text: {reason(error)}.") from error
         ids: list[int] = encoding.ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Vocabulary`."""
         text: str
-        if len(ids) > _MANY:
-            (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)  # lets other threads run
-        else:
-            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        try:
+            if len(ids) > _MANY:
+                (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=False)  # lets other threads run
+            else:
+                text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        except BaseException as error:
+            raise CheckpointError(f"The model's tokenizer cannot decode these tokens: {reason(error)}.") from error
         return text
 
     def token_id(self, content: str) -> int | None:
@@ -166,11 +178,24 @@ def load_json(files: TokenizerFiles, path: Path) -> JsonVocabulary:
     where = f"{files.where}/{path.name}"
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+        vocabulary = with_added_tokens(tokenizer, files, where)
+        _try_out(tokenizer)
+    except PodquantError:
+        raise
+    except BaseException as error:  # the library raises nothing narrower
         raise CheckpointError(
-            f"{where} is not a tokenizer the `tokenizers` library can read: {error}. Download it again."
+            f"{where} is not a tokenizer the `tokenizers` library can read: {reason(error)}. Copy it again if it is "
+            "damaged, or take the file that the model came with."
         ) from error
-    return with_added_tokens(tokenizer, files, where)
+    return vocabulary
+
+
+def _try_out(tokenizer: tokenizers.Tokenizer) -> None:
+    """Let a file that is well formed, and still makes the library panic, do so now."""
+    with contextlib.suppress(Exception):  # a text may be one that it cannot encode
+        tokenizer.encode_batch_fast([_TRIAL], add_special_tokens=True)
+    with contextlib.suppress(Exception):
+        tokenizer.decode_batch([list(tokenizer.get_vocab().values())], skip_special_tokens=False)
 
 
 def with_added_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles, where: str) -> JsonVocabulary:
@@ -204,8 +229,9 @@ def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken, present: tokenizers
     got = tokenizer.token_to_id(token.content)
     if got != token.token_id:
         raise CheckpointError(
-            f"{where}: lacks the token {token.content!r}, to which the other tokenizer files give id {token.token_id}, "
-            f"but the next free id is {got}. The files are not of one checkpoint: download them again."
+            f"{where}: lacks the token {shown(token.content)}, to which the other tokenizer files give id "
+            f"{token.token_id}, but the next free id is {got}. The files are not of one checkpoint: "
+            "download them again."
         )
 
 

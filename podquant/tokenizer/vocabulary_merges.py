@@ -13,7 +13,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.foreign import cut
 from podquant.tokenizer.files import TokenizerFiles
+from podquant.tokenizer.panics import reason
 from podquant.tokenizer.patterns import QWEN
 from podquant.tokenizer.vocabulary_json import JsonVocabulary, with_added_tokens
 
@@ -57,16 +59,17 @@ def load_merges(files: TokenizerFiles, path: Path, model_type: str | None) -> tu
     name = files.class_name or _CLASS_OF_MODEL.get(model_type or "")
     if name not in _CLASSES:
         raise UnsupportedModelError(
-            f"{where}: how tokenizer class {name} splits a text is not known. Known are {', '.join(_CLASSES)}; for "
-            "others save a tokenizer.json beside the weights."
+            f"{where}: how tokenizer class {cut(str(name))} splits a text is not known. Known are {', '.join(_CLASSES)}"
+            "; for others save a tokenizer.json beside the weights."
         )
     kind = _CLASSES[name]
     files = files.with_roles(kind.roles)
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(merges)))
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower
         raise CheckpointError(
-            f"{where} and {merges.name} are no BPE vocabulary: {error}. Download both again."
+            f"{where} and {merges.name} are no BPE vocabulary: {reason(error)}. Copy them again if they are damaged, "
+            "or take the files that the model came with."
         ) from error
     adds_space = files.settings.get("add_prefix_space") is True
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=adds_space, use_regex=kind.pattern is None)

@@ -18,6 +18,7 @@ from podquant.errors import CheckpointError
 from podquant.tokenizer.added_tokens import AddedToken, Finder
 from podquant.tokenizer.detokenize import ByteDetokenizer, Detokenizer
 from podquant.tokenizer.files import TokenizerFiles
+from podquant.tokenizer.panics import reason
 from podquant.tokenizer.sentencepiece_model import PieceType, SentencepieceModel, with_prefix
 
 _SPACE = "▁"
@@ -199,10 +200,11 @@ def load_sentencepiece(
             _role_ids(files, known, "bos", default=True),  # as transformers' tokenizers of this kind have it
             _role_ids(files, known, "eos", default=False),
         )
-    except (RuntimeError, ValueError) as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower
         raise CheckpointError(
-            f"{where} is not a model the `sentencepiece` library can read: {error}. It has {len(model)} bytes, "
-            f"beginning with {model[:24]!r}. Download it again, or save a tokenizer.json beside the weights."
+            f"{where} is not a model the `sentencepiece` library can read: {reason(error)}. It has {len(model)} bytes, "
+            f"beginning with {model[:24]!r}. Copy it again if it is damaged, or save a tokenizer.json beside the "
+            "weights."
         ) from error
     return vocabulary, files
 

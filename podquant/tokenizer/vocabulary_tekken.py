@@ -7,14 +7,15 @@ writes them.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from podquant.errors import CheckpointError
+from podquant.foreign import cut, shown
 from podquant.tokenizer.files import TokenizerFiles
+from podquant.tokenizer.jsonfile import decode
 from podquant.tokenizer.vocabulary_tiktoken import TiktokenClass, TiktokenVocabulary
 
 _ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -25,6 +26,11 @@ _FIRST_SPECIAL = (
 )
 """Special tokens of files up to version v7 that list none."""
 _LAST_UNLISTED = 7
+
+_MOST_SPECIAL = 1 << 20
+"""Of special tokens: files have some 1,000."""
+
+_ADVICE = "Correct it, or take the file that the model came with."
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,15 @@ def load_tekken(files: TokenizerFiles, path: Path) -> tuple[TiktokenVocabulary, 
     Raises CheckpointError.
     """
     where = f"{files.where}/{path.name}"
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}. Download it again.") from error
+    content = decode(path.read_bytes(), where)
     config = _field(where, content, "config", dict)
     pattern = _field(where, config, "pattern", str)
     num_special = _field(where, config, "default_num_special_tokens", int)
+    if not 0 <= num_special <= _MOST_SPECIAL:
+        raise CheckpointError(
+            f"{where}: expected `default_num_special_tokens` from 0 to {_MOST_SPECIAL:,}, got {shown(num_special)}. "
+            f"{_ADVICE}"
+        )
     special = _special_tokens(where, content, config, num_special)
     num_ranks = _field(where, config, "default_vocab_size", int) - num_special
     ranks = _ranks(where, _field(where, content, "vocab", list), num_ranks)
@@ -62,7 +70,7 @@ def load_tekken(files: TokenizerFiles, path: Path) -> tuple[TiktokenVocabulary, 
         )
     except ValueError as error:
         raise CheckpointError(
-            f"{where}: `pattern` {pattern!r} is not a pattern tiktoken knows: {error}. Download it again."
+            f"{where}: `pattern` {shown(pattern)} is not a pattern tiktoken knows: {cut(str(error), 200)}. {_ADVICE}"
         ) from error
     return vocabulary, files
 
@@ -71,14 +79,15 @@ def _special_tokens(where: str, content: Any, config: dict[str, Any], total: int
     """The special tokens by id, those that the file does not name too."""
     listed = content.get("special_tokens")
     if listed is None:
-        version = str(config.get("version"))
-        number = version.removeprefix("v")
-        if not number.isdecimal() or int(number) > _LAST_UNLISTED:
+        version = cut(str(config.get("version")))
+        if version.removeprefix("v") not in {str(number) for number in range(1, _LAST_UNLISTED + 1)}:
             raise CheckpointError(
                 f"{where}: version {version} lists no `special_tokens`, expected from version v{_LAST_UNLISTED + 1} on."
-                " Download it again."
+                f" {_ADVICE}"
             )
         special = [_Special(name, is_control=True) for name in _FIRST_SPECIAL]
+    elif not isinstance(listed, list):
+        raise CheckpointError(f"{where}: expected `special_tokens` to be a list, got {shown(listed)}. {_ADVICE}")
     else:
         special = [_special(where, token_id, entry) for token_id, entry in enumerate(listed)]
     special += [_Special(f"<SPECIAL_{token_id}>", is_control=True) for token_id in range(len(special), total)]
@@ -86,7 +95,7 @@ def _special_tokens(where: str, content: Any, config: dict[str, Any], total: int
     if len(special) != total or num_names != total:
         raise CheckpointError(
             f"{where}: `default_num_special_tokens` is {total}, but there are {len(special)} special tokens with "
-            f"{num_names} names. Download it again."
+            f"{num_names} names. {_ADVICE}"
         )
     return special
 
@@ -95,8 +104,8 @@ def _special(where: str, token_id: int, entry: Any) -> _Special:
     name = entry.get("token_str") if isinstance(entry, dict) else None
     if not isinstance(name, str) or entry.get("rank") != token_id:
         raise CheckpointError(
-            f"{where}: expected `special_tokens[{token_id}]` to have rank {token_id} and a `token_str`, got {entry!r}. "
-            "Download it again."
+            f"{where}: expected `special_tokens[{token_id}]` to have rank {token_id} and a `token_str`, got "
+            f"{shown(entry)}. {_ADVICE}"
         )
     return _Special(name, is_control=entry.get("is_control") is not False)
 
@@ -106,7 +115,7 @@ def _ranks(where: str, vocab: list[Any], num: int) -> list[bytes]:
     if not 256 <= num <= len(vocab):
         raise CheckpointError(
             f"{where}: `default_vocab_size` less the special tokens is {num}, but `vocab` has {len(vocab)} tokens; "
-            "expected at least that many, and 256. Download it again."
+            f"expected at least that many, and 256. {_ADVICE}"
         )
     tokens = []
     for rank, entry in enumerate(vocab[:num]):
@@ -118,11 +127,11 @@ def _ranks(where: str, vocab: list[Any], num: int) -> list[bytes]:
         if not is_next:
             raise CheckpointError(
                 f"{where}: expected `vocab[{rank}]` to have rank {rank} and `token_bytes` in base64 (the first 256 are "
-                f"the bytes in order), got {str(entry)[:120]}. Download it again."
+                f"the bytes in order), got {shown(entry)}. {_ADVICE}"
             )
         tokens.append(token)
     if len(set(tokens)) < num:
-        raise CheckpointError(f"{where}: `vocab` holds a token twice. Download it again.")
+        raise CheckpointError(f"{where}: `vocab` holds a token twice. {_ADVICE}")
     return tokens
 
 
@@ -135,7 +144,7 @@ def _field[T](where: str, values: Any, name: str, kind: type[T]) -> T:
     value = values.get(name) if isinstance(values, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise CheckpointError(
-            f"{where}: expected `{name}` to be {kind.__name__}, got {str(value)[:80]}. Is this Mistral's tekken.json? "
-            "Download it again."
+            f"{where}: expected `{name}` to be {kind.__name__}, got {shown(value)}. Is this Mistral's tekken.json? "
+            f"{_ADVICE}"
         )
     return value

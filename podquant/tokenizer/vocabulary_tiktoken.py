@@ -18,15 +18,20 @@ from typing import Literal
 
 import tiktoken
 
-from podquant.errors import CheckpointError, UnsupportedModelError
+from podquant.errors import CheckpointError, RequestError, UnsupportedModelError
+from podquant.foreign import cut, shown
 from podquant.tokenizer import patterns
 from podquant.tokenizer.detokenize import ByteDetokenizer, Detokenizer
 from podquant.tokenizer.files import TokenizerFiles
+from podquant.tokenizer.panics import reason
 
 _SPACE = re.compile(r"\s+")
 _MOST_SPACE = 400_000
 """White space characters in a row that are split at once: from 1e6 on tiktoken's regex engine overflows its stack."""
 
+
+_MOST_RANK = 2**31 - 1
+_ADVICE = "Copy it again if it is damaged, or take the file that the model came with."
 
 _COMPOSED = 4
 """A text in Unicode's form C may have had so many times its bytes: U+0390 (2) may have been 7."""
@@ -89,9 +94,12 @@ class TiktokenVocabulary:
         suffix: Sequence[int] = (),
     ) -> None:
         self._added = dict(added)
-        self._encoding = tiktoken.Encoding(
-            "podquant", pat_str=kind.pattern, mergeable_ranks=dict(ranks), special_tokens=self._added
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                "podquant", pat_str=kind.pattern, mergeable_ranks=dict(ranks), special_tokens=self._added
+            )
+        except BaseException as error:
+            raise ValueError(reason(error)) from error
         self._names = set(added)
         self._form = kind.form
         self._prefix, self._suffix = list(prefix), list(suffix)
@@ -132,7 +140,10 @@ class TiktokenVocabulary:
             text = unicodedata.normalize(self._form, text)
         ids: list[int] = []
         for piece in _pieces(text):
-            ids += self._encoding.encode(piece, allowed_special=added, disallowed_special=())
+            try:
+                ids += self._encoding.encode(piece, allowed_special=added, disallowed_special=())
+            except BaseException as error:
+                raise RequestError(f"The model's tokenizer cannot encode this text: {reason(error)}.") from error
         return ids
 
 
@@ -163,7 +174,8 @@ def load_tiktoken(files: TokenizerFiles, path: Path) -> tuple[TiktokenVocabulary
         return TiktokenVocabulary(kind, ranks, tokens, special_ids, bos, eos), files
     except ValueError as error:
         raise CheckpointError(
-            f"{files.where}/tokenizer_config.json: `pat_str` {kind.pattern!r} is not a pattern tiktoken knows: {error}."
+            f"{files.where}/tokenizer_config.json: `pat_str` {shown(kind.pattern)} is not a pattern tiktoken "
+            f"knows: {cut(str(error), 200)}."
         ) from error
 
 
@@ -179,9 +191,9 @@ def _class_of(files: TokenizerFiles, name: str, where: str) -> TiktokenClass:
     class_name = files.class_name or _CLASS_OF_FILE.get(name)
     if class_name not in _CLASSES:
         raise UnsupportedModelError(
-            f"{where}: how tokenizer class {class_name!r} splits a text is not known, as its code is not run. Known "
-            f"are {', '.join(_CLASSES)}; for others give the pattern as `pat_str` in tokenizer_config.json, or save a "
-            "tokenizer.json beside the weights."
+            f"{where}: how tokenizer class {shown(class_name)} splits a text is not known, as its code is not run. "
+            f"Known are {', '.join(_CLASSES)}; for others give the pattern as `pat_str` in tokenizer_config.json, or "
+            "save a tokenizer.json beside the weights."
         )
     return _CLASSES[class_name]
 
@@ -197,20 +209,19 @@ def _read_ranks(path: Path, where: str) -> dict[bytes, int]:
             content, value = base64.b64decode(token, validate=True), int(rank)
         except ValueError as error:
             raise CheckpointError(
-                f"{where}:{number}: expected a token in base64 and its rank, got {line[:80]!r}. Download it again."
+                f"{where}:{number}: expected a token in base64 and its rank, got {shown(line)}. {_ADVICE}"
             ) from error
-        if content in ranks or value in seen or value < 0:
+        if content in ranks or value in seen or not 0 <= value <= _MOST_RANK:
             raise CheckpointError(
-                f"{where}:{number}: the token {content!r} or its rank {value} stands there twice, or is negative. "
-                "Download it again."
+                f"{where}:{number}: the token {shown(content)} or its rank {shown(value)} stands there twice, or the "
+                f"rank is not from 0 to {_MOST_RANK:,}. {_ADVICE}"
             )
         ranks[content] = value
         seen.add(value)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise CheckpointError(
-            f"{where}: has no token for byte {missing[0]}, but a text may hold any byte. Is the file whole? "
-            "Download it again."
+            f"{where}: has no token for byte {missing[0]}, but a text may hold any byte. Is the file whole? {_ADVICE}"
         )
     return ranks
 

@@ -101,6 +101,15 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(whole: Path, tmp_path: 
         assert f"{whole}/{name}: expected a regular file, found a pipe (FIFO)" in text, said
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "3", "[" * 100_000, '{"temperature": ' + "9" * 5000 + "}", "\x00"])
+def test_bad_defaults_are_refused_by_all_in_one_message(whole: Path, tmp_path: Path, content: str) -> None:
+    (whole / "generation_config.json").write_text(content)
+    (message,) = set(doors(whole, tmp_path / "out"))
+    assert message.startswith(f"{whole}/generation_config.json")
+    assert message.endswith("Correct it, or take the file that the model came with.")
+    assert len(message) < 400
+
+
 @pytest.mark.parametrize("name", ["/etc/hostname", "../../../secret", "a/../../secret", "./model.safetensors"])
 def test_an_index_cannot_name_a_file_outside(whole: Path, tmp_path: Path, name: str) -> None:
     (whole / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))

@@ -62,5 +62,5 @@ def test_a_value_that_cannot_be_is_left_out_and_told(key: str, value: object, pr
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b"\xff", b"3"])
 def test_a_file_that_is_no_object(data: bytes) -> None:
-    with pytest.raises(CheckpointError, match=r"m/f.*--generation-config none"):
+    with pytest.raises(CheckpointError, match=r"^m/f.* Correct it, or take the file that the model came with\.$"):
         read_defaults(data, "m/f")
