@@ -26,6 +26,11 @@ _MOST_KEY = 1024
 _MOST_SHOWN = 80
 """Characters of a value in a message."""
 
+_MOST_WORD = 400
+"""Characters without white space in a message: some paths and addresses have as many."""
+
+_LONG_WORD = re.compile(rf"\S{{{_MOST_WORD},}}")
+
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 """How JSON writes half of a surrogate pair, and a whole one."""
 
@@ -68,6 +73,11 @@ def shown(value: object, most: int = _MOST_SHOWN) -> str:
 def cut(text: str, most: int = _MOST_SHOWN) -> str:
     """The beginning of a text, for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def cut_words(text: str) -> str:
+    """A message in which words of absurd length, such as a flag's value of 4,000 digits, are cut."""
+    return _LONG_WORD.sub(lambda found: cut(found[0], _MOST_WORD), text)
 
 
 _TOO_DEEP = f"objects and lists are nested more than {_MOST_DEPTH} deep"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from podquant.config.job import FlagType
 from podquant.errors import ConfigError
+from podquant.foreign import shown
 
 API_KEY_VARIABLE = "PODQUANT_API_KEY"
 SECRET_VARIABLE = "PODQUANT_GROUP_SECRET"
@@ -131,6 +132,10 @@ class ServeOptions:
     skip_server_warmup: bool = _flag("compile each shape at its first use instead of before the first request", False)
 
     def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value, most = getattr(self, option.name), 2**63 if option.name == "random_seed" else 2**31
+            if isinstance(value, int | float):
+                self._require(abs(value) < most, option.name, f"less than {most:,}", "the default will do")
         self._require(bool(self.model_path), "model_path", "a model", "name an artifact or a checkpoint")
         self._require(0 <= self.port < 65536, "port", "0 to 65535", "choose a port of TCP's")
         self._require(self.drain_seconds >= 0, "drain_seconds", "0 or more", "0 ends requests at once")
@@ -169,11 +174,12 @@ class ServeOptions:
             self._require((getattr(self, name) or 1) >= 1, name, "1 or more", "leave it out for the default")
         if self.dist_init_addr is not None:
             host, _, port = self.dist_init_addr.rpartition(":")
-            self._require(bool(host) and port.isdecimal(), "dist_init_addr", "HOST:PORT", "as in 10.0.0.1:10011")
+            is_port = port.isdecimal() and len(port) <= 5 and int(port) < 65536
+            self._require(bool(host) and is_port, "dist_init_addr", "HOST:PORT", "as in 10.0.0.1:10011")
 
     def _require(self, holds: bool, name: str, expected: str, advice: str) -> None:
         if not holds:
-            raise ConfigError(f"{option_name(name)}: expected {expected}, got {getattr(self, name)!r}; {advice}")
+            raise ConfigError(f"{option_name(name)}: expected {expected}, got {shown(getattr(self, name))}; {advice}")
 
 
 OF_THE_HOSTS = (

@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 
 from podquant.checkpoint.index import Checkpoint
-from podquant.config.job import is_hugging_face_id
+from podquant.config.job import MOST_SLICES, is_hugging_face_id
 from podquant.config.rules import load_quantization_config
 from podquant.conversion.fitness import check_fitness
 from podquant.conversion.plan import Plan, plan_conversion
 from podquant.errors import ConfigError
+from podquant.foreign import shown
 from podquant.storage.hub.ids import download_model, is_offline
 
 
@@ -45,6 +46,8 @@ def open_source(options: SourceOptions) -> tuple[Checkpoint, Plan]:
     Raises:
         PodquantError: the rules, the checkpoint or the two together are wrong.
     """
+    if not 1 <= options.tp_size <= MOST_SLICES:
+        raise ConfigError(f"tp_size: expected 1 to {MOST_SLICES:,}, got {shown(options.tp_size)}")
     rules = load_quantization_config(options.rules_path)
     uri, name = _locate(options.model, options.revision, options.download_dir)
     checkpoint = Checkpoint.open(uri)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from podquant.app.signals import exiting_on_sigterm
 from podquant.errors import PodquantError
+from podquant.foreign import cut_words
 
 
 def exit_status(call: Callable[[], int | None]) -> int:
@@ -21,7 +22,7 @@ def exit_status(call: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return status or 0
     except PodquantError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cut_words(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

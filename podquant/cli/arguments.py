@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from podquant.app.environment import HOST_THREADS, MOST_THREADS, own_threads
+from podquant.config.job import MOST_SLICES, MOST_THREADS_PER_WORKER
+from podquant.foreign import cut
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +29,16 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-extra-tensors", action="store_true", help="go on where tensors are there that the model does not use"
     )
     parser.add_argument(
-        "--tp-size", metavar="N", type=positive, default=1, help="cut every weight into N tensor-parallel slices"
+        "--tp-size",
+        metavar="N",
+        type=up_to(MOST_SLICES),
+        default=1,
+        help="cut every weight into N tensor-parallel slices",
     )
     parser.add_argument(
         "--threads",
         metavar="N",
-        type=positive,
+        type=up_to(MOST_THREADS_PER_WORKER),
         help="threads of a process that read and quantize (default: one for each CPU it may use, at most "
         f"{MOST_THREADS}; {HOST_THREADS} on the hosts of a cluster)",
     )
@@ -42,9 +49,13 @@ def num_threads(arguments: argparse.Namespace, *, is_here: bool) -> int:
     return arguments.threads or (own_threads() if is_here else HOST_THREADS)
 
 
-def positive(text: str) -> int:
-    """An integer from 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1, got {text}")
-    return value
+def up_to(most: int) -> Callable[[str], int]:
+    """What reads an integer from 1 to `most`, for argparse."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected an integer from 1 to {most:,}, got {cut(text)}")
+        return value
+
+    return integer

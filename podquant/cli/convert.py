@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from podquant.cli.arguments import add_source_arguments, num_threads, positive
+from podquant.cli.arguments import add_source_arguments, num_threads, up_to
+from podquant.config.job import MOST_WORKERS_PER_HOST
 from podquant.errors import ConfigError
 
 
@@ -27,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--accelerator", metavar="TYPE", help="reserve a whole TPU slice, such as v5e-16; else the hosts that are there"
     )
-    cluster.add_argument("--workers-per-host", metavar="N", type=positive, help="processes on each host (1)")
+    cluster.add_argument(
+        "--workers-per-host",
+        metavar="N",
+        type=up_to(MOST_WORKERS_PER_HOST),
+        help="processes on each host (1)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,9 +10,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import podquant
 from podquant.app.status import exit_status
+from podquant.foreign import cut_words
 
 COMMANDS = {
     "convert": "quantize a checkpoint into an artifact",
@@ -42,9 +44,16 @@ def _run(argv: Sequence[str]) -> int | None:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that echoes no word of absurd length."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(cut_words(message))
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
     """The parser, with the arguments of one command filled in."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="podquant",
         description="Quantize a Hugging Face checkpoint on the TPU pod that will serve it, then serve it.",
         allow_abbrev=False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from podquant.cli.arguments import add_source_arguments, num_threads, positive
+from podquant.cli.arguments import add_source_arguments, num_threads, up_to
+from podquant.config.job import MOST_HOSTS, MOST_WORKERS_PER_HOST
 from podquant.errors import ConfigError
 
 
@@ -14,8 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("on a cluster")
     hosts = cluster.add_mutually_exclusive_group()
     hosts.add_argument("--topology", metavar="SLICE", help="forecast for the hosts of a TPU slice, such as v5e:4x4")
-    hosts.add_argument("--hosts", metavar="N", type=positive, help="forecast for so many hosts")
-    cluster.add_argument("--workers-per-host", metavar="N", type=positive, help="processes on each host (1)")
+    hosts.add_argument("--hosts", metavar="N", type=up_to(MOST_HOSTS), help="forecast for so many hosts")
+    cluster.add_argument(
+        "--workers-per-host",
+        metavar="N",
+        type=up_to(MOST_WORKERS_PER_HOST),
+        help="processes on each host (1)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

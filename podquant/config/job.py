@@ -22,6 +22,10 @@ _REQUIRED = {
     "quantization_config_path": "a path, or the name of a shipped file such as int8.yaml",
 }
 
+MOST_SLICES = 16_384
+MOST_HOSTS, MOST_WORKERS_PER_HOST, MOST_THREADS_PER_WORKER = 16_384, 256, 1024
+"""More than any cluster has, and few enough to make plans for."""
+
 
 @dataclass(frozen=True)
 class ClusterOptions:
@@ -175,7 +179,7 @@ def _convert_job(root: Node, entries: Mapping[str, Node], name: str) -> ConvertJ
         target=target,
         quantization_config_path=rules,
         revision=revision,
-        tp_size=_positive(entries, "tp_size", 1),
+        tp_size=_positive(entries, "tp_size", 1, MOST_SLICES),
         strict_rules=_flag(entries, "strict_rules"),
         overwrite=_flag(entries, "overwrite"),
         weights_only=_flag(entries, "weights_only"),
@@ -202,8 +206,10 @@ def _cluster(node: Node | None) -> ClusterOptions:
     seconds, retries = entries.get("unit_deadline_seconds"), entries.get("max_retries")
     return ClusterOptions(
         accelerator=_text_or_null(entries, "accelerator", "a TPU slice such as v5e-16, or null"),
-        workers_per_host=_positive(entries, "workers_per_host", defaults.workers_per_host),
-        threads_per_worker=_positive(entries, "threads_per_worker", defaults.threads_per_worker),
+        workers_per_host=_positive(entries, "workers_per_host", defaults.workers_per_host, MOST_WORKERS_PER_HOST),
+        threads_per_worker=_positive(
+            entries, "threads_per_worker", defaults.threads_per_worker, MOST_THREADS_PER_WORKER
+        ),
         unit_deadline_seconds=(
             seconds.positive_number("a positive number of seconds") if seconds else defaults.unit_deadline_seconds
         ),
@@ -253,8 +259,11 @@ def _refuse_secret(node: Node, name: str) -> NoReturn:
     node.fail(f"{name} is a secret, and Ray logs what a job sends to hosts. Leave it out here, and {INSTEAD}")
 
 
-def _positive(entries: Mapping[str, Node], key: str, default: int) -> int:
-    return entries[key].positive_integer("a positive integer") if key in entries else default
+def _positive(entries: Mapping[str, Node], key: str, default: int, most: int = 2**31 - 1) -> int:
+    if key not in entries:
+        return default
+    value = entries[key].positive_integer("a positive integer")
+    return value if value <= most else entries[key].expected(f"at most {most:,}")
 
 
 def _flag(entries: Mapping[str, Node], key: str) -> bool:

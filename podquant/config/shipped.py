@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from podquant.config.yamlfile import nearest
 from podquant.errors import ConfigError
+from podquant.foreign import cut, shown
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # in a wheel; in a checkout
@@ -26,10 +28,11 @@ def find_config(path_or_bare_name: str, *, what: str, folder: str = "") -> Path:
     folders = [directory / folder for directory in _SHIPPED]
     candidates = [given, *(directory / given for directory in folders if given.name == path_or_bare_name)]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # unlike `Path.is_file`, false for a name that no file can have
             return path
     shipped = sorted({path.name for directory in folders for path in directory.glob("*.yaml")})
+    tried = ", ".join(cut(str(path), 400) for path in candidates)
     raise ConfigError(
-        f"{path_or_bare_name!r}: no such {what}; looked for {', '.join(map(str, candidates))}; "
+        f"{shown(path_or_bare_name, 400)}: no such {what}; looked for {tried}; "
         f"expected a path, or one of the shipped files {', '.join(shipped)}{nearest(given.name, shipped)}"
     )

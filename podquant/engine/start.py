@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -249,7 +250,7 @@ def _locate(options: EngineOptions, *, by_ranges: bool) -> tuple[str, str | None
     path, revision = options.model_path, options.revision
     if path.startswith(SCHEME_HUB) and revision is not None:
         return f"{path.partition('@')[0]}@{revision}", None
-    if "://" in path or Path(path).expanduser().exists():
+    if "://" in path or os.path.exists(os.path.expanduser(path)):
         return path, None
     if by_ranges and options.download_dir is None and not is_offline():
         return f"{SCHEME_HUB}{path}" + (f"@{revision}" if revision else ""), None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_strict_rules(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["verify", "x", "--fast"], "unrecognized arguments: --fast"),
         (["plan", "x"], "the following arguments are required: --quantization-config-path"),
         (["plan", "x", "--quantization-config", "y"], "the following arguments are required"),
-        (["plan", "x", RULES, "y", "--threads", "0"], "argument --threads: expected an integer from 1, got 0"),
+        (["plan", "x", RULES, "y", "--threads", "0"], "argument --threads: expected an integer from 1 to 1,024, got 0"),
     ],
 )
 def test_wrong_usage_is_status_2(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +186,39 @@ def test_wrong_usage_is_status_2(command: list[str], message: str, capsys: pytes
         main(command)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+DIGITS, LONG = "9" * 5000, "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "x", "y", RULES, "int8.yaml", "--tp-size", DIGITS],
+        ["convert", "x", "y", RULES, "int8.yaml", "--threads", DIGITS[:4000]],
+        ["plan", "x", RULES, "int8.yaml", "--hosts", DIGITS[:4000]],
+        ["plan", "x", RULES, "int8.yaml", "--topology", LONG],
+        ["plan", "x", RULES, LONG],
+        ["plan", LONG, RULES, "int8.yaml"],
+        ["serve", "x", "--port", DIGITS],
+        ["serve", "x", "--port", DIGITS[:4000]],
+        ["serve", "x", "--random-seed", DIGITS[:4000]],
+        ["serve", "x", "--drain-seconds", DIGITS[:4000]],
+        ["serve", "x", "--dist-init-addr", f"h:{DIGITS[:4000]}"],
+        ["serve", "x", "--dtype", LONG],
+        ["verify", LONG],
+        ["merge", LONG, "y"],
+        [LONG],
+        ["serve", "x", f"--{LONG}"],
+    ],
+    ids=lambda command: " ".join(word[:12] for word in command),
+)
+def test_words_of_absurd_length_are_not_echoed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):
+        assert main(command) == 1
+    shown = capsys.readouterr().err
+    assert "error: " in shown
+    assert max(map(len, shown.split())) <= 420
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
