@@ -49,6 +49,7 @@ class EngineKeywords(TypedDict, total=False):
     max_logprobs: int
     allow_extra_tensors: bool
     allow_nonfinite: bool
+    disable_radix_cache: bool
     revision: str | None
     download_dir: str | None
 

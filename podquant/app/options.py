@@ -127,7 +127,9 @@ class ServeOptions:
     )
     allow_extra_tensors: bool = _flag("serve a checkpoint that holds tensors which its model does not use", False)
     allow_nonfinite: bool = _flag("serve a checkpoint with NaN or infinities in what is not quantized", False)
-    disable_radix_cache: bool = _flag("keep no prefixes for later requests; this version never keeps any", False)
+    disable_radix_cache: bool = _flag(
+        "compute every prompt whole: keep nothing of it for later prompts that begin with the same tokens", False
+    )
     random_seed: int = _flag("seed from which requests that give none draw theirs", 0, "SEED")
     skip_server_warmup: bool = _flag("compile each shape at its first use instead of before the first request", False)
 

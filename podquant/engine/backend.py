@@ -25,6 +25,7 @@ class EngineStats:
     num_prompt_tokens: int
     num_generated_tokens: int
     num_preemptions: int
+    num_cached_tokens: int
 
 
 class Backend(Protocol):

@@ -132,6 +132,7 @@ class LocalEngine:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            num_cached_tokens=self._scheduler.num_cached_tokens,
         )
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
@@ -245,6 +246,8 @@ class LocalEngine:
         client.prompt_logprobs += result.prompt_logprobs
         if not step.is_last:
             return
+        if step.sequence.num_generated == 0:
+            client.processor.note_cached(step.sequence.num_cached)
         if request.params.prompt_logprobs is not None and step.sequence.num_generated == 0:
             client.processor.add_prompt_logprobs(tuple(client.prompt_logprobs))
         if request.params.max_tokens == 0:

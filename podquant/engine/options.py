@@ -43,6 +43,7 @@ class EngineOptions:
         max_logprobs: the most log-probabilities of top tokens a request may ask for at a position.
         allow_extra_tensors: serve a checkpoint that holds tensors which its model does not use.
         allow_nonfinite: serve a checkpoint with NaN or infinities in what is not quantized.
+        disable_radix_cache: compute every prompt whole; keep nothing of it for others that begin alike.
         revision, download_dir: of a Hugging Face id, as in `huggingface_hub`.
     """
 
@@ -66,5 +67,6 @@ class EngineOptions:
     max_logprobs: int = 20
     allow_extra_tensors: bool = False
     allow_nonfinite: bool = False
+    disable_radix_cache: bool = False
     revision: str | None = None
     download_dir: str | None = None

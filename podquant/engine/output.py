@@ -25,7 +25,12 @@ class OutputProcessor:
         self._num_tokens = 0
         self._held = ""  # decoded but not shown: it may begin a stop string
         self._prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+        self._num_cached = 0
         self._finished = False
+
+    def note_cached(self, count: int) -> None:
+        """Have the next output say that so many tokens of the prompt were in the cache."""
+        self._num_cached = count
 
     def add_prompt_logprobs(self, logprobs: tuple[TokenLogprobs | None, ...]) -> None:
         """Have the next output carry these."""
@@ -95,4 +100,15 @@ class OutputProcessor:
     ) -> Output:
         self._finished = finish_reason is not None
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, ()
-        return Output(self._request.id, token_ids, text, logprobs, prompt_logprobs, finish_reason, stop_reason, error)
+        num_cached, self._num_cached = self._num_cached, 0
+        return Output(
+            self._request.id,
+            token_ids,
+            text,
+            logprobs,
+            prompt_logprobs,
+            finish_reason,
+            stop_reason,
+            error,
+            num_cached,
+        )

@@ -88,11 +88,13 @@ class Request:
         id: unique among the requests in flight.
         prompt_ids: token ids, at least one.
         params: how to continue.
+        cache_salt: what is kept of a prompt is used for requests with the same one alone.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Output:
         finish_reason: None while the request runs.
         stop_reason: the stop string or stop token id that ended it, if one did.
         error: what went wrong if finish_reason is ERROR.
+        num_cached: with the first news, tokens of the prompt that were in the KV cache already.
     """
 
     request_id: str
@@ -133,6 +136,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    num_cached: int = 0
 
     @classmethod
     def join(cls, outputs: Sequence[Self]) -> Self:
@@ -147,4 +151,5 @@ class Output:
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             error=last.error,
+            num_cached=sum(output.num_cached for output in outputs),
         )

@@ -10,6 +10,10 @@ preempted, always has room (requests fit the whole pool, see `Limits`), and ends
 several prompts, the oldest and the one with the least left take turns, so a short prompt never waits for all of a long
 one. A prompt of one chunk may also overtake those for which there is no memory yet; it gives back what it took when the
 first of them can have it.
+
+Pages that are full are named by their content (`prefix`), from the step on that writes them. A prompt that begins with
+such pages has them, and shares them with whoever uses them: nobody writes to a full page. What was computed meanwhile
+for another prompt is taken over just before a chunk of it would be computed again.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from podquant.engine.pages import PagePool
+from podquant.engine.prefix import PageKeys
 from podquant.engine.request import Request
 
 
@@ -34,17 +39,31 @@ class Sequence:
         slot: its row of the device's `last token` array; -1 while it waits.
         num_computed: KV entries written by the steps dispatched so far.
         num_in_flight: tokens sampled by dispatched steps but not read back yet.
+        keys: names of its full pages.
+        num_named: pages of which the pool has been told what is in them.
+        num_cached: tokens of the prompt that were in the cache when it first ran.
+        was_preempted: it has lost its pages before.
         finished: it has all its tokens, was stopped or aborted; tokens still in flight are dropped.
     """
 
     request: Request
     arrival: int
     token_ids: list[int]
+    keys: PageKeys
     pages: list[int] = field(default_factory=list)
     slot: int = -1
     num_computed: int = 0
     num_in_flight: int = 0
+    num_named: int = 0
+    num_cached: int = 0
+    was_preempted: bool = False
     finished: bool = False
+
+    @property
+    def can_share(self) -> bool:
+        """Whether its prompt need not be computed whole: log-probabilities of it, and tallies of its tokens, do."""
+        params = self.request.params
+        return params.prompt_logprobs is None and params.min_tokens == 0 and not params.is_penalized
 
     @property
     def num_prompt(self) -> int:
@@ -93,10 +112,12 @@ class Scheduler:
         pool: the pages; no one else allocates from it.
         max_running: sequences that hold pages at a time, and the number of slots.
         chunk_size: prompt tokens that one prefill step takes at the most.
+        keeps_prefixes: pages are kept and shared for what is in them.
     """
 
-    def __init__(self, pool: PagePool, *, max_running: int, chunk_size: int) -> None:
+    def __init__(self, pool: PagePool, *, max_running: int, chunk_size: int, keeps_prefixes: bool = True) -> None:
         self._pool = pool
+        self._keeps_prefixes = keeps_prefixes
         self._chunk_size = chunk_size
         # each in the order of arrival
         self._waiting: list[Sequence] = []
@@ -108,6 +129,7 @@ class Scheduler:
         self._prefilled_last = False
         self._prefilled_oldest = False
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -126,7 +148,9 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request that fits the whole pool."""
-        sequence = Sequence(request, self._num_added, list(request.prompt_ids))
+        sequence = Sequence(
+            request, self._num_added, list(request.prompt_ids), PageKeys(self._pool.page_size, request.cache_salt)
+        )
         self._waiting.append(sequence)
         self._num_added += 1
         self._num_unfinished += 1
@@ -182,8 +206,10 @@ class Scheduler:
         if not self._prefilling:
             return None
         sequence = self._next_prompt()
+        self._take_over(sequence)
         start, length = sequence.num_computed, min(self._chunk_size, sequence.num_left)
         sequence.num_computed += length
+        self._name_pages(sequence)
         is_last = sequence.num_left == 0
         if is_last:
             sequence.num_in_flight += 1
@@ -216,14 +242,16 @@ class Scheduler:
         """
         if not self._free_slots or sequence.num_in_flight > 0:  # it can be prefilled once all its tokens are known
             return False
-        return self._pool.num_pages_for(len(sequence.token_ids)) + self.num_running <= self._pool.num_free
+        num_shared = sum(map(self._pool.is_used, self._cached_pages(sequence)))
+        num_pages = self._pool.num_pages_for(len(sequence.token_ids)) - num_shared
+        return num_pages + self.num_running <= self._pool.num_free
 
     def _make_room(self, sequence: Sequence) -> bool:
         """`_has_room`, after preempting those that arrived later if that is enough and needed."""
         if self._has_room(sequence):
             return True
         later = [other for other in (*self._prefilling, *self._decoding) if other.arrival > sequence.arrival]
-        num_free = self._pool.num_free + sum(len(other.pages) for other in later)
+        num_free = self._pool.num_free + self._pool.num_freed_by(other.pages for other in later)
         num_pages = self._pool.num_pages_for(len(sequence.token_ids)) + self.num_running - len(later)
         if not later or sequence.num_in_flight > 0 or num_pages > num_free:
             return False
@@ -234,9 +262,58 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         """Let a sequence that waits run, with pages for all it has."""
         self._waiting.remove(sequence)
-        sequence.pages = self._pool.allocate(self._pool.num_pages_for(len(sequence.token_ids)))
+        cached = self._cached_pages(sequence)
+        for page in cached:
+            self._pool.share(page)
+        num_pages = self._pool.num_pages_for(len(sequence.token_ids))
+        sequence.pages = cached + self._pool.allocate(num_pages - len(cached))
+        self._skip(sequence, len(cached))
         sequence.slot = self._free_slots.pop()
         insort(self._prefilling, sequence, key=_arrival)
+
+    def _cached_pages(self, sequence: Sequence) -> list[int]:
+        """Pages that hold what it would compute first; its last known token is always computed, for what follows it."""
+        if not self._keeps_prefixes or not sequence.can_share:
+            return []
+        pages = []
+        for key in sequence.keys.of(sequence.token_ids, (len(sequence.token_ids) - 1) // self._pool.page_size):
+            page = self._pool.find(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _take_over(self, sequence: Sequence) -> None:
+        """Instead of its own pages that are next to be computed, share those that others have computed meanwhile."""
+        at, left = divmod(sequence.num_computed, self._pool.page_size)
+        if left:
+            return
+        cached = self._cached_pages(sequence)[at:]
+        for index, page in enumerate(cached, at):
+            self._pool.share(page)
+            self._pool.free([sequence.pages[index]])
+            sequence.pages[index] = page
+        self._skip(sequence, len(cached))
+
+    def _skip(self, sequence: Sequence, num_pages: int) -> None:
+        """Count so many pages, which are next, as computed."""
+        num_tokens = num_pages * self._pool.page_size
+        sequence.num_computed += num_tokens
+        sequence.num_named = sequence.num_computed // self._pool.page_size
+        if not sequence.was_preempted:
+            sequence.num_cached += num_tokens
+            self.num_cached_tokens += num_tokens
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Tell the pool what is in the pages that are full, of tokens that are known."""
+        if not self._keeps_prefixes:
+            return
+        num_full = min(sequence.num_computed, len(sequence.token_ids)) // self._pool.page_size
+        if num_full > sequence.num_named:
+            keys = sequence.keys.of(sequence.token_ids, num_full)
+            for index in range(sequence.num_named, num_full):
+                self._pool.keep(sequence.pages[index], keys[index])
+            sequence.num_named = num_full
 
     def _schedule_decode(self) -> Decode | None:
         position = 0
@@ -257,13 +334,15 @@ class Scheduler:
         """Send the running sequence that arrived last back to the queue, to be prefilled again."""
         sequence = max((*self._prefilling[-1:], *self._decoding[-1:]), key=_arrival)
         self._release(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_named = 0
+        sequence.was_preempted = True
         insort(self._waiting, sequence, key=_arrival)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         """Take pages and slot from a running sequence."""
         (self._prefilling if sequence in self._prefilling else self._decoding).remove(sequence)
+        self._name_pages(sequence)
         self._pool.free(sequence.pages)
         self._free_slots.append(sequence.slot)
         sequence.pages, sequence.slot = [], -1

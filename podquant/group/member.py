@@ -171,9 +171,9 @@ def _run_engine(engine: LocalEngine, link: ParentLink, fingerprints: Fingerprint
     prompt: tuple[int, ...] = ()
     while not isinstance(command := link.next_command(), Stop):
         match command:
-            case Submit(request_id, ids, params):
+            case Submit(request_id, ids, params, salt):
                 prompt = tuple(ids.tolist()) if ids.size else prompt
-                _submit(engine, Request(request_id, prompt, params), outbox.put)
+                _submit(engine, Request(request_id, prompt, params, salt), outbox.put)
             case Abort(request_id):
                 engine.abort(request_id)
     engine.stop(command.drain_seconds)

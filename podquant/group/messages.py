@@ -59,6 +59,7 @@ class Submit:
     request_id: str
     prompt: Array
     params: SamplingParams
+    cache_salt: str
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from podquant.tokenizer.tokenizer import Tokenizer
 
 Send = Callable[[EngineCommand], None]
 
-_NO_LOAD = EngineStats(0, 0, 0, 0, 0, 0, 0)
+_NO_LOAD = EngineStats(*[0] * len(fields(EngineStats)))
 
 
 class _Outbox:
@@ -58,7 +59,7 @@ class _Outbox:
                 self._send(command)
                 continue
             prompt, sent = () if command.prompt_ids is sent else command.prompt_ids, command.prompt_ids
-            self._send(Submit(command.id, np.array(prompt, np.int32), command.params))
+            self._send(Submit(command.id, np.array(prompt, np.int32), command.params, command.cache_salt))
 
 
 class RemoteEngine:
@@ -118,6 +119,7 @@ class RemoteEngine:
             now.num_prompt_tokens + before.num_prompt_tokens,
             now.num_generated_tokens + before.num_generated_tokens,
             now.num_preemptions + before.num_preemptions,
+            now.num_cached_tokens + before.num_cached_tokens,
         )
 
     def stop(self, drain_seconds: float = 0.0) -> None:

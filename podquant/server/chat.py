@@ -38,7 +38,7 @@ async def chat(body: ChatBody, http: HttpRequest) -> Response:
     writer = _Writer(str(service.model_name), service.tokens, body, prompt_ids)
     room = engine.limits.room(len(prompt_ids))
     requests = [
-        Request(f"{writer.id}-{choice}", prompt_ids, body.params(choice, room, engine.defaults))
+        Request(f"{writer.id}-{choice}", prompt_ids, body.params(choice, room, engine.defaults), body.cache_salt or "")
         for choice in range(body.n)
     ]
     generation = service.generation(engine, requests)
@@ -82,13 +82,14 @@ class _Writer:
         self._tokens = tokens
         self._body = body
         self._prompt_ids = prompt_ids
-        self._num_generated = 0
+        self._num_generated = self._num_cached = 0
         self._has_begun = [False] * body.n
         self._templates = [Template(self._chunk(index, {"content": Template.HOLE})) for index in range(body.n)]
 
     def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """The body of a response that is not streamed."""
         choices = []
+        self._num_cached = outputs[0].num_cached
         for index, output in enumerate(outputs):
             self._num_generated += len(output.token_ids)
             choice = {
@@ -104,6 +105,7 @@ class _Writer:
     def chunk(self, index: int, output: Output) -> bytes:
         """See `Chunks`: the role before the first text, the finish reason after the last."""
         self._num_generated += len(output.token_ids)
+        self._num_cached += output.num_cached if index == 0 else 0
         is_first, self._has_begun[index] = not self._has_begun[index], True
         events = b""
         if is_first:
@@ -138,8 +140,8 @@ class _Writer:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason} | (more or {})
         return self._head | {"choices": [choice]} | usage_of_event(self._body.stream_options, self._usage())
 
-    def _usage(self) -> dict[str, int]:
-        return usage(len(self._prompt_ids), self._num_generated)
+    def _usage(self) -> dict[str, Any]:
+        return usage(len(self._prompt_ids), self._num_generated, self._num_cached)
 
     def _token_ids(self, output: Output, *, is_first: bool) -> dict[str, Any]:
         if not self._body.return_token_ids:

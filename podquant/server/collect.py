@@ -19,16 +19,17 @@ async def collect(generation: Generation, num_sequences: int) -> list[Output]:
     return [Output.join(outputs) for outputs in pieces]
 
 
-def usage(num_prompt: int, num_generated: int) -> dict[str, int]:
-    """OpenAI's `usage`."""
+def usage(num_prompt: int, num_generated: int, num_cached: int) -> dict[str, Any]:
+    """OpenAI's `usage`; `num_cached` of the prompts' tokens were in the KV cache already."""
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
 
-def usage_of_event(options: StreamOptions, so_far: dict[str, int]) -> dict[str, Any]:
+def usage_of_event(options: StreamOptions, so_far: dict[str, Any]) -> dict[str, Any]:
     """What an event before the last says of the usage: nothing unless asked for, and null unless asked for more."""
     if not options.include_usage:
         return {}

@@ -50,6 +50,7 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
             f"{writer.id}-{p * body.n + choice}",
             prompt.ids,
             body.params(choice, engine.limits.room(len(prompt.ids)), engine.defaults),
+            body.cache_salt or "",
         )
         for p, prompt in enumerate(prompts)
         for choice in range(body.n)
@@ -80,6 +81,7 @@ class _Progress:
     offsets: TextOffsets
     has_begun: bool = False
     num_tokens: int = 0
+    num_cached: int = 0
 
 
 @dataclass
@@ -113,12 +115,15 @@ class _Writer:
 
     def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """The body of a response that is not streamed."""
+        for progress, output in zip(self._progress, outputs, strict=True):
+            progress.num_cached = output.num_cached
         choices = [self._render(index, output) for index, output in enumerate(outputs)]
         return self._head | {"choices": choices, "usage": self._usage()}
 
     def chunk(self, index: int, output: Output) -> bytes:
         """See `Chunks`."""
         body, progress = self._body, self._progress[index]
+        progress.num_cached += output.num_cached
         is_plain = (
             (progress.has_begun or not body.echo) and not self._shows_ids and not body.stream_options.counts_always
         )
@@ -186,5 +191,10 @@ class _Writer:
                 top.setdefault(self._tokens.text(other), logprob)  # of two tokens written alike, the likelier
         lists.top_logprobs.append(top)
 
-    def _usage(self) -> dict[str, int]:
-        return usage(sum(len(prompt.ids) for prompt in self._prompts), sum(one.num_tokens for one in self._progress))
+    def _usage(self) -> dict[str, Any]:
+        first_choices = self._progress[:: self._body.n]  # each prompt counts once
+        return usage(
+            sum(len(prompt.ids) for prompt in self._prompts),
+            sum(one.num_tokens for one in self._progress),
+            sum(one.num_cached for one in first_choices),
+        )

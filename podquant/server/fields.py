@@ -199,7 +199,7 @@ FIELDS: tuple[Field, ...] = (
     _note("prompt_cache_key", _CHAT, "no prefix is kept from one request to the next"),
     _note("prompt_cache_options", _CHAT, "no prefix is kept from one request to the next"),
     _note("prompt_cache_retention", _CHAT, "no prefix is kept from one request to the next"),
-    _note("cache_salt", _BOTH, "no prefix is kept, so none is shared"),
+    _honoured("cache_salt", _BOTH, "what is kept of a prompt is used for requests with the same salt alone"),
     _note("session_id", _BOTH, "which requests belong together"),
     _refused("request_id", _BOTH, "the id of the answer, which this server chooses"),
     _neutral("priority", _BOTH, "a request's place in the queue", 0),

@@ -71,6 +71,9 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("podquant_kv_pages_used", "Pages of the KV cache in use.", stats.num_pages_used)
         yield GaugeMetricFamily("podquant_kv_pages_total", "Pages of the KV cache.", stats.num_pages_total)
         yield CounterMetricFamily("podquant_prompt_tokens", "Prompt tokens taken in.", stats.num_prompt_tokens)
+        yield CounterMetricFamily(
+            "podquant_cached_prompt_tokens", "Prompt tokens found in the KV cache.", stats.num_cached_tokens
+        )
         yield CounterMetricFamily("podquant_generated_tokens", "Tokens generated.", stats.num_generated_tokens)
         yield CounterMetricFamily(
             "podquant_preemptions", "Sequences put back for lack of pages.", stats.num_preemptions

@@ -77,6 +77,7 @@ class _Generation(Body):
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     return_token_ids: bool = False
+    cache_salt: str | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

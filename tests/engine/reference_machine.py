@@ -105,9 +105,12 @@ class Run:
     def check_pages(self) -> None:
         running = [sequence for sequence in self.sequences.values() if sequence.slot >= 0]
         held = [page for sequence in self.sequences.values() for page in sequence.pages]
-        assert len(held) == len(set(held))
+        assert all(len(set(sequence.pages)) == len(sequence.pages) for sequence in running)
+        # a page that somebody still writes to has no other user
+        written = [page for s in running for page in s.pages[s.num_computed // self.pool.page_size :]]
+        assert all(held.count(page) == 1 for page in written)
         assert 0 not in held
-        assert len(held) + self.pool.num_free == self.pool.num_usable
+        assert len(set(held)) + self.pool.num_free == self.pool.num_usable
         assert len(running) == self.scheduler.num_running <= self.max_running
         assert len({sequence.slot for sequence in running}) == len(running)
         # self.sequences is in the order of arrival; once it runs, the oldest keeps what it has

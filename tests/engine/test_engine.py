@@ -100,15 +100,22 @@ def idle(engine: LocalEngine) -> bool:
     ],
 )
 def test_one_or_many_whole_or_in_pieces_give_the_same_tokens(name: str, rules: str | None) -> None:
-    with running(name, rules) as engine:
+    with running(name, rules, disable_radix_cache=True) as engine:
         prompts = [[token % engine.limits.vocab_size for token in prompt] for prompt in PROMPTS]
         many = tokens(engine, prompts)
         alone = [tokens(engine, [prompt])[0] for prompt in prompts]
     with running(name, rules, chunked_prefill_size=4) as engine:
         pieces = tokens(engine, prompts)
+        assert engine.stats().num_cached_tokens == 0
+        again = tokens(engine, prompts)
+        assert engine.stats().num_cached_tokens == 3 * 16  # all prompts but the one that fills no page
+        longer = [prompt + more[:9] for prompt, more in zip(prompts, alone, strict=True)]
+        turns = tokens(engine, longer, max_tokens=15)
     assert all(len(each) == 24 for each in alone)
     assert many == alone
     assert pieces == alone
+    assert again == alone
+    assert turns == [each[9:] for each in alone]
 
 
 def test_a_pool_too_small_for_all_gives_the_same_tokens(engine: LocalEngine) -> None:

