@@ -176,7 +176,7 @@ def build_engine(
         pool,
         max_running=options.max_running_requests,
         chunk_size=options.chunked_prefill_size,
-        keeps_prefixes=not options.disable_radix_cache,
+        keeps_prefixes=not (options.disable_radix_cache or config.rope.depends_on_prompt),
     )
     limits = Limits(
         vocab_size=config.vocab_size,

@@ -108,14 +108,16 @@ def test_one_or_many_whole_or_in_pieces_give_the_same_tokens(name: str, rules: s
         pieces = tokens(engine, prompts)
         assert engine.stats().num_cached_tokens == 0
         again = tokens(engine, prompts)
-        assert engine.stats().num_cached_tokens == 3 * 16  # all prompts but the one that fills no page
+        # all prompts but the one that fills no page; and none where keys depend on how long a prompt is
+        assert engine.stats().num_cached_tokens == (0 if name == "qwen1-long" else 3 * 16)
         longer = [prompt + more[:9] for prompt, more in zip(prompts, alone, strict=True)]
         turns = tokens(engine, longer, max_tokens=15)
     assert all(len(each) == 24 for each in alone)
     assert many == alone
     assert pieces == alone
     assert again == alone
-    assert turns == [each[9:] for each in alone]
+    if name != "qwen1-long":
+        assert turns == [each[9:] for each in alone]
 
 
 def test_a_pool_too_small_for_all_gives_the_same_tokens(engine: LocalEngine) -> None:
