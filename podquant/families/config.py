@@ -43,14 +43,14 @@ class RopeConfig:
     parameters: Mapping[str, float | bool]
     rotated: float = 1.0
 
-
-NO_ROPE = RopeConfig("none", 1.0, {})
-"""Of a layer without positions."""
-
     @property
     def depends_on_prompt(self) -> bool:
         """Whether a token's keys depend on more of the prompt than the tokens before it: on its length."""
         return self.kind == "dynamic_ntk"
+
+
+NO_ROPE = RopeConfig("none", 1.0, {})
+"""Of a layer without positions."""
 
 
 @dataclass(frozen=True)
