@@ -40,6 +40,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.open()
         yield
+        service.close()
 
     app = FastAPI(title="podquant", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
@@ -61,5 +62,7 @@ def tell_phase(app: FastAPI, phase: str) -> None:
 
 def attach_engine(app: FastAPI, engine: Backend) -> None:
     """Give an app made without an engine its engine; may be called from any thread."""
+    if engine.tokenizer is not None:
+        engine.tokenizer.isolate_template(start=True)
     service: Service = app.state.service
     service.attach(engine)

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter
@@ -25,6 +26,9 @@ from podquant.server.token_text import TokenText
 from podquant.tokenizer.tokenizer import Tokenizer
 
 router = APIRouter(route_class=BodyRoute)
+
+_CHATS = ThreadPoolExecutor(4, "chats")
+"""Threads of their own: those that wait for a template that does not end hold up no other work."""
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -60,7 +64,7 @@ async def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], limits:
         limits.check_length(len(ids), 1, "messages")
         return ids
 
-    return await asyncio.to_thread(work)
+    return await asyncio.get_running_loop().run_in_executor(_CHATS, work)
 
 
 def _texts(value: Any) -> Iterator[str]:

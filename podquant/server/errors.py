@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
+from podquant.foreign import shown
 from podquant.server import fields
-from podquant.server.shown import shown
 
 _log = logging.getLogger(__name__)
 

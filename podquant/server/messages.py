@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import FailFast, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 from pydantic_core import from_json
 
+from podquant.foreign import shown
 from podquant.server.fields import Body, Part, invalid, strip, unsupported
 from podquant.server.json_bounds import JsonBoundsError, ValuesLeft
-from podquant.server.shown import shown
 
 
 class Function(Body):

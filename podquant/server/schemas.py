@@ -11,9 +11,9 @@ from pydantic import FailFast, Field, WithJsonSchema, field_validator, model_val
 
 from podquant.engine.defaults import SamplingDefaults
 from podquant.engine.request import SamplingParams
+from podquant.foreign import shown
 from podquant.server.fields import Body, Part, invalid, unsupported
 from podquant.server.messages import Message
-from podquant.server.shown import shown
 
 MAX_CHOICES = 128
 """Prompts times `n` in one HTTP request."""

@@ -11,11 +11,11 @@ from podquant.engine.backend import Backend, EngineStats
 from podquant.engine.limits import Limits
 from podquant.engine.request import Request
 from podquant.errors import EngineStoppedError, RequestError
+from podquant.foreign import shown
 from podquant.server.errors import ApiError
 from podquant.server.generation import Generation, Mailbox
 from podquant.server.metrics import Metrics
 from podquant.server.off_loop import off_loop
-from podquant.server.shown import shown
 from podquant.server.token_text import TokenText
 from podquant.tokenizer.length import TooManyTokensError
 from podquant.tokenizer.tokenizer import Tokenizer
@@ -48,12 +48,19 @@ class Service:
 
     def attach(self, engine: Backend) -> None:
         """Serve with this engine from now on; may be called from any thread."""
+        if engine.tokenizer is not None:
+            engine.tokenizer.isolate_template()
         self.tokens = TokenText(engine.tokenizer)
         self.engine = engine
 
     def open(self) -> None:
         """Called on the event loop before the first request."""
         self._mailbox = Mailbox(asyncio.get_running_loop())
+
+    def close(self) -> None:
+        """Called after the last request."""
+        if self.engine is not None and self.engine.tokenizer is not None:
+            self.engine.tokenizer.close()
 
     @property
     def model_name(self) -> str | None:

@@ -21,6 +21,8 @@ from podquant.errors import CheckpointError, RequestError
 from podquant.foreign import cut, shown
 
 _DEVELOPER = "developer"
+_LONGEST = 1 << 20
+"""Of a template's source; those of models have some thousand characters."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What clients call the reasoning before an answer, in the order in which transformers looks for it."""
 
@@ -33,19 +35,26 @@ class ChatTemplate:
         variables: what every rendering sees, such as `bos_token`.
         where: the file it comes from, for messages.
 
+    Attributes:
+        sources, variables, where: what it was made of.
+
     Raises CheckpointError if a source is not a template, or none would serve as the default.
     """
 
     def __init__(self, source: str | Mapping[str, str], variables: Mapping[str, str], where: str) -> None:
         sources = {"default": source} if isinstance(source, str) else source
+        if sum(map(len, sources.values())) > _LONGEST:
+            raise CheckpointError(
+                f"{where}: the chat template has more than {_LONGEST} characters. Fix or remove it; without one the model "
+                "serves completions only."
+            )
         if "default" not in sources:
             raise CheckpointError(
                 f"{where}: expected a chat template named 'default', found {shown(sorted(sources))}. Name one of them "
                 "so."
             )
         environment = _environment()
-        self._variables = dict(variables)
-        self._where = where
+        self.sources, self.variables, self.where = dict(sources), dict(variables), where
         try:
             self._templates = {name: environment.from_string(text) for name, text in sources.items()}
             self._know_developer = {name for name, text in sources.items() if _names_developer(environment, text)}
@@ -67,35 +76,51 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> str:
         """The prompt for `messages`; its special tokens are in it, so encode it without adding any.
 
         A `developer` message is one of the `system` for a template that does not name that role. A field that is null
         is left out, as transformers does, unless the template then fails.
 
-        `extra` holds further variables the template may know, such as `enable_thinking`. Raises RequestError with the
-        template's own words if it refuses the messages.
+        `extra` holds further variables the template may know, such as `enable_thinking`; `most` is how many characters
+        the text may have. Raises RequestError with the template's own words if it refuses the messages.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        variables = {**self._variables, "documents": None, **(extra or {}), "tools": tools}
+        variables = {**self.variables, "documents": None, **(extra or {}), "tools": tools}
         variables["add_generation_prompt"] = add_generation_prompt
         chat = [_with_known_fields(message, name in self._know_developer) for message in messages]
         without_nulls = [{key: value for key, value in message.items() if value is not None} for message in chat]
         template = self._templates[name]
         try:
             try:
-                return template.render({**variables, "messages": without_nulls})
+                return _text(template, {**variables, "messages": without_nulls}, most)
             except Exception:
                 if without_nulls == chat:
                     raise
-                return template.render({**variables, "messages": chat})
+                return _text(template, {**variables, "messages": chat}, most)
         # whatever a stranger's template does with a stranger's messages is the request's error, not the server's
         except Exception as error:
             raise RequestError(
-                f"The model's chat template ({self._where}) cannot render these messages: {str(error).rstrip('.')}. "
+                f"The model's chat template ({self.where}) cannot render these messages: {_words(error)}. "
                 "Check roles, their order and the type of each content.",
                 "messages",
             ) from error
+
+
+def _words(error: Exception) -> str:
+    return str(error)[:1000].rstrip(".") or type(error).__name__
+
+
+def _text(template: jinja2.Template, variables: Mapping[str, Any], most: int | None) -> str:
+    pieces: list[str] = []
+    size = 0
+    for piece in template.generate(variables):
+        size += len(piece)
+        if most is not None and size > most:
+            raise OverflowError(f"it writes more than {most} characters")
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _names_developer(environment: jinja2.Environment, source: str) -> bool:

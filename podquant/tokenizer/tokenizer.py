@@ -14,6 +14,7 @@ from podquant.tokenizer.chatml import ChatML, Mark
 from podquant.tokenizer.detokenize import Detokenizer
 from podquant.tokenizer.files import TokenizerFiles
 from podquant.tokenizer.length import check_length
+from podquant.tokenizer.template_process import TemplateProcess
 from podquant.tokenizer.vocabulary import Vocabulary
 from podquant.tokenizer.vocabulary_json import load_json
 from podquant.tokenizer.vocabulary_merges import load_merges
@@ -44,7 +45,7 @@ class Tokenizer:
         self, vocabulary: Vocabulary, eos_ids: Iterable[int] = (), chat: ChatTemplate | ChatML | None = None
     ) -> None:
         self._vocabulary = vocabulary
-        self._chat = chat
+        self._chat: ChatTemplate | TemplateProcess | ChatML | None = chat
         self.eos_ids = frozenset(eos_ids)
         self.special_ids = vocabulary.special_ids
 
@@ -76,6 +77,22 @@ class Tokenizer:
         if isinstance(chat, ChatML):
             eos_ids |= chat.end_ids
         return cls(vocabulary, eos_ids, chat)
+
+    def isolate_template(self, *, start: bool = False) -> None:
+        """From now on render chats in a process of its own, within limits: for whoever answers strangers.
+
+        Args:
+            start: the process now, rather than with the first chat.
+        """
+        if isinstance(self._chat, ChatTemplate):
+            self._chat = TemplateProcess(self._chat)
+        if start and isinstance(self._chat, TemplateProcess):
+            self._chat.start()
+
+    def close(self) -> None:
+        """End that process, if there is one; a further chat starts another."""
+        if isinstance(self._chat, TemplateProcess):
+            self._chat.close()
 
     @property
     def has_chat_template(self) -> bool:

@@ -189,7 +189,7 @@ def body(rng: random.Random, route: str) -> tuple[str, bytes]:
     rest = {"n": rng.choice((1, 16, 128)), "max_tokens": 1, "stream": rng.random() < 0.3}
     small = {"prompt": [5], "messages": [{"role": "user", "content": "a"}], "tokens": [5]}
     others = {} if name == own else {own: small[own]}
-    if "completions" in route and rng.random() < 0.7:
+    if "completions" in route:
         others |= rest
     others.pop(name, None)
     pieces = [json.dumps(others)[1:-1], f'"{name}":{shape(rng, size)}']

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,21 @@ def test_first_generation_qwen_chats_in_chatml(tmp_path: Path) -> None:
     assert engine.tokenizer.decode(ids).startswith(
         "system\nYou are a helpful assistant.\nuser\n<|im_end|>\nassistant\n"
     )
+
+
+def test_a_template_that_bursts_is_an_error_of_its_chats_alone(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    settings = {"chat_template": "{{ 'x' * 10**10 }}", "eos_token": "</s>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    engine = make_engine(tmp_path / "model")
+    try:
+        with serving(engine) as url, httpx.Client(base_url=url, timeout=60) as client:
+            for route in ("/tokenize", "/v1/chat/completions"):
+                answer = client.post(route, json={"messages": MESSAGES})
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"]) == (400, "messages")
+                assert "tokenizer_config.json) cannot render these messages: MemoryError" in error["message"]
+            assert client.get("/health").status_code == 200
+            assert client.post("/v1/completions", json={"prompt": [5], "max_tokens": 1}).status_code == 200
+    finally:
+        engine.stop()

@@ -1,0 +1,156 @@
+"""A chat template in a process of its own: templates come from strangers, and one may loop for ever or write gigabytes.
+
+The process is started at the first chat, serves one after another, is killed when one exceeds its limits, and started
+again for the next. It inherits one socket and nothing that could hold a secret, and ends when that socket closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from podquant.errors import RequestError
+from podquant.tokenizer.chat_template import ChatTemplate
+
+_START_SECONDS = 60.0
+_INHERITED = ("TZ", "LANG", "LC_ALL", "LC_TIME", "PYTHONDONTWRITEBYTECODE")
+"""What a template may see, as in the time of day that it writes."""
+
+
+@dataclass(frozen=True)
+class TemplateLimits:
+    """Of rendering one chat.
+
+    Attributes:
+        seconds: of time, and of the CPU's.
+        characters: of the text.
+        memory_bytes: of the process's address space, the interpreter's own included.
+    """
+
+    seconds: float = 10.0
+    characters: int = 1 << 26
+    memory_bytes: int = 2 << 30
+
+
+class TemplateProcess:
+    """Renders as a `ChatTemplate` does, within limits. Thread-safe; blocks, so call it off an event loop."""
+
+    def __init__(self, template: ChatTemplate, limits: TemplateLimits | None = None) -> None:
+        self._template = template
+        self._limits = limits or TemplateLimits()
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def start(self) -> None:
+        """Start the process now, so that the first chat need not wait for it; where that fails, that tries again."""
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._running()
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """As `ChatTemplate.render`. Raises RequestError too if that exceeds a limit."""
+        ask = {
+            "messages": list(messages),
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "extra": extra,
+        }
+        line = json.dumps(ask).encode()
+        with self._lock:
+            try:
+                child = self._running()
+                answer: dict[str, str] = child.ask(line, self._limits.seconds)
+            except TimeoutError:
+                self._end()
+                raise self._refusal(f"took more than {self._limits.seconds:g} s") from None
+            except (OSError, ValueError):
+                self._end()
+                raise self._refusal("took more time or memory than it may") from None
+        if "refused" in answer:
+            raise RequestError(answer["refused"], "messages")
+        return answer["text"]
+
+    def close(self) -> None:
+        """End the process; a further chat starts another."""
+        with self._lock:
+            self._end()
+
+    def _running(self) -> _Child:
+        if self._child is None:
+            self._child = _Child(self._template, self._limits)
+        return self._child
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+    def _refusal(self, what: str) -> RequestError:
+        return RequestError(
+            f"The model's chat template ({self._template.where}) {what} on these messages, and was stopped. Send "
+            "fewer or shorter ones; if it does so on any, fix the template.",
+            "messages",
+        )
+
+
+class _Child:
+    """One process; raises OSError or ValueError if it does not answer as it should, TimeoutError if not in time."""
+
+    def __init__(self, template: ChatTemplate, limits: TemplateLimits) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "podquant.tokenizer.template_child"],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env=_environment(),
+            )
+        declaration = {"source": template.sources, "variables": template.variables, "where": template.where}
+        try:
+            self.ask(json.dumps(declaration | asdict(limits)).encode(), _START_SECONDS)
+        except BaseException:
+            self.end()
+            raise
+
+    def ask(self, line: bytes, seconds: float) -> dict[str, str]:
+        """Its answer to one line."""
+        deadline = time.monotonic() + seconds
+        self._socket.settimeout(seconds)
+        self._socket.sendall(line + b"\n")
+        pieces: list[bytes] = []
+        while not pieces or not pieces[-1].endswith(b"\n"):
+            self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            pieces.append(self._socket.recv(1 << 20))
+            if not pieces[-1]:
+                raise ConnectionError("the process has ended")
+        answer: dict[str, str] = json.loads(b"".join(pieces))
+        return answer
+
+    def end(self) -> None:
+        """Kill it, and wait until it is gone."""
+        self._socket.close()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return inherited | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
