@@ -12,6 +12,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 _MOST_DEPTH = 64
@@ -59,13 +60,22 @@ def parse_json(data: bytes, *, lenient: bool = False) -> Any:
     return value
 
 
+class _Short(reprlib.Repr):
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In the order that there is: sorting, as its parent does, takes long where the keys are many."""
+        if level <= 0:
+            return "{...}" if x else "{}"
+        some = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
+        return "{" + ", ".join(some + ["..."] * (len(x) > len(some))) + "}"
+
+
 def shown(value: object, most: int = _MOST_SHOWN) -> str:
     """A value as a message shows it: the beginning of its `repr`, however large it is."""
     if isinstance(value, str | bytes):
         return cut(repr(value[:most]), most)
     if isinstance(value, int) and abs(value) >= 10**_MOST_DIGITS:
         return f"an integer of some {int(value.bit_length() * math.log10(2)):,} digits"
-    short = reprlib.Repr(maxlevel=4, maxdict=16, maxlist=16, maxtuple=16, maxother=most, maxstring=most)
+    short = _Short(maxlevel=4, maxdict=16, maxlist=16, maxtuple=16, maxother=most, maxstring=most)
     short.maxlong = most
     return cut(short.repr(value), most)
 

@@ -45,8 +45,8 @@ class ChatTemplate:
         sources = {"default": source} if isinstance(source, str) else source
         if sum(map(len, sources.values())) > _LONGEST:
             raise CheckpointError(
-                f"{where}: the chat template has more than {_LONGEST} characters. Fix or remove it; without one the model "
-                "serves completions only."
+                f"{where}: the chat template has more than {_LONGEST} characters. Fix or remove it; without one the "
+                "model serves completions only."
             )
         if "default" not in sources:
             raise CheckpointError(
