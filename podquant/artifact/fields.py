@@ -10,6 +10,7 @@ from podquant.errors import ArtifactError
 from podquant.foreign import parse_json, shown
 
 _LARGEST = 2**63 - 1
+_MOST_AXES = 64  # NumPy's
 
 
 def decode_json(data: bytes, where: str) -> dict[str, Any]:
@@ -80,10 +81,12 @@ class Fields:
         return value  # type: ignore[no-any-return]
 
     def integers(self, key: str) -> tuple[int, ...]:
-        """A list of non-negative integers."""
+        """A list of non-negative integers, one for each axis of an array."""
         value = self._get(key)
         if not isinstance(value, list) or any(type(item) is not int or not 0 <= item <= _LARGEST for item in value):
             raise self.error(key, "a list of non-negative integers", value)
+        if len(value) > _MOST_AXES:
+            raise self.error(key, f"at most {_MOST_AXES} integers", value)
         return tuple(value)
 
     def object(self, key: str) -> Fields:

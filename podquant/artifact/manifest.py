@@ -17,7 +17,7 @@ from podquant.artifact.naming import MANIFEST, folder_of, is_safe, scales_of, we
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_DISK_NAME, QUANTIZED_DTYPES, DType
 from podquant.errors import ArtifactError
-from podquant.foreign import shown
+from podquant.foreign import cut, shown
 from podquant.quantize.qarray import scales_shape
 
 FORMAT = "podquant-artifact"
@@ -160,7 +160,7 @@ def _check_version(top: Fields) -> None:
         raise top.error("format", f'"{FORMAT}"', found)
     if (version := top.integer("version", at_least=1)) != VERSION:
         raise ArtifactError(
-            f"{top.where}: format version {version}, written by {top.string('written_by')}; this podquant reads "
+            f"{top.where}: format version {version}, written by {cut(top.string('written_by'))}; this podquant reads "
             f"version {VERSION}. Use the podquant that wrote it, or convert the source again"
         )
 
@@ -235,7 +235,7 @@ def _check_pieces(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
     end = 0
     for piece in pieces:
         if piece.file not in manifest.files:
-            raise ArtifactError(f'{at}: its file "{piece.file}" is not listed in the manifest')
+            raise ArtifactError(f'{at}: its file "{cut(piece.file)}" is not listed in the manifest')
         if any(start != (end if index == axis else 0) for index, start in enumerate(piece.start)):
             raise ArtifactError(f"{at}: pieces overlap or leave a gap: {_windows(pieces)} of {list(shape)}")
         end += piece.shape[axis] if shape else 0
@@ -249,7 +249,7 @@ def _check_folders(tensor: TensorEntry, manifest: Manifest, at: str) -> None:
     for piece in tensor.pieces:
         if manifest.tp_size > 1 and piece.file != (expected := folder_of(piece.rank, manifest.tp_size) + name):
             raise ArtifactError(
-                f'{at}: the piece of rank {piece.rank}: expected it in "{expected}", got "{piece.file}"'
+                f'{at}: the piece of rank {piece.rank}: expected it in "{cut(expected)}", got "{cut(piece.file)}"'
             )
 
 
@@ -269,7 +269,8 @@ def _check_scheme(name: str, tensor: TensorEntry, manifest: Manifest, at: str) -
     scales = manifest.tensors.get(tensor.scales or "")
     if name != weight_of(module) or tensor.scales != scales_of(module) or scales is None:
         raise ArtifactError(
-            f'{at}: expected codes "X.weight" with scales "X.weight_scale" in the manifest, got "{tensor.scales}"'
+            f'{at}: expected codes "X.weight" with scales "X.weight_scale" in the manifest, got '
+            f'"{cut(str(tensor.scales))}"'
         )
     expected = scales_shape((tensor.shape[0], tensor.shape[1]), scheme.weight_block_size)
     if scales.dtype.disk != "F32" or scales.shape != expected or scales.scheme is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from podquant.foreign import cut_words
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `podquant verify`."""
@@ -17,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     problems = verify(arguments.artifact)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {cut_words(problem)}", file=sys.stderr)
     if problems:
         return 1
     print(f"{arguments.artifact}: every file, header, scale and code is as the manifest says")

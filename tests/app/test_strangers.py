@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -19,7 +20,7 @@ import podquant
 from podquant.app.artifacts import export, merge
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import load_defaults, load_tokenizer, open_model
-from podquant.errors import ArtifactError, PodquantError, StorageError
+from podquant.errors import ArtifactError, CheckpointError, PodquantError, StorageError
 from tests.checkpoint.tiny import write_tiny
 
 RULES = "int8.yaml"
@@ -148,3 +149,76 @@ def test_a_manifest_cannot_name_a_file_outside(artifact: Path, name: str) -> Non
     (artifact / "podquant.json").write_text(json.dumps(manifest))
     (problem,) = podquant.verify(artifact)
     assert f"expected a name inside the artifact, got '{name}'" in problem
+
+
+MOST = 2**31 - 1
+COUNTS = (
+    *("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "num_local_experts"),
+)
+
+
+@pytest.mark.parametrize("count", [MOST, 10**18, 10**90])
+@pytest.mark.parametrize("key", COUNTS)
+def test_counts_of_config_json_are_compared_with_the_headers(tmp_path: Path, key: str, count: int) -> None:
+    moe = {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 1} if key == "num_local_experts" else {}
+    place = write_tiny(tmp_path / "m", None, **moe, **{key: count})
+    plan, converted, loaded = doors(place, tmp_path / "out")
+    assert plan == converted == loaded
+    assert plan.startswith(f"{place}")
+    assert len(plan) < 500
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_weights_only_compares_counts_too(tmp_path: Path, tp_size: int) -> None:
+    place = write_tiny(tmp_path / "m", num_hidden_layers=10**18)
+    with pytest.raises(CheckpointError, match=r"layers\.1 is missing: config\.json says num_hidden_layers"):
+        podquant.plan(place, RULES, weights_only=True, tp_size=tp_size)
+
+
+def write_header(place: Path, tensors: dict[str, Any], nbytes: int) -> None:
+    """A file of these tensors that takes no room on the disk."""
+    text = json.dumps(tensors).encode()
+    with open(place / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + nbytes)
+
+
+@pytest.mark.parametrize(("shape", "nbytes"), [([10**9, 8, 0], 0), ([10**9, 1, 1], 10**9)])
+def test_fused_experts_are_counted_not_made(tmp_path: Path, shape: list[int], nbytes: int) -> None:
+    moe = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 10**9, "hidden_size": shape[1]}
+    place = write_tiny(tmp_path / "m", None, **moe)
+    fused = {"dtype": "I8", "shape": shape, "data_offsets": [0, nbytes]}
+    write_header(place, {"model.layers.0.mlp.experts.down_proj": fused}, nbytes)
+    with pytest.raises(CheckpointError, match=r"down_proj: expected shape \[1000000000, "):
+        podquant.plan(place, RULES)
+
+
+@pytest.mark.parametrize("count", ["99999", "99999999"])
+def test_numbered_files_are_counted_not_named(tmp_path: Path, count: str) -> None:
+    place = write_tiny(tmp_path / "m")
+    (place / "model.safetensors").rename(place / f"model-00001-of-{count}.safetensors")
+    with pytest.raises(CheckpointError, match=r"99,995 more|is not in Hugging Face's layout") as raised:
+        podquant.plan(place, RULES)
+    assert len(str(raised.value)) < 400
+
+
+VALUES: dict[str, Any] = {
+    "architectures": ["x" * 1_000_000],
+    "dtype": {"a": "x" * 1_000_000},
+    "hidden_act": ["x" * 1_000_000],
+    "rope_scaling": {"rope_type": {"a": "x" * 1_000_000}},
+    "rope_theta": "9" * 1_000_000,
+    "tie_word_embeddings": [[["x"] * 100_000]],
+    "rms_norm_eps": [10**90] * 100_000,
+    "eos_token_id": ["x" * 1_000_000],
+    "attention_bias": "x" * 1_000_000,
+    "num_hidden_layers": "9" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_values_of_config_json_are_cut(tmp_path: Path, key: str) -> None:
+    place = write_tiny(tmp_path / "m", **{key: VALUES[key]})
+    for text in doors(place, tmp_path / "out"):
+        assert 0 < len(text) < 800

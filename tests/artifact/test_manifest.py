@@ -176,3 +176,36 @@ def test_slices_must_cover_the_tensor(path: tuple[Any, ...], value: object, mess
 def test_every_key_is_needed(key: str) -> None:
     with pytest.raises(ArtifactError, match=f"the key '{key}' is missing"):
         parse({name: value for name, value in DOCUMENT.items() if name != key})
+
+
+TENSOR = "a.weight"
+BOMBS: dict[str, tuple[tuple[str | int, ...], Any]] = {
+    "slices": (("tp_size",), 10**18),
+    "slices of 90 digits": (("tp_size",), 10**90),
+    "slices in a list": (("tp_size",), [1] * 100_000),
+    "many axes": (("tensors", TENSOR, "shape"), [1] * 100_000),
+    "a rank": (("tensors", TENSOR, "pieces", 1, "rank"), 10**18),
+    "many pieces": (
+        ("tensors", TENSOR, "pieces"),
+        [{"file": "x", "rank": None, "start": [0, 0], "shape": [1, 1]}] * 10_000,
+    ),
+    "a long file": (("tensors", TENSOR, "pieces", 0, "file"), "x" * 1_000_000),
+    "long scales": (("tensors", TENSOR, "scales"), "x" * 1_000_000),
+    "a long type": (("tensors", TENSOR, "dtype"), "x" * 1_000_000),
+    "a long checksum": (("files", f"shared/{FILE}", "crc32c"), "0" * 1_000_000),
+    "large blocks": (("tensors", TENSOR, "scheme", "weight_block_size"), [10**18, 10**18]),
+    "a long format": (("format",), "x" * 1_000_000),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_counts_are_compared_and_values_are_cut(bomb: str) -> None:
+    document: Any = sliced()
+    (*way, last), value = BOMBS[bomb]
+    place = document
+    for key in way:
+        place = place[key]
+    place[last] = value
+    with pytest.raises(ArtifactError) as raised:
+        parse(document)
+    assert len(str(raised.value)) < 400
