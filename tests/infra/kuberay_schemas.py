@@ -32,7 +32,7 @@ def _resource(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-_TEMPLATE = _mapping("spec", spec={"type": "object"})
+_TEMPLATE = _mapping("spec", metadata=_mapping("labels", labels=_TEXTS), spec={"type": "object"})
 _HEAD = _mapping("template", serviceType={"enum": ["ClusterIP"]}, rayStartParams=_TEXTS, template=_TEMPLATE)
 _WORKERS = _mapping(
     "groupName minReplicas maxReplicas template",

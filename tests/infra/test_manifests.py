@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 SLICES = ("v6e-16", "v5e-16")
 CLUSTERS = [f"{kind}-{name}" for kind in ("raycluster", "rayjob") for name in SLICES]
+OTHERS = ("service-account", "network-policy")
 KUBERNETES = "1.33"  # later ones take what this one takes
 GKE_ACCELERATORS = {"v6e": "tpu-v6e-slice", "v5litepod": "tpu-v5-lite-podslice"}  # cloud.google.com/kubernetes-engine
 SERVE: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(ServeOptions)}
@@ -87,14 +88,14 @@ def validate_pod(spec: dict[str, Any]) -> None:
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("name", [*CLUSTERS, "service-account"])
+@pytest.mark.parametrize("name", [*CLUSTERS, *OTHERS])
 def test_documents_are_valid(name: str) -> None:
     for document in documents(name):
         validate(document)
 
 
 def test_every_manifest_is_tested() -> None:
-    assert {path.stem for path in (INFRA / "kuberay").iterdir()} == {*CLUSTERS, "service-account"}
+    assert {path.stem for path in (INFRA / "kuberay").iterdir()} == {*CLUSTERS, *OTHERS}
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -204,10 +205,46 @@ def test_nobody_is_root_or_unknown(name: str) -> None:
         assert (context["runAsUser"], context["runAsGroup"]) == (int(user), int(group))
         assert int(user) > 0
         (container,) = pod["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        }
+        assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
         assert "ephemeral-storage" in container["resources"]["limits"]
         if kind != "submitter":  # it opens no bucket
             assert pod["serviceAccountName"] == account["metadata"]["name"]
+
+
+def gibibytes(size: str) -> float:
+    return int(size[:-2]) * {"Gi": 1.0, "Mi": 1 / 1024}[size[-2:]]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_no_pod_that_answers_callers_starts_without_a_key(name: str) -> None:
+    for kind in ("head", "host"):
+        (container,) = pods_of(name)[kind]["containers"]
+        (key,) = [entry for entry in container["env"] if entry["name"] == API_KEY_VARIABLE]
+        assert not key["valueFrom"]["secretKeyRef"].get("optional", False)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_only_http_is_reached_from_outside_of_a_slice(name: str) -> None:
+    (policy,) = [one for one in documents("network-policy") if one["metadata"]["name"].endswith(name.partition("-")[2])]
+    own = policy["spec"]["podSelector"]
+    cluster = cluster_of(name)
+    templates = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
+    if submitter := documents(name)[-1]["spec"].get("submitterPodTemplate"):
+        templates.append(submitter)
+    assert all(template["metadata"]["labels"] == own["matchLabels"] for template in templates)
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    among, anybody, operator = policy["spec"]["ingress"]
+    assert among == {"from": [{"podSelector": own}]}
+    assert anybody == {"ports": [{"protocol": "TCP", "port": SERVE["port"]}]}
+    assert operator["ports"] == [{"protocol": "TCP", "port": ray_constants.DEFAULT_DASHBOARD_PORT}]
+    assert operator["from"][0]["podSelector"]["matchLabels"]
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -219,7 +256,7 @@ def test_volumes_fit(name: str) -> None:
         assert mounted == set(volumes)
         limit = int(container["resources"]["limits"]["ephemeral-storage"].removesuffix("Gi"))
         sizes = [volume["emptyDir"]["sizeLimit"] for volume in volumes.values() if "emptyDir" in volume]
-        assert sum(int(size.removesuffix("Gi")) for size in sizes) < limit
+        assert sum(gibibytes(size) for size in sizes) < limit
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
