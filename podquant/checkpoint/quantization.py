@@ -31,6 +31,9 @@ _FORMATS: Mapping[str, tuple[Layout, tuple[str, ...]]] = {
 """Formats of compressed-tensors → the layout of codes on disk, and the types they may have."""
 
 _DTYPES = {"int": "int8", "float": "float8_e4m3fn"}
+_MOST_PATTERN = 4096
+"""Characters of a pattern: one of 1,000,000 takes a second to compile."""
+
 _ADVICE = (
     "podquant serves compressed-tensors in 8 bits (int-quantized, float-quantized, pack-quantized) and fp8 in blocks "
     "as they are: convert or serve the original checkpoint instead"
@@ -224,14 +227,14 @@ def _activations(section: Any, block: tuple[int, int] | None, at: str) -> str | 
 def _dtype(section: Mapping[str, Any], at: str) -> str:
     bits, kind = section.get("num_bits", 8), section.get("type", "int")
     if bits != 8 or kind not in _DTYPES:
-        _refuse(at, f"{shown(bits)}-bit {shown(kind)}")
+        _refuse(at, f"{shown(bits)}-bit {cut(kind) if isinstance(kind, str) else shown(kind)}")
     if section.get("symmetric", True) is not True:
         _refuse(at, "asymmetric codes (symmetric: false)")
     return _DTYPES[kind]
 
 
 def _block(value: Any, at: str) -> tuple[int, int]:
-    if isinstance(value, str) and re.fullmatch(r"\d+x\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", value):
         value = [int(size) for size in value.split("x")]
     if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
         _malformed(at, "two positive integers", value)
@@ -247,8 +250,10 @@ def _names(value: Any, at: str) -> tuple[str, ...]:
     for name in value:
         if name.startswith("re:"):
             try:
+                if len(name) > _MOST_PATTERN:
+                    raise ValueError(f"it has {len(name):,} characters, at most {_MOST_PATTERN:,} are accepted")
                 re.compile(name[3:])
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError, ValueError) as error:
                 raise CheckpointError(f"{at}: {shown(name)} is not a regular expression: {error}. Correct it") from None
     return tuple(value)
 

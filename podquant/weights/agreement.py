@@ -93,6 +93,20 @@ def check_files(source: WeightSource, exchange: Exchange) -> None:
             raise source.corrupted(file)
 
 
+def check_unchanged(source: WeightSource, exchange: Exchange) -> None:
+    """Find out, once all is read, whether the files were the same from the first byte to the last.
+
+    Raises:
+        StorageError: a process's files have changed, in every process.
+    """
+    failure = None
+    try:
+        source.refuse_changed()
+    except errors.PodquantError as error:
+        failure = error
+    agree(exchange, failure)
+
+
 def _gather(source: WeightSource, names: list[str], exchange: Exchange) -> list[Run]:
     """The runs of all processes, joined; each sends five numbers a run."""
     number = {name: index for index, name in enumerate(names)}

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 
 from podquant.model.layout import Model
 from podquant.model.mesh import Exchange, exchange_over
-from podquant.weights.agreement import agree, check_files, check_same_weights
+from podquant.weights.agreement import agree, check_files, check_same_weights, check_unchanged
 from podquant.weights.placement import place
 from podquant.weights.reading import Blocks, read_block
 from podquant.weights.source import WeightSource, require_weights
@@ -66,7 +66,7 @@ def load_weights(
             anything is read but samples.
         NonFiniteWeightError: a weight to quantize holds NaN or Inf.
         ArtifactError: bytes of an artifact are not those its manifest has a checksum of; names the file.
-        StorageError: bytes could not be read, or are not those the storage has a checksum of.
+        StorageError: bytes could not be read, are not those the storage has a checksum of, or files have changed.
     """
     exchange = exchange or exchange_over(model.mesh)
     check_same_weights(source, exchange)
@@ -80,6 +80,7 @@ def load_weights(
             _load_module(model, list(leaves.values()), group, loaded, on_progress)
             agree(exchange, reader.failure)
     check_files(source, exchange)
+    check_unchanged(source, exchange)
     return tuple(loaded[index] for index in range(len(model.leaves)))
 
 

@@ -23,6 +23,7 @@ from podquant.checkpoint.quantized import (
     read_codes,
     read_scales,
 )
+from podquant.checkpoint.versions import refuse_changed_since
 from podquant.config.rules import QuantizationConfig
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME, DType
@@ -35,6 +36,9 @@ from podquant.weights.hostmemory import empty
 from podquant.weights.plain import read_plain
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+CHANGED = "while it was loaded. Let nothing write to the checkpoint, and start again"
+"""What is said of a file that is not what it was."""
 
 
 class _Quantized(NamedTuple):
@@ -149,6 +153,9 @@ class QuantizedSource:
             f"{self.store.uri}/{file}: the bytes read do not have the CRC32C that the store keeps: they were "
             "corrupted in transit. Start again"
         )
+
+    def refuse_changed(self) -> None:
+        refuse_changed_since(self.store.uri, self._checkpoint.versions, CHANGED)
 
     def scheme_of(self, module: str) -> Scheme | None:
         return self._schemes.get(module)

@@ -21,6 +21,7 @@ from podquant.checkpoint.fingerprint import Fingerprint, fingerprint
 from podquant.checkpoint.index import Checkpoint
 from podquant.checkpoint.quantization import read_quantization
 from podquant.checkpoint.scales import refuse_wrong_scales
+from podquant.checkpoint.versions import refuse_changed_since
 from podquant.config.rules import QuantizationConfig, Resolution
 from podquant.config.scheme import Scheme
 from podquant.dtypes import BY_NAME
@@ -39,7 +40,7 @@ from podquant.storage.runs import RecordingStore, Whole
 from podquant.storage.store import open_store
 from podquant.weights.hostmemory import empty
 from podquant.weights.plain import read_plain
-from podquant.weights.quantized_source import QuantizedSource
+from podquant.weights.quantized_source import CHANGED, QuantizedSource
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -73,6 +74,9 @@ class WeightSource(Protocol):
 
     def corrupted(self, file: str) -> PodquantError:
         """The error to raise when the bytes read of one of these files do not have its checksum."""
+
+    def refuse_changed(self) -> None:
+        """Raise StorageError if files of which no checksum is known have changed since the source was opened."""
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -164,6 +168,9 @@ class CheckpointSource:
             "corrupted in transit. Start again"
         )
 
+    def refuse_changed(self) -> None:
+        refuse_changed_since(self.store.uri, self._checkpoint.versions, CHANGED)
+
     def scheme_of(self, module: str) -> Scheme | None:
         decision = self.resolution.decisions.get(module) if self.resolution else None
         return decision.scheme if decision else None
@@ -233,6 +240,9 @@ class ArtifactSource:
             f"{self.store.uri}: {file}: the bytes read do not have the CRC32C "
             f"{self._artifact.manifest.files[file].crc32c:08x} of the manifest. Copy the artifact again"
         )
+
+    def refuse_changed(self) -> None:
+        """The manifest holds the checksums of all files."""
 
     @property
     def fingerprint(self) -> Fingerprint:

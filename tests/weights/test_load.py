@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,14 @@ from podquant.config.rules import load_quantization_config
 from podquant.config.scheme import Scheme
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
-from podquant.errors import CheckpointError, ConfigError, MeshError, NonFiniteWeightError, UnsupportedModelError
+from podquant.errors import (
+    CheckpointError,
+    ConfigError,
+    MeshError,
+    NonFiniteWeightError,
+    StorageError,
+    UnsupportedModelError,
+)
 from podquant.families.registry import read_model_config
 from podquant.model.layout import Model
 from podquant.model.matmul import Numerics
@@ -289,3 +297,26 @@ def test_advice_names_the_types_a_chip_does_not_multiply(kind: str, scheme: Sche
     lines = advise(kind, [scheme])
     assert len(lines) == count
     assert all(kind in line for line in lines)
+
+
+@pytest.mark.parametrize("rules", [None, "int8.yaml"])
+def test_a_checkpoint_that_changes_while_it_is_loaded_is_refused(copy: Path, rules: str | None) -> None:
+    """Even by the last window, and where neither size nor time of the file tells."""
+    file = copy / "model.safetensors"
+    source = open_source(str(copy), load_quantization_config(rules) if rules else None)
+    config = read_model_config(source.config, source.tensors)
+    model = Model(config, source.scheme_of, Numerics("float32", "cpu"), make_mesh("cpu", 1))
+    read = 0
+
+    def change_at_the_end(nbytes: int) -> None:
+        nonlocal read
+        read += nbytes
+        if read == source.num_bytes:
+            before = file.stat()
+            file.write_bytes(file.read_bytes())
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(StorageError, match=r"model\.safetensors: changed while it was loaded"):
+        load_weights(model, source, change_at_the_end)
+    source.close()
+    assert read == source.num_bytes

@@ -213,6 +213,12 @@ DAMAGE: list[tuple[tuple[Any, Write], Callable[[Tensors], object], str]] = [
     ((PACKED[0], INT[1]), lambda tensors: None, "q_proj.weight_packed, a matrix of I32|weight_packed, a matrix of I32"),
     (({**INT[0], "ignore": ["re:.*up_proj"]}, INT[1]), lambda tensors: None, "does not list it as quantized"),
     (({**INT[0], "ignore": ["re:*"]}, INT[1]), lambda tensors: None, "ignore: 're:\\*' is not a regular expression"),
+    (
+        ({**INT[0], "ignore": ["re:" + "(" * 3000]}, INT[1]),
+        lambda tensors: None,
+        r"ignore: 're:\(+\.\.\. is not a regular expression",
+    ),
+    (({**INT[0], "ignore": ["re:" + "a" * 10**6]}, INT[1]), lambda tensors: None, "it has 1,000,003 characters"),
     (({**INT[0], "config_groups": {}}, INT[1]), lambda tensors: None, "config_groups: expected an object with groups"),
     (
         ({**FORMS["inverse"][0], "modules_to_not_convert": ["model.layers.0"]}, FORMS["inverse"][1]),
