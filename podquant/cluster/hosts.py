@@ -29,6 +29,8 @@ class Task[T]:
         key: names it in messages; unique in the run.
         bytes_in: the sum of what `on_progress` will be told, for progress, time left and metrics.
         bytes_out: the bytes it writes, for metrics.
+        contents: what it works on, for who has to find out why its workers die.
+        memory: bytes that a worker holds for it at most, beside the interpreter and its libraries; 0 if not known.
     """
 
     key: str
@@ -36,6 +38,8 @@ class Task[T]:
     args: tuple[Any, ...] = ()
     bytes_in: int = 0
     bytes_out: int = 0
+    contents: str = ""
+    memory: int = 0
 
 
 @dataclass(frozen=True)

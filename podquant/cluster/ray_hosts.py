@@ -1,7 +1,7 @@
-"""Hosts of a Ray cluster. Ray places tasks on a pool of workers and retries them when a worker or a host dies.
+"""Hosts of a Ray cluster. Ray places tasks on a pool of workers; what is lost is retried here, never by Ray itself.
 
-That does not help against a host that hangs (Ray 2.60 waits for it for ever), so every attempt has its own deadline,
-after which the task is also given to another worker. Knows nothing of what tasks do.
+So one budget covers all ways of losing an attempt: Ray by itself retries what is killed for its memory without end, and
+waits for ever for a host that hangs. Knows nothing of what tasks do.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from podquant.cluster.hosts import RETRIED, Done, Failed, HostLost, Outcome, Progress, Task
+from podquant.cluster.losses import Budget, Cause, Loss, note
+from podquant.cluster.ray_inquest import Worker, begin_inquest, this_worker
 from podquant.cluster.ray_meter import Meter, Overall, count, end_bars, this_host
 from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
 from podquant.cluster.topology import TpuSlice
@@ -30,8 +32,7 @@ OFF_CHIPS: Mapping[str, str] = {"JAX_PLATFORMS": "cpu"}
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 2.0  # `ray job stop` kills 3 s after it asked
 _NO_HOST_SECONDS = 60.0
-_MOST_TRIES = 4
-_RERUN = "Run the job again when there are hosts: it continues where it stopped"
+_INQUEST_SECONDS = 15.0
 
 
 class RayHosts:
@@ -56,7 +57,7 @@ class RayHosts:
             accelerator: reserve a whole TPU slice of this kind; None takes the hosts as they are.
             workers_per_host: tasks at a time on a host.
             environment: variables of the workers, in addition to those of the job.
-            max_retries: how often Ray retries a task that raised one of `RETRIED`, or whose worker or host died.
+            max_retries: how often a task is retried that raised one of `RETRIED`, or whose worker died; see `losses`.
             deadline_seconds: after which a task is given to another worker as well.
             reserve_seconds: how long to wait for hosts that other jobs hold, or that are being started.
         """
@@ -65,10 +66,11 @@ class RayHosts:
         self._deadline, self._reserve_seconds = deadline_seconds, reserve_seconds
         self._options = {
             "num_cpus": cpus_per_worker,
-            "max_retries": max_retries,
-            "retry_exceptions": list(RETRIED),
+            "max_retries": 0,
+            "num_returns": "streaming",
             "runtime_env": {"env_vars": dict(environment)},
         }
+        self._max_retries = max_retries
         self._pool: Pool | None = None
 
     def __enter__(self) -> Self:
@@ -98,7 +100,7 @@ class RayHosts:
         """As `Hosts.run`; `on_progress` is told a task's bytes when it is done."""
         if self._pool is None:
             raise ClusterError("Ray cluster: not connected: use RayHosts in a with statement")
-        run = _Run(self._pool, self._options, self._deadline, tasks)
+        run = _Run(self._pool, self._options, self._deadline, Budget(self._max_retries), tasks)
         overall = Overall(len(tasks), sum(task.bytes_in for task in tasks))
         try:
             while not run.is_over:
@@ -124,9 +126,15 @@ class _Answer:
 
 
 @ray.remote
-def _call(task: Task[Any]) -> _Answer:
+def _call(task: Task[Any]) -> Generator[Worker | _Answer, None, None]:
+    """Who does it, at once, so that it is known whose end it was; then the answer."""
+    yield this_worker()
     with Meter(task) as meter:
-        return _Answer(task.function(*task.args, meter.advance), this_host())
+        value = task.function(*task.args, meter.advance)
+    yield _Answer(value, this_host())
+
+
+type _Stream = ray.ObjectRefGenerator[Worker | _Answer]
 
 
 @dataclass
@@ -135,26 +143,37 @@ class _Try:
 
     task: Task[Any]
     begin: float = field(default_factory=time.monotonic)
+    worker: Worker | None = None
     is_late: bool = False
+
+
+@dataclass(frozen=True)
+class _Inquest:
+    """The host of an attempt whose worker has died is being asked what became of it."""
+
+    attempt: _Try
+    begin: float = field(default_factory=time.monotonic)
 
 
 class _Run:
     """The tasks of one `RayHosts.run`: waiting, or with Ray."""
 
-    def __init__(self, pool: Pool, options: Mapping[str, Any], deadline: float, tasks: Sequence[Task[Any]]) -> None:
-        self._pool, self._deadline = pool, deadline
+    def __init__(
+        self, pool: Pool, options: Mapping[str, Any], deadline: float, budget: Budget, tasks: Sequence[Task[Any]]
+    ) -> None:
+        self._pool, self._deadline, self._budget = pool, deadline, budget
         strategy = PlacementGroupSchedulingStrategy(pool.group)
-        self._call = _call.options(**options, scheduling_strategy=strategy)
+        self._call: Any = _call.options(**options, scheduling_strategy=strategy)
         self._waiting = deque(tasks)
-        self._tries: dict[ray.ObjectRef[_Answer], _Try] = {}
-        self._begun: dict[str, int] = {}
+        self._tries: dict[_Stream, _Try] = {}
+        self._inquests: dict[ray.ObjectRef[Loss], _Inquest] = {}
         self._seen = time.monotonic()
         self._num_workers = 0
 
     @property
     def is_over(self) -> bool:
         """Every task has ended."""
-        return not self._waiting and not self._tries
+        return not self._waiting and not self._tries and not self._inquests
 
     def step(self) -> Generator[Outcome[Any], None, None]:
         """Count the hosts, hand out tasks, and wait a moment for answers."""
@@ -162,76 +181,114 @@ class _Run:
         if self._num_workers:
             self._seen = time.monotonic()
         elif time.monotonic() - self._seen > _NO_HOST_SECONDS:
-            yield Failed("", ClusterError(f"Ray cluster: no host left for {_NO_HOST_SECONDS:g} s. {_RERUN}"))
+            yield Failed("", ClusterError(f"Ray cluster: no host left for {_NO_HOST_SECONDS:g} s"))
             return
         running = sum(not attempt.is_late for attempt in self._tries.values())
         for _ in range(min(self._num_workers - running, len(self._waiting))):
             task = self._waiting.popleft()
-            self._begun[task.key] = self._begun.get(task.key, 0) + 1
             self._tries[self._call.remote(task)] = _Try(task)
-        if not self._tries:
+        watched = [*self._tries, *self._inquests]
+        if not watched:
             time.sleep(_POLL_SECONDS)  # no host: they may come back
             return
-        ready, _ = ray.wait(list(self._tries), num_returns=1, timeout=_POLL_SECONDS)
-        for ref in ready:
-            yield from self._settle(ref)
+        ready, _ = ray.wait(watched, num_returns=1, timeout=_POLL_SECONDS)
+        for each in ready:
+            yield from self._hear(each) if each in self._tries else self._conclude(each)
         yield from self._late()
 
     def cancel(self) -> None:
         """Stop what runs, and wait until it has: nothing may be written once the caller has unlocked the target."""
-        refs = list(self._tries)
+        streams = list(self._tries)
         self._tries.clear()
+        self._inquests.clear()
         self._waiting.clear()
-        for ref in refs:
-            _stop(ref)
-        if refs:
+        for stream in streams:
+            _stop(stream)
+        if streams:
+            ends = [stream.completed() for stream in streams]
             with suppress(RayError):
-                ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)
+                ray.wait(ends, num_returns=len(ends), timeout=_CANCEL_SECONDS)
 
-    def _settle(self, ref: ray.ObjectRef[_Answer]) -> Generator[Outcome[Any], None, None]:
-        attempt = self._tries.pop(ref)
+    def _hear(self, stream: _Stream) -> Generator[Outcome[Any], None, None]:
+        """Take what an attempt says next: who does it, its answer, or its end without one."""
+        attempt = self._tries[stream]
         task = attempt.task
         try:
-            answer: _Answer = ray.get(ref)
+            said = ray.get(next(stream))
         except RayTaskError as error:
+            del self._tries[stream]
             cause = error.cause
-            yield Failed(task.key, cause if isinstance(cause, PodquantError) else error)
-        except RayError as error:  # Ray has given up: the worker or its host died again and again
-            reason = str(error).strip().partition("\n")[0]
-            if not attempt.is_late:
-                yield from self._again(task, reason)
+            if isinstance(cause, RETRIED):
+                yield from self._again(attempt, Loss(Cause.ERROR, str(cause)))
+            else:
+                yield Failed(task.key, cause if isinstance(cause, PodquantError) else error)
+        except RayError as error:
+            del self._tries[stream]
+            if isinstance(error, WorkerCrashedError) and attempt.worker is not None:
+                self._inquests[begin_inquest(attempt.worker)] = _Inquest(attempt)
+            else:
+                yield from self._again(attempt, _loss_of(error))
         else:
+            if isinstance(said, Worker):
+                attempt.worker = said
+                return
+            del self._tries[stream]
             self._forget(task.key)
-            yield Done(task, answer.value, answer.host)
+            yield Done(task, said.value, said.host)
+
+    def _conclude(self, inquest: ray.ObjectRef[Loss]) -> Generator[Outcome[Any], None, None]:
+        """What became of a worker, as its host says; a host that cannot say has gone too."""
+        attempt = self._inquests.pop(inquest).attempt
+        try:
+            loss = ray.get(inquest)
+        except RayError as error:
+            loss = Loss(Cause.HOST, _first_line(error))
+        yield from self._again(attempt, loss)
 
     def _late(self) -> Generator[Outcome[Any], None, None]:
-        """Give late tasks to another worker; the first may still answer, if its host is only slow."""
+        """Give late tasks to another worker; the first may still answer, if its host is only slow. So with inquests."""
         for attempt in list(self._tries.values()):
             if not attempt.is_late and time.monotonic() - attempt.begin > self._deadline:
+                yield from self._again(attempt, Loss(Cause.LATE, f"no answer for {self._deadline:g} s"))
                 attempt.is_late = True
-                yield from self._again(attempt.task, f"no answer for {self._deadline:g} s")
+        for ref, inquest in list(self._inquests.items()):
+            if time.monotonic() - inquest.begin > _INQUEST_SECONDS:
+                del self._inquests[ref]
+                loss = Loss(Cause.HOST, f"which has not answered for {_INQUEST_SECONDS:g} s")
+                yield from self._again(inquest.attempt, loss)
 
-    def _again(self, task: Task[Any], reason: str) -> Generator[Outcome[Any], None, None]:
-        yield HostLost(task.key, reason)
-        if self._begun[task.key] >= _MOST_TRIES:
-            tries = self._begun[task.key]
-            error = ClusterError(
-                f"{task.key}: lost {tries} times, last because: {reason}. If workers are killed for their memory, run "
-                "fewer of them on a host"
-            )
+    def _again(self, attempt: _Try, loss: Loss) -> Generator[Outcome[Any], None, None]:
+        """A loss, and the end of the run if the task has had enough of them; else it waits for a worker again."""
+        task = attempt.task
+        if attempt.is_late:  # another has it
+            return
+        yield HostLost(task.key, note(task, loss))
+        if (error := self._budget.spend(task, loss)) is not None:
             yield Failed(task.key, error)
         self._waiting.appendleft(task)
 
     def _forget(self, key: str) -> None:
         """A task is done: stop every other attempt at it."""
-        for ref, attempt in list(self._tries.items()):
+        for stream, attempt in list(self._tries.items()):
             if attempt.task.key == key:
-                del self._tries[ref]
-                _stop(ref)
+                del self._tries[stream]
+                _stop(stream)
+        self._inquests = {ref: each for ref, each in self._inquests.items() if each.attempt.task.key != key}
         self._waiting = deque(task for task in self._waiting if task.key != key)
 
 
-def _stop(ref: ray.ObjectRef[_Answer]) -> None:
+def _loss_of(error: RayError) -> Loss:
+    """Of an attempt that ended before its worker was known, or whose end Ray itself explains."""
+    if isinstance(error, OutOfMemoryError):
+        return Loss(Cause.MEMORY, _first_line(error))
+    return Loss(Cause.HOST if isinstance(error, NodeDiedError) else Cause.KILLED, _first_line(error))
+
+
+def _first_line(error: RayError) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _stop(stream: _Stream) -> None:
     """Kill the worker that runs it; what cannot be reached is left alone."""
     with suppress(RayError, ValueError):
-        ray.cancel(ref, force=True)
+        ray.cancel(stream, force=True)

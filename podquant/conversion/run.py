@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,13 @@ from podquant.cluster.hosts import Done, Failed, HostLost, Hosts, Progress, Task
 from podquant.cluster.local import LocalHosts
 from podquant.conversion.commit import commit
 from podquant.conversion.integrity import corrupted_files
-from podquant.conversion.memory import files_at_a_time
+from podquant.conversion.memory import files_at_a_time, worker_nbytes
 from podquant.conversion.plan import Plan
 from podquant.conversion.receipts import Receipt, Seconds
 from podquant.conversion.resume import check_staged, describe, resume
 from podquant.conversion.task import CHANGED, Setting, check_tied, do_unit, receipt_name
 from podquant.conversion.units import Unit
-from podquant.errors import ArtifactExistsError, StorageError
+from podquant.errors import ArtifactExistsError, ClusterError, StorageError
 from podquant.quantize.quality import Quality
 from podquant.storage.publication import Publication, finish_replacement, open_publication
 from podquant.storage.records import Records, open_records
@@ -105,7 +105,8 @@ def convert(
         resumed = set(receipts)
         try:
             _check_space(publication.uri, plan, receipts)
-            tied = _do_units(checkpoint, plan, setting, hosts or LocalHosts(), receipts, on_progress)
+            with _saying_what_is_kept(plan, receipts):
+                tied = _do_units(checkpoint, plan, setting, hosts or LocalHosts(), receipts, on_progress)
             _refuse_corrupted(checkpoint, plan, receipts, tied, records)
             copied = _copy_all(checkpoint, plan, versions, publication)
             check_staged({**copied, **{n: f for r in receipts.values() for n, f in r.files.items()}}, publication)
@@ -182,6 +183,16 @@ def _do_units(
     return tied
 
 
+@contextmanager
+def _saying_what_is_kept(plan: Plan, receipts: Mapping[str, Receipt]) -> Iterator[None]:
+    """Where hosts fail, say what another run need not do again."""
+    try:
+        yield
+    except ClusterError as error:
+        kept = f"{len(receipts)} of {len(plan.units)} units are done and kept" if receipts else "No unit was done"
+        raise ClusterError(f"{error}. {kept}: run the same again, and it goes on from there") from error
+
+
 def _run[T](hosts: Hosts, tasks: Sequence[Task[T]], on_progress: Progress) -> Iterator[T]:
     """The values of all tasks, as they come; raises the error of the one that fails."""
     with closing(hosts.run(tasks, on_progress)) as outcomes:
@@ -197,7 +208,11 @@ def _run[T](hosts: Hosts, tasks: Sequence[Task[T]], on_progress: Progress) -> It
 
 def _task(checkpoint: Checkpoint, setting: Setting, unit: Unit) -> Task[Receipt]:
     versions = _versions(checkpoint, {tensor.source.file for tensor in unit.tensors})
-    return Task(unit.file, do_unit, (setting, unit, versions), unit.bytes_in, unit.bytes_out)
+    first, last = unit.tensors[0].source.name, unit.tensors[-1].source.name
+    contents = first if len(unit.tensors) == 1 else f"{len(unit.tensors)} tensors, {first} to {last}"
+    memory = worker_nbytes([unit], threads=setting.threads, window_bytes=setting.window_bytes)
+    arguments = setting, unit, versions
+    return Task(unit.file, do_unit, arguments, unit.bytes_in, unit.bytes_out, contents, memory)
 
 
 def _versions(checkpoint: Checkpoint, files: set[str]) -> dict[str, str]:

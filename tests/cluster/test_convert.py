@@ -23,7 +23,7 @@ from podquant.config.rules import load_quantization_config
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
 from tests.cluster.conftest import RayCluster
-from tests.group.hosts import PATIENCE
+from tests.group.hosts import PATIENCE, wait_until
 from tests.matrix import MATRIX
 from tests.storage.gcs.emulator import GcsEmulator
 
@@ -117,11 +117,11 @@ def write_job(place: Path, **options: object) -> str:
     return str(path)
 
 
-def stall(emulator: GcsEmulator, hosts: RayCluster) -> Callable[..., int]:
+def stall(emulator: GcsEmulator, hosts: RayCluster, *, skip: int = 1) -> Callable[..., int]:
     """Hold the read of one worker for ever. Returns a function that waits until all others have done what they could,
     and tells the held worker's pid."""
     # The first range read is the header's, by the driver.
-    emulator.fail("stall", "/o/smollm2/model.safetensors.*alt=media", after=1 << 20, skip=1)
+    emulator.fail("stall", "/o/smollm2/model.safetensors.*alt=media", after=1 << 20, skip=skip)
 
     def held(driver: Driver | None = None) -> int:
         deadline = time.monotonic() + PATIENCE
@@ -198,6 +198,33 @@ def test_a_killed_worker(hosts: RayCluster, emulator: GcsEmulator, expected: dic
     os.kill(held(driver), signal.SIGKILL)
     driver.finish()
     assert_one_redone(emulator, expected, smollm2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (signal.SIGKILL, r"was killed from outside 2 times, last: process \d+ on 127[\d.]+, by SIGKILL or an exit"),
+        (signal.SIGSEGV, r"crashed 2 times, last: process \d+ on 127[\d.]+, by SIGSEGV; its log there: /tmp/\S+\.err"),
+    ],
+)
+def test_a_unit_that_kills_its_workers(
+    hosts: RayCluster, emulator: GcsEmulator, tmp_path: Path, number: signal.Signals, what: str
+) -> None:
+    held = stall(emulator, hosts)
+    driver = Driver(hosts, str(JOB), write_job(tmp_path, max_retries=1))
+    workers = []
+    for _ in range(2):
+        workers.append(held(driver))
+        stall(emulator, hosts, skip=0)
+        os.kill(workers[-1], number)
+        wait_until(lambda: not _title(workers[-1]), PATIENCE, "it is dead")
+    assert driver.process.wait(timeout=PATIENCE) == 1
+    assert len(set(workers)) == 2
+    (last,) = [line for line in driver.output.splitlines() if line.startswith("error: ")]
+    unit = r"model-0000\d-of-00005\.safetensors \((\d+ tensors, )?model\.\S+ .*a worker holds up to \d+ MB for it"
+    assert re.search(rf"{unit}.*\): its worker {what}", last), last
+    assert last.endswith("4 of 5 units are done and kept: run the same again, and it goes on from there")
 
 
 @pytest.mark.slow
