@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
+from podquant.cluster.ray_watch import HeadWatch
 from podquant.cluster.sealed import Recipient, seal
 from podquant.cluster.topology import TpuSlice
 from podquant.errors import ClusterError, PodquantError
@@ -93,6 +94,7 @@ class RayActors:
         self._address, self._accelerator = address, accelerator
         self._environment, self._reserve_seconds = dict(environment or {}), reserve_seconds
         self._pool: Pool | None = None
+        self._watch: HeadWatch | None = None
         self._actors: list[Any] = []
         self._bundles: list[int] = []
         self._runs: dict[Any, int] = {}
@@ -107,6 +109,7 @@ class RayActors:
                 self._pool = reserve_nodes(1, 1, seconds=self._reserve_seconds)
             else:
                 self._pool = reserve_slice(self._accelerator, 1, 1, seconds=self._reserve_seconds)
+            self._watch = HeadWatch(self._pool)
         except BaseException:
             ray.shutdown()
             raise
@@ -115,10 +118,8 @@ class RayActors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._kill_actors()
-        if self._pool is not None:
-            self._pool.release()
-        ray.shutdown()
+        assert self._watch is not None, "within the context"
+        self._watch.leave(self._release, status=0 if error is None else 1)
 
     @property
     def num_hosts(self) -> int:
@@ -131,15 +132,19 @@ class RayActors:
 
         Raises:
             PodquantError: what the function raised.
-            ClusterError: the labels of the hosts are not those of one slice.
+            ClusterError: the labels of the hosts are not those of one slice, or Ray's head is lost.
         """
+        assert self._watch is not None, "within the context"
         locations = self._start_actors()
         self._begin(function, locations, range(len(locations)))
         while True:
+            self._watch.refuse_loss()
             done, _ = ray.wait([*self._runs, *self._arrivals], num_returns=1, timeout=_POLL_SECONDS)
             for ref in done:
                 rank = self._runs.pop(ref) if ref in self._runs else self._arrivals.pop(ref)
                 is_lost, value = self._outcome(ref, rank)
+                if is_lost:
+                    self._watch.await_answer()  # what follows asks the head for a new process
                 if isinstance(value, _Location):
                     locations[rank] = value
                     self._begin(function, locations, [rank])
@@ -168,6 +173,11 @@ class RayActors:
         for rank in ranks:
             sealed = seal(self._secret, locations[rank].public_key)
             self._runs[self._actors[rank].run.remote(function, rank, addresses, locations[0].port, sealed)] = rank
+
+    def _release(self) -> None:
+        assert self._pool is not None, "within the context"
+        self._kill_actors()
+        self._pool.release()
 
     def _kill_actors(self) -> None:
         self._runs.clear()

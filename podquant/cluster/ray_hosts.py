@@ -23,6 +23,7 @@ from podquant.cluster.losses import Budget, Cause, Loss, note
 from podquant.cluster.ray_inquest import Worker, begin_inquest, this_worker
 from podquant.cluster.ray_meter import Meter, Overall, count, end_bars, this_host
 from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
+from podquant.cluster.ray_watch import HeadWatch
 from podquant.cluster.topology import TpuSlice
 from podquant.errors import ClusterError, PodquantError
 
@@ -72,6 +73,7 @@ class RayHosts:
         }
         self._max_retries = max_retries
         self._pool: Pool | None = None
+        self._watch: HeadWatch | None = None
 
     def __enter__(self) -> Self:
         """Raises ClusterError: there is no cluster, or the hosts asked for were not free in time."""
@@ -82,6 +84,7 @@ class RayHosts:
                 self._pool = reserve_nodes(self._workers_per_host, cpus, seconds=seconds)
             else:
                 self._pool = reserve_slice(self._accelerator, self._workers_per_host, cpus, seconds=seconds)
+            self._watch = HeadWatch(self._pool)
         except BaseException:
             ray.shutdown()
             raise
@@ -90,17 +93,16 @@ class RayHosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.release()
-            self._pool = None
-        ray.shutdown()
+        if self._pool is not None and self._watch is not None:
+            self._watch.leave(self._pool.release, status=0 if error is None else 1)
+            self._pool = self._watch = None
         end_bars()
 
     def run[T](self, tasks: Sequence[Task[T]], on_progress: Progress) -> Generator[Outcome[T], None, None]:
         """As `Hosts.run`; `on_progress` is told a task's bytes when it is done."""
-        if self._pool is None:
+        if self._pool is None or self._watch is None:
             raise ClusterError("Ray cluster: not connected: use RayHosts in a with statement")
-        run = _Run(self._pool, self._options, self._deadline, Budget(self._max_retries), tasks)
+        run = _Run(self._pool, self._watch, self._options, self._deadline, Budget(self._max_retries), tasks)
         overall = Overall(len(tasks), sum(task.bytes_in for task in tasks))
         try:
             while not run.is_over:
@@ -114,6 +116,8 @@ class RayHosts:
                     yield outcome
                     if isinstance(outcome, Failed):
                         return
+        except ClusterError as error:  # without a head
+            yield Failed("", error)
         finally:
             run.cancel()
             overall.close()
@@ -159,9 +163,15 @@ class _Run:
     """The tasks of one `RayHosts.run`: waiting, or with Ray."""
 
     def __init__(
-        self, pool: Pool, options: Mapping[str, Any], deadline: float, budget: Budget, tasks: Sequence[Task[Any]]
+        self,
+        pool: Pool,
+        watch: HeadWatch,
+        options: Mapping[str, Any],
+        deadline: float,
+        budget: Budget,
+        tasks: Sequence[Task[Any]],
     ) -> None:
-        self._pool, self._deadline, self._budget = pool, deadline, budget
+        self._pool, self._watch, self._deadline, self._budget = pool, watch, deadline, budget
         strategy = PlacementGroupSchedulingStrategy(pool.group)
         self._call: Any = _call.options(**options, scheduling_strategy=strategy)
         self._waiting = deque(tasks)
@@ -177,7 +187,8 @@ class _Run:
 
     def step(self) -> Generator[Outcome[Any], None, None]:
         """Count the hosts, hand out tasks, and wait a moment for answers."""
-        self._num_workers = len(self._pool.hosts) * self._pool.workers_per_host
+        self._watch.refuse_loss()
+        self._num_workers = len(self._watch.hosts) * self._pool.workers_per_host
         if self._num_workers:
             self._seen = time.monotonic()
         elif time.monotonic() - self._seen > _NO_HOST_SECONDS:
@@ -225,6 +236,7 @@ class _Run:
         except RayError as error:
             del self._tries[stream]
             if isinstance(error, WorkerCrashedError) and attempt.worker is not None:
+                self._watch.await_answer()
                 self._inquests[begin_inquest(attempt.worker)] = _Inquest(attempt)
             else:
                 yield from self._again(attempt, _loss_of(error))
@@ -249,7 +261,7 @@ class _Run:
         """Give late tasks to another worker; the first may still answer, if its host is only slow. So with inquests."""
         for attempt in list(self._tries.values()):
             if not attempt.is_late and time.monotonic() - attempt.begin > self._deadline:
-                yield from self._again(attempt, Loss(Cause.LATE, f"no answer for {self._deadline:g} s"))
+                yield from self._again(attempt, Loss(Cause.LATE, f"not within {self._deadline:g} s"))
                 attempt.is_late = True
         for ref, inquest in list(self._inquests.items()):
             if time.monotonic() - inquest.begin > _INQUEST_SECONDS:

@@ -37,7 +37,8 @@ class ClusterOptions:
         workers_per_host: processes on each host that convert.
         threads_per_worker: threads of one process that read and quantize; it reserves as many CPUs.
         unit_deadline_seconds: a unit that takes longer is given to another host as well.
-        max_retries: how often a unit is retried after errors that may pass.
+        max_retries: how often a unit is retried after errors that may pass and workers that died; those lost with their
+            host do not count.
         env: environment variables of the processes, text to text: numbers in quotes. No secrets: see `secrecy`.
     """
 

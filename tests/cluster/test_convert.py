@@ -283,9 +283,28 @@ def test_a_worker_that_hangs(
     worker = held(driver)
     os.kill(worker, signal.SIGSTOP)
     output = driver.finish()
-    assert "given to another worker: no answer for 25 s" in output
+    assert "given to another worker: its worker gave no answer in time: not within 25 s" in output
     assert_one_redone(emulator, expected, smollm2)
     assert not _title(worker)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=MATRIX)])
+def test_a_lost_head(emulator: GcsEmulator, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "24")
+    with RayCluster("--plain", "--hosts", "1") as cluster:
+        held = stall(emulator, cluster)
+        driver = Driver(cluster, *converting("gs://b/out", "--workers-per-host", "2"))
+        held(driver)
+        (head,) = [pid for pid in cluster.pids() if "gcs_server" in _title(pid).partition("\0")[0]]
+        os.kill(head, number)
+        assert driver.process.wait(timeout=PATIENCE) == 1, driver.output
+        assert "\nerror: " in driver.output, driver.output
+        (last,) = [line for line in driver.output.splitlines() if line.startswith("error: ")]
+        assert f"error: Ray's head {cluster.address}: no answer for 8 s: it has ended, or cannot be reached" in last
+        assert "submit the same job there. 4 of 5 units are done and kept: run the same again, and" in last
+        assert "Traceback" not in driver.output
+        assert "out.lock" not in emulator.data("b")
 
 
 SCRIPT = """
