@@ -229,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hosts", type=int, default=HOSTS_PER_SLICE)
     parser.add_argument("--cpus", type=int, default=2, help="of each host")
+    parser.add_argument("--memory-threshold", help="share of the machine's memory above which Ray kills workers")
     parser.add_argument("--plain", action="store_true", help="hosts without chips and without a slice")
     options = parser.parse_args()
 
@@ -245,6 +246,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="pq", dir="/tmp"))  # short: below it are sockets, whose paths have 107 bytes
     try:
         environment = _prepare_environment(folder)
+        if options.memory_threshold is not None:
+            os.environ.update({"RAY_memory_usage_threshold": options.memory_threshold})
         cluster = Cluster(folder, cpus=options.cpus, plain=options.plain)
         for _ in range(options.hosts):
             cluster.add_node()
