@@ -1,7 +1,7 @@
 """Why attempts at a task were lost, and after how many the task is given up: one budget for all ways of losing one.
 
-A task that is lost with its host is not to blame, and is retried for long; one whose workers are killed for their
-memory soon ends the run, with what it is and what to change. Knows nothing of how it is found out what became of it.
+A task that is lost with its host is not to blame, and is retried for long. One that kills its workers ends the run soon
+and says what it is and what to change. Knows nothing of how it is found out what became of it.
 """
 
 from __future__ import annotations
@@ -59,12 +59,7 @@ class Budget:
         lost = self._lost.setdefault(task.key, Counter())
         lost[loss.cause] += 1
         own = sum(count for cause, count in lost.items() if cause not in _ELSEWHERE)
-        if (
-            own <= self._max_retries
-            and lost[Cause.MEMORY] <= min(self._max_retries, 1)  # once: a neighbour may have taken the memory
-            and lost[Cause.HOST] <= _MOST_LOST_WITH_HOSTS
-            and lost[Cause.LATE] <= _MOST_LATE
-        ):
+        if own <= self._max_retries and lost[Cause.HOST] <= _MOST_LOST_WITH_HOSTS and lost[Cause.LATE] <= _MOST_LATE:
             return None
         history = ", ".join(f"{cause.value} {count} times" for cause, count in lost.items())
         return ClusterError(f"{describe(task)}: its worker {history}, last: {loss.detail}. {_advice(loss.cause)}")
