@@ -25,6 +25,15 @@ _LINGER_SECONDS = 1.0
 _MOST_LINGERING = 64
 
 
+_PIECE = 4096
+"""Bytes given to h11 at a time."""
+
+_FREE_LINES = 2048
+_LEAST_LINE = 16
+"""Bytes of a chunked body to a line of it, on the whole, once it has more than some: a chunk has two, and costs as much
+time as tens of kilobytes do."""
+
+
 @dataclass(frozen=True)
 class ConnectionLimits:
     """How many connections there may be, and how long each may keep the server waiting.
@@ -115,6 +124,8 @@ class _Room:
 class _Connection(H11Protocol):
     room: ClassVar[_Room]
     _is_refused = False
+    _num_bytes = 0
+    _num_lines = 0
     _deadline: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
 
@@ -126,9 +137,14 @@ class _Connection(H11Protocol):
             self._refuse(503, "This server has as many connections as it can; try again later.", "too_many_connections")
 
     def data_received(self, data: bytes) -> None:
-        if self._is_refused:
-            return
-        super().data_received(data)
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            if self._is_refused or self.transport.is_closing():
+                return
+            if self._is_broken_up(piece):
+                self._refuse(400, "The body comes in too many small chunks; send larger ones.", "small_chunks")
+                return
+            super().data_received(piece)
         if self._has_request():
             self._cancel_deadline()
             self.room.busy(self)
@@ -155,6 +171,15 @@ class _Connection(H11Protocol):
         self._cancel_stuck()
         self.room.drop(self)
         super().connection_lost(exc)
+
+    def _is_broken_up(self, piece: bytes) -> bool:
+        """Whether what came of a chunked body so far has more ends of lines, two a chunk, than chunks of use have."""
+        if not self._has_request() or not any(name == b"transfer-encoding" for name, _ in self.headers):
+            self._num_bytes = self._num_lines = 0
+            return False
+        self._num_bytes += len(piece)
+        self._num_lines += piece.count(b"\r\n")
+        return self._num_lines > _FREE_LINES + self._num_bytes // _LEAST_LINE
 
     def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -199,7 +224,7 @@ class _Connection(H11Protocol):
 
 def _answer(status: int, body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
-    reason = {408: "Request Timeout", 503: "Service Unavailable"}[status]
+    reason = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}[status]
     headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), "Connection": "close"}
     if status == 503:
         headers |= RETRY

@@ -110,6 +110,17 @@ def test_a_head_has_a_bound(hasty: str) -> None:
         trickle(connection, b"X-A: " + b"b" * 8192 + b"\r\n")  # it ends; the answer may be lost under what was sent
 
 
+@pytest.mark.parametrize(("size", "status"), [(1, b"400"), (8, b"400"), (64, b"413")])
+def test_a_body_of_tiny_chunks_is_refused(engine: LocalEngine, size: int, status: bytes) -> None:
+    with serving(engine, max_body_bytes=1 << 18) as url, closing(connect(url)) as connection:
+        chunk = b"%x\r\n" % size + b" " * size + b"\r\n"
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+        connection.sendall(b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r")
+        answer = trickle(connection, b"\n" + chunk * ((1 << 18) // size + 1) + b"0\r\n\r\n")
+        assert answer.split()[1] == status
+        assert (b"small_chunks" in answer) == (status == b"400")
+
+
 def test_an_idle_connection_stays_longer(hasty: str) -> None:
     with closing(connect(hasty)) as connection:
         for _ in range(2):
