@@ -186,7 +186,8 @@ def body(rng: random.Random, route: str) -> tuple[str, bytes]:
     name = own if rng.random() < 0.6 else rng.choice(FIELDS)
     shape = rng.choice(OF_FIELD.get(name, SHAPES))
     size = rng.choice((BOUND - 4096, BOUND - 4096, 1 << 20, 1 << 14))
-    rest = {"n": rng.choice((1, 16, 128)), "max_tokens": 1, "stream": rng.random() < 0.3}
+    copies = 1 if size == 1 << 14 else rng.choice((1, 16, 128))  # what fits the context is computed, again for each
+    rest = {"n": copies, "max_tokens": 1, "stream": rng.random() < 0.3}
     small = {"prompt": [5], "messages": [{"role": "user", "content": "a"}], "tokens": [5]}
     others = {} if name == own else {own: small[own]}
     if "completions" in route:
