@@ -6,7 +6,8 @@ nothing of clusters, or of what other units there are.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from podquant.checkpoint.header import TensorInfo
@@ -14,10 +15,11 @@ from podquant.checkpoint.versions import Versions, refuse_changed, refuse_change
 from podquant.conversion.receipts import Receipt
 from podquant.conversion.units import Unit
 from podquant.conversion.work import Progress, Workbench, check_equal, convert_unit
+from podquant.errors import StorageError
 from podquant.storage.publication import Staging
 from podquant.storage.records import Records
 from podquant.storage.runs import Run
-from podquant.storage.store import open_store
+from podquant.storage.store import Store, open_store
 
 CHANGED = (
     "while it was converted: what was read of it does not belong together, and is not published. Let nothing write to "
@@ -57,13 +59,13 @@ def do_unit(setting: Setting, unit: Unit, versions: Versions, on_progress: Progr
         StorageError: the source has changed by the end, or bytes could not be read or written.
         NonFiniteWeightError: names the tensor, the row and the file.
     """
-    with closing(open_store(setting.source)) as store:
-        refuse_changed(store, versions, CHANGED)
-        with Workbench(unit.tensors, threads=setting.threads, window_bytes=setting.window_bytes) as bench:
-            receipt = convert_unit(
-                store, unit, setting.staging.writer, bench, on_progress, allow_nonfinite=setting.allow_nonfinite
-            )
-    refuse_changed_since(setting.source, versions, CHANGED)
+    with (
+        _open_unchanged(setting.source, versions) as store,
+        Workbench(unit.tensors, threads=setting.threads, window_bytes=setting.window_bytes) as bench,
+    ):
+        receipt = convert_unit(
+            store, unit, setting.staging.writer, bench, on_progress, allow_nonfinite=setting.allow_nonfinite
+        )
     setting.receipts.write(receipt_name(unit.file), receipt.encode())
     return receipt
 
@@ -72,12 +74,26 @@ def check_tied(
     setting: Setting, tied: tuple[TensorInfo, TensorInfo], versions: Versions, on_progress: Progress
 ) -> tuple[Run, ...]:
     """Check that the first of two tied tensors, which is left out, equals the second. Returns what was read of it."""
-    with closing(open_store(setting.source)) as store:
-        refuse_changed(store, versions, CHANGED)
+    with _open_unchanged(setting.source, versions) as store:
         runs = check_equal(store, *tied, setting.window_bytes)
-    refuse_changed_since(setting.source, versions, CHANGED)
     on_progress(tied[0].nbytes)
     return runs
+
+
+@contextmanager
+def _open_unchanged(source: str, versions: Versions) -> Iterator[Store]:
+    """The store of a source whose files have these versions, from the first read to the last.
+
+    A file that was replaced meanwhile can also be met as one that is missing: then it is said that it has changed.
+    """
+    try:
+        with closing(open_store(source)) as store:
+            refuse_changed(store, versions, CHANGED)
+            yield store
+    except StorageError:
+        refuse_changed_since(source, versions, CHANGED)
+        raise
+    refuse_changed_since(source, versions, CHANGED)
 
 
 def receipt_name(unit: str) -> str:

@@ -204,3 +204,16 @@ def test_objects_of_others_are_left_alone(emulator: GcsEmulator, source: Any, na
         run("gs://b/source", TARGET, overwrite=True)
     left = {each: data for each, data in emulator.data("b").items() if each in before}
     assert left == before
+
+
+def test_a_source_that_is_replaced_between_two_reads_has_changed_and_is_not_missing(
+    emulator: GcsEmulator, large: Any
+) -> None:
+    def replace_it(count: int) -> None:
+        for name, data in emulator.data("b").items():
+            if name.startswith("source/") and name.endswith(".safetensors"):
+                emulator.put("b", name, data[:-1] + b"x")
+
+    with pytest.raises(StorageError, match=r"\.safetensors: changed while it was converted"):
+        run("gs://b/source", TARGET, on_progress=replace_it)
+    assert "out/podquant.json" not in emulator.data("b")
