@@ -99,9 +99,8 @@ def convert(
     window_bytes = window_bytes or checkpoint.store.window_bytes
     setting = Setting(checkpoint.store.uri, publication.staging, records, threads, window_bytes, allow_nonfinite)
     versions = {**checkpoint.versions, **{name: checkpoint.store.version(name) for name in plan.copied}}
-    described = describe(checkpoint, plan)
     with publication:
-        receipts = resume(described, plan, publication, records, overwrite=overwrite)
+        receipts = resume(describe(checkpoint, plan), plan, publication, records, overwrite=overwrite)
         resumed = set(receipts)
         try:
             _check_space(publication.uri, plan, receipts)

@@ -57,6 +57,7 @@ def test_a_job_takes_one_file(path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "'none.yaml': no such job file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
 def test_a_signal_is_an_exit_status_wherever_it_comes(number: int, status: int) -> None:
     """As while a command's libraries are imported, before it has said how it wants to end."""

@@ -14,7 +14,7 @@ from tests.cli.test_serve import free_port
 from tests.cluster.conftest import RayCluster
 from tests.cluster.ray_cluster import SECRETS, descendants
 from tests.group.hosts import PATIENCE, cmdline, is_alive, wait_until
-from tests.group.test_service import GOLDENS, PROMPTS, expected_tokens
+from tests.group.references import GOLDENS, PROMPTS, expected_tokens
 from tests.storage.gcs.emulator import GcsEmulator
 
 JOBS = Path(__file__).parents[2] / "jobs"

@@ -29,7 +29,7 @@ import httpx
 
 from tests.cluster.ray_cluster import descendants
 from tests.group.hosts import Service, is_alive
-from tests.group.test_service import GOLDENS, PROMPTS, expected_tokens
+from tests.group.references import GOLDENS, PROMPTS, expected_tokens
 
 FLAGS = ("--dtype", "float32", "--skip-tokenizer-init", "--skip-server-warmup", "--liveness-seconds", "6")
 NUM_CLIENTS = 8

@@ -15,77 +15,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from podquant.artifact.manifest import parse_manifest
-from podquant.checkpoint.index import Checkpoint
-from podquant.config.rules import load_quantization_config
-from podquant.conversion.plan import plan_conversion
-from podquant.conversion.run import convert
-from podquant.engine.options import EngineOptions
-from podquant.engine.request import Request, SamplingParams
-from podquant.engine.start import start_engine
 from podquant.group.messages import VERSION
-from tests.cluster.ray_cluster import descendants
 from tests.group.hosts import PATIENCE, Service, cmdline, is_alive, wait_until
+from tests.group.references import GOLDENS, PROMPTS, expected_tokens, make_artifact
+from tests.group.strangers import IMPOSTOR, call_as_strangers, listening_ports
 from tests.matrix import half
 from tests.storage.hub.emulator import HubEmulator
 from tests.storage.kinds import fine_tune
 
 pytestmark = pytest.mark.slow
 
-GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
-PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], list(range(20, 60))]
 FLAGS = ("--dtype", "float32", "--skip-tokenizer-init", "--skip-server-warmup", "--liveness-seconds", "8")
 LIVENESS = 8.0
 """Long enough for a heartbeat to come in time when the machine is busy."""
-
-
-def expected_tokens(model: Path, rules: str | None = None) -> list[list[int]]:
-    """What one process answers."""
-    options = EngineOptions(
-        str(model),
-        rules,
-        device="cpu",
-        dtype="float32",
-        max_running_requests=2,
-        chunked_prefill_size=32,
-        max_total_tokens=2048,
-        skip_tokenizer_init=True,
-        skip_server_warmup=True,
-    )
-    engine = start_engine(options)
-    engine.start()
-    answers = []
-    try:
-        for number, prompt in enumerate(PROMPTS):
-            tokens: list[int] = []
-            is_done = threading.Event()
-
-            def hear(output: Any, tokens: list[int] = tokens, is_done: threading.Event = is_done) -> None:
-                tokens.extend(output.token_ids)
-                if output.finish_reason is not None:
-                    is_done.set()
-
-            params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-            engine.submit(Request(str(number), tuple(prompt), params), hear)
-            assert is_done.wait(PATIENCE)
-            answers.append(tokens)
-    finally:
-        engine.stop()
-    return answers
-
-
-def make_artifact(model: Path, place: Path, rules: str, tp_size: int) -> Path:
-    with closing(Checkpoint.open(str(model))) as checkpoint:
-        plan = plan_conversion(checkpoint, load_quantization_config(rules), source_name="model", tp_size=tp_size)
-        convert(checkpoint, plan, str(place), threads=2)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -240,34 +188,6 @@ def test_strangers_do_not_get_in_and_do_no_harm(service: Service, expected: list
     assert b"joined" not in done.stdout
     assert [service.member(0), service.member(1)] == before
     assert service.complete(PROMPTS[2]) == expected[2]
-
-
-IMPOSTOR = """
-import sys, jax
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=1, initialization_timeout=2)
-print("joined")
-"""
-"""Calls a port as JAX's coordinator, to be rank 1; without credentials."""
-
-
-def listening_ports(pid: int) -> list[int]:
-    """TCP ports on which a process, or one below it, listens."""
-    inodes = set()
-    for each in (pid, *descendants(pid)):
-        for descriptor in Path(f"/proc/{each}/fd").iterdir():
-            with suppress(OSError):
-                inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
-    lines = [
-        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-    ]
-    return sorted({int(line[1].rpartition(":")[2], 16) for line in lines if line[3] == "0A" and line[9] in inodes})
-
-
-def call_as_strangers(port: int) -> None:
-    """Say nothing, and say things that mean nothing."""
-    for noise in (b"", b"\0" * 100, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", os.urandom(5000), b"\xff" * 70_000):
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as stranger:
-            stranger.sendall(noise)
 
 
 @pytest.mark.parametrize(
