@@ -85,8 +85,7 @@ def convert(
         on_progress: told the source bytes done since it was last called; what it raises ends the conversion.
 
     Raises:
-        ArtifactExistsError: `target` is taken (or, to overwrite, holds something that is no artifact), or another
-            conversion was begun there.
+        ArtifactExistsError: `target` is taken, or holds no artifact to overwrite, or what another conversion began.
         StorageError: the disk fills up, another run writes there, bytes cannot be read or written, the source is not
             what it was when it was opened, or what was read is not what its storage has.
         CheckpointError: tied tensors that are both stored differ.
@@ -99,8 +98,9 @@ def convert(
     window_bytes = window_bytes or checkpoint.store.window_bytes
     setting = Setting(checkpoint.store.uri, publication.staging, records, threads, window_bytes, allow_nonfinite)
     versions = {**checkpoint.versions, **{name: checkpoint.store.version(name) for name in plan.copied}}
+    described = describe(checkpoint, plan)
     with publication:
-        receipts = resume(describe(checkpoint, plan), plan, publication, records, overwrite=overwrite)
+        receipts = resume(described, plan, publication, records, overwrite=overwrite)
         resumed = set(receipts)
         try:
             _check_space(publication.uri, plan, receipts)
