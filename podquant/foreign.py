@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+MOST_JSON_BYTES = 256 << 20
+"""Of a file: the index of a model with 16,000 experts in each of 60 layers has as many."""
+
 _MOST_DEPTH = 64
 """Objects and lists inside one another; Python's own writer of JSON gives up at some 300."""
 

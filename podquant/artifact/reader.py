@@ -18,12 +18,10 @@ from podquant.artifact.naming import CONFIG, MANIFEST, QUALITY
 from podquant.checkpoint.header import Header, TensorInfo, read_header
 from podquant.checkpoint.reader import read_rows, read_whole
 from podquant.errors import ArtifactError
+from podquant.foreign import MOST_JSON_BYTES
 from podquant.storage.publication import refuse_half_replaced
 from podquant.storage.runs import Run, Whole
 from podquant.storage.store import Store, open_store
-
-MOST_BYTES = 256 << 20
-"""Of a JSON file, save for the manifest."""
 
 _MOST_MANIFEST = 2 << 30
 """With 160 bytes for each slice of a tensor: 88,000 tensors in 128 slices have some 1.8 GB."""
@@ -65,7 +63,7 @@ class Artifact:
                 check_size(store, name, file.size, sizes)
             if CONFIG not in manifest.files:
                 raise ArtifactError(f"{store.uri}: {CONFIG} is not listed in the manifest")
-            config = decode_json(store.read(CONFIG, MOST_BYTES), f"{store.uri}: {CONFIG}")
+            config = decode_json(store.read(CONFIG, MOST_JSON_BYTES), f"{store.uri}: {CONFIG}")
             expected = pieces_by_file(manifest)
             headers = {file: read_header(store, file) for file in expected}
             for place, pieces in expected.items():
@@ -153,7 +151,7 @@ class Artifact:
         where = f"{self.uri}: {QUALITY}"
         if QUALITY not in self.manifest.files:
             raise ArtifactError(f"{where}: is not listed in the manifest")
-        top = Fields(decode_json(self.store.read(QUALITY, MOST_BYTES), where), where)
+        top = Fields(decode_json(self.store.read(QUALITY, MOST_JSON_BYTES), where), where)
         return {name: {key: fields.number(key) for key in _FIGURES} for name, fields in top.objects("tensors")}
 
     @property

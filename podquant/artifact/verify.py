@@ -14,9 +14,10 @@ import numpy as np
 from podquant.artifact.fields import decode_json
 from podquant.artifact.manifest import Manifest, TensorEntry
 from podquant.artifact.naming import CONFIG, INDEX, QUALITY
-from podquant.artifact.reader import MOST_BYTES, Artifact, check_size, compare_header, pieces_by_file, read_manifest
+from podquant.artifact.reader import Artifact, check_size, compare_header, pieces_by_file, read_manifest
 from podquant.checkpoint.header import read_header
 from podquant.errors import PodquantError
+from podquant.foreign import MOST_JSON_BYTES
 from podquant.storage.store import Store, open_store
 
 _CHUNK_BYTES = 2 << 20  # stays in the cache between read and check
@@ -96,7 +97,7 @@ def _check_index(store: Store, manifest: Manifest) -> Iterator[str]:
         return
     where = f"{store.uri}: {INDEX}"
     try:
-        found = decode_json(store.read(INDEX, MOST_BYTES), where).get("weight_map")
+        found = decode_json(store.read(INDEX, MOST_JSON_BYTES), where).get("weight_map")
     except PodquantError as error:
         yield str(error)
         return

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from podquant.errors import CheckpointError
-from podquant.foreign import parse_json
+from podquant.foreign import MOST_JSON_BYTES, parse_json
 from podquant.storage.store import Store
-
-MOST_BYTES = 256 << 20
-"""Of a file: the index of a model with 16,000 experts in each of 60 layers has as many."""
 
 
 def read_object(store: Store, name: str) -> dict[str, Any]:
@@ -17,9 +14,9 @@ def read_object(store: Store, name: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it holds something else.
-        StorageError: it cannot be read, or is larger than `MOST_BYTES`.
+        StorageError: it cannot be read, or is larger than `MOST_JSON_BYTES`.
     """
-    return parse_object(store.read(name, MOST_BYTES), f"{store.uri}/{name}")
+    return parse_object(store.read(name, MOST_JSON_BYTES), f"{store.uri}/{name}")
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

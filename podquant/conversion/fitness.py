@@ -5,11 +5,11 @@ from __future__ import annotations
 from podquant.checkpoint.check import check_model
 from podquant.checkpoint.extras import further_note, sort_extras
 from podquant.checkpoint.index import Checkpoint
-from podquant.checkpoint.jsonfile import MOST_BYTES
 from podquant.conversion.contents import refuse_quantized
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
 from podquant.families.layout import plan_layout
+from podquant.foreign import MOST_JSON_BYTES
 from podquant.tokenizer.jsonfile import GENERATION, decode_object
 
 
@@ -31,7 +31,7 @@ def check_fitness(
     refuse_quantized(checkpoint)
     if not weights_only:
         if GENERATION in checkpoint.other_files:
-            decode_object(checkpoint.store.read(GENERATION, MOST_BYTES), f"{checkpoint.store.uri}/{GENERATION}")
+            decode_object(checkpoint.store.read(GENERATION, MOST_JSON_BYTES), f"{checkpoint.store.uri}/{GENERATION}")
         model = check_model(checkpoint.config, checkpoint.tensors, checkpoint.store.uri, allow_extra=allow_extra)
         return (*model.notes, *_layout_notes(model.config, tp_size))
     count = checkpoint.config.get("num_hidden_layers")

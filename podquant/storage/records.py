@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from podquant.foreign import MOST_JSON_BYTES
 from podquant.storage.failures import storage_error
 from podquant.storage.local import ownership
 from podquant.storage.local.inside import read_inside
@@ -20,9 +21,6 @@ from podquant.storage.names import checked_name
 from podquant.storage.places import SCHEME_GCS
 
 _UNFINISHED = ".unfinished-"
-
-MOST_BYTES = 256 << 20
-"""Of a document."""
 
 
 class Records(Protocol):
@@ -83,7 +81,9 @@ class LocalRecords:
             ownership.refuse_foreign(root)
             names = sorted(os.listdir(root)) if root.is_dir() else []
             hidden = (_UNFINISHED, ownership.MARKER)
-            return {name: read_inside(root / name, real, MOST_BYTES) for name in names if not name.startswith(hidden)}
+            return {
+                name: read_inside(root / name, real, MOST_JSON_BYTES) for name in names if not name.startswith(hidden)
+            }
         except OSError as error:
             raise storage_error("read", root, error) from error
 

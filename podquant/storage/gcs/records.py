@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import google_crc32c
 
 from podquant.errors import StorageError
+from podquant.foreign import MOST_JSON_BYTES
 from podquant.storage.failures import refuse_larger
 from podquant.storage.gcs.client import GcsError, shared_client
 from podquant.storage.gcs.objects import WRITE_KEY, Bucket, ObjectInfo
 from podquant.storage.gcs.store import listed, split_uri
 from podquant.storage.names import checked_name
-from podquant.storage.records import MOST_BYTES
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GcsRecords:
         async def read_all() -> dict[str, bytes]:
             infos = await _own(bucket, prefix)
             for info in infos:
-                refuse_larger(bucket.uri(info.name), info.size, MOST_BYTES)
+                refuse_larger(bucket.uri(info.name), info.size, MOST_JSON_BYTES)
             data = await asyncio.gather(*(bucket.read(info) for info in infos))
             return {info.name.removeprefix(prefix): each for info, each in zip(infos, data, strict=True)}
 
