@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+import regex
+
 from podquant.config.scheme import Scheme
 from podquant.errors import CheckpointError, UnsupportedModelError
 from podquant.families.modules import kind_of
@@ -33,6 +35,9 @@ _FORMATS: Mapping[str, tuple[Layout, tuple[str, ...]]] = {
 _DTYPES = {"int": "int8", "float": "float8_e4m3fn"}
 _MOST_PATTERN = 4096
 """Characters of a pattern: one of 1,000,000 takes a second to compile."""
+
+_PATTERN_SECONDS = 1.0
+"""For a pattern on a name; an honest one takes microseconds."""
 
 _ADVICE = (
     "podquant serves compressed-tensors in 8 bits (int-quantized, float-quantized, pack-quantized) and fp8 in blocks "
@@ -57,19 +62,37 @@ class Stored:
 
 
 class Targets:
-    """Modules by their names, by `re:` patterns that match from a name's start, or by class (`Linear`, `Embedding`)."""
+    """Modules by their names, by `re:` patterns that match from a name's start, or by class (`Linear`, `Embedding`).
+
+    Patterns are a stranger's, and some would take for ever on a name that they do not match: `regex`, unlike `re`, can
+    be stopped.
+    """
 
     def __init__(self, targets: Sequence[str]) -> None:
         self._names = frozenset(targets)
-        self._patterns = [re.compile(target[3:]) for target in targets if target.startswith("re:")]
+        self._patterns = [regex.compile(target[3:]) for target in targets if target.startswith("re:")]
 
     def rank(self, module: str) -> int | None:
-        """How specifically they match a module: 0 by name, 1 by a pattern, 2 by class; None: not at all."""
+        """How specifically they match a module: 0 by name, 1 by a pattern, 2 by class; None: not at all.
+
+        Raises:
+            CheckpointError: a pattern takes too long.
+        """
         if module in self._names:
             return 0
-        if any(pattern.match(module) for pattern in self._patterns):
+        if any(_matches(pattern, module) for pattern in self._patterns):
             return 1
         return 2 if ("Embedding" if kind_of(module) == "embedding" else "Linear") in self._names else None
+
+
+def _matches(pattern: regex.Pattern[str], module: str) -> bool:
+    try:
+        return pattern.match(module, timeout=_PATTERN_SECONDS) is not None
+    except TimeoutError:
+        raise CheckpointError(
+            f"config.json: the section on quantization: the regular expression {shown(pattern.pattern)} takes longer "
+            f"than {_PATTERN_SECONDS:g} s on the name {shown(module)}. Write one without repetitions inside repetitions"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -252,8 +275,8 @@ def _names(value: Any, at: str) -> tuple[str, ...]:
             try:
                 if len(name) > _MOST_PATTERN:
                     raise ValueError(f"it has {len(name):,} characters, at most {_MOST_PATTERN:,} are accepted")
-                re.compile(name[3:])
-            except (re.error, RecursionError, OverflowError, ValueError) as error:
+                regex.compile(name[3:])
+            except (regex.error, RecursionError, OverflowError, ValueError) as error:
                 raise CheckpointError(f"{at}: {shown(name)} is not a regular expression: {error}. Correct it") from None
     return tuple(value)
 

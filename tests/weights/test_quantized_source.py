@@ -214,6 +214,11 @@ DAMAGE: list[tuple[tuple[Any, Write], Callable[[Tensors], object], str]] = [
     (({**INT[0], "ignore": ["re:.*up_proj"]}, INT[1]), lambda tensors: None, "does not list it as quantized"),
     (({**INT[0], "ignore": ["re:*"]}, INT[1]), lambda tensors: None, "ignore: 're:\\*' is not a regular expression"),
     (
+        ({**INT[0], "ignore": ["re:((.|[a-z])*)*[XYZ]"]}, INT[1]),
+        lambda tensors: None,
+        r"the regular expression '.*' takes longer than 1 s on the name 'model\.",
+    ),
+    (
         ({**INT[0], "ignore": ["re:" + "(" * 3000]}, INT[1]),
         lambda tensors: None,
         r"ignore: 're:\(+\.\.\. is not a regular expression",
