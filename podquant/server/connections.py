@@ -121,6 +121,14 @@ class _Room:
         self._num_lingering += number
 
 
+REFUSALS = {
+    "too_many_connections": (503, "This server has as many connections as it can; try again later."),
+    "small_chunks": (400, "The body comes in too many small chunks; send larger ones."),
+    "request_timeout": (408, "The head of the request took too long to come."),
+}
+"""What a connection is answered that never becomes a request: status and message, by code."""
+
+
 class _Connection(H11Protocol):
     room: ClassVar[_Room]
     _is_refused = False
@@ -134,7 +142,7 @@ class _Connection(H11Protocol):
         if self.room.add(self):
             self._expect_head()
         else:
-            self._refuse(503, "This server has as many connections as it can; try again later.", "too_many_connections")
+            self._refuse("too_many_connections")
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), _PIECE):
@@ -142,7 +150,7 @@ class _Connection(H11Protocol):
             if self._is_refused or self.transport.is_closing():
                 return
             if self._is_broken_up(piece):
-                self._refuse(400, "The body comes in too many small chunks; send larger ones.", "small_chunks")
+                self._refuse("small_chunks")
                 return
             super().data_received(piece)
         if self._has_request():
@@ -192,12 +200,13 @@ class _Connection(H11Protocol):
         self._deadline = None
         self.room.drop(self)
         if self.conn.trailing_data[0]:
-            self._refuse(408, "The head of the request took too long to come.", "request_timeout")
+            self._refuse("request_timeout")
         else:
             self.transport.close()
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(self, code: str) -> None:
         """Answer what was not asked, and close once that has had time to be read: unread input would undo it."""
+        status, message = REFUSALS[code]
         self._is_refused = True
         if not self.room.may_linger():
             self.transport.abort()

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from podquant.engine.backend import EngineStats
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 from podquant.server.app import MAX_BODY_BYTES, create_app
+from podquant.server.connections import REFUSALS
 from podquant.server.errors import response_for
 from podquant.server.fields import Body, Part, fields_of
 from podquant.server.metrics import Metrics
@@ -60,7 +61,7 @@ def http_page() -> str:
             `{"error": {"message": …, "type": …, "param": …, "code": …}}`. `param` names the field at
             fault, if it is one.
         """),
-        table(["what", "status", "code"], [*asyncio.run(_provoke(app)), *_of_the_engine()]),
+        table(["what", "status", "code"], [*asyncio.run(_provoke(app)), *_of_connections(), *_of_the_engine()]),
         "## Metrics\n",
         prose("""
             `GET /metrics`, in Prometheus' text format. The [counters of a conversion](../howto/pod.md) are in Ray's
@@ -179,6 +180,11 @@ async def _provoke(app: Any) -> list[list[str]]:
             response = await client.request(method, path, **(request | {"headers": headers}))
             rows.append(_row(what, response.status_code, response.json()))
     return rows
+
+
+def _of_connections() -> list[list[str]]:
+    """What a connection is answered that never becomes a request."""
+    return [[message.rstrip("."), str(status), f"`{code}`"] for code, (status, message) in REFUSALS.items()]
 
 
 def _of_the_engine() -> list[list[str]]:
