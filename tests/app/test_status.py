@@ -62,7 +62,8 @@ def test_a_job_takes_one_file(path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_signal_is_an_exit_status_wherever_it_comes(number: int, status: int) -> None:
     """As while a command's libraries are imported, before it has said how it wants to end."""
     program = (
-        "import os, sys, time\nfrom podquant.app.status import exit_status\n"
+        "import os, signal, sys, time\nfrom podquant.app.status import exit_status\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background has it ignored
         f"sys.exit(exit_status(lambda: os.kill(os.getpid(), {number}) or time.sleep(60)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

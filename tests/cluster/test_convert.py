@@ -280,11 +280,11 @@ def test_a_worker_that_hangs(
     hosts: RayCluster, emulator: GcsEmulator, expected: dict[str, bytes], smollm2: Path, tmp_path: Path
 ) -> None:
     held = stall(emulator, hosts)
-    driver = Driver(hosts, str(JOB), write_job(tmp_path, unit_deadline_seconds=25))
+    driver = Driver(hosts, str(JOB), write_job(tmp_path, unit_deadline_seconds=45))
     worker = held(driver)
     os.kill(worker, signal.SIGSTOP)
     output = driver.finish()
-    assert "given to another worker: its worker gave no answer in time: not within 25 s" in output
+    assert "given to another worker: its worker gave no answer in time: not within 45 s" in output
     assert_one_redone(emulator, expected, smollm2)
     assert not _title(worker)
 
