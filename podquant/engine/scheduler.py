@@ -271,12 +271,13 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         insort(self._prefilling, sequence, key=_arrival)
 
-    def _cached_pages(self, sequence: Sequence) -> list[int]:
-        """Pages that hold what it would compute first; its last known token is always computed, for what follows it."""
+    def _cached_pages(self, sequence: Sequence, first: int = 0) -> list[int]:
+        """Pages that hold what it would compute from its page `first` on; but its last known token is always computed,
+        for what follows it."""
         if not self._keeps_prefixes or not sequence.can_share:
             return []
         pages = []
-        for key in sequence.keys.of(sequence.token_ids, (len(sequence.token_ids) - 1) // self._pool.page_size):
+        for key in sequence.keys.of(sequence.token_ids, (len(sequence.token_ids) - 1) // self._pool.page_size)[first:]:
             page = self._pool.find(key)
             if page is None:
                 break
@@ -288,7 +289,7 @@ class Scheduler:
         at, left = divmod(sequence.num_computed, self._pool.page_size)
         if left:
             return
-        cached = self._cached_pages(sequence)[at:]
+        cached = self._cached_pages(sequence, at)
         for index, page in enumerate(cached, at):
             self._pool.share(page)
             self._pool.free([sequence.pages[index]])
