@@ -118,17 +118,18 @@ def write_job(place: Path, **options: object) -> str:
 
 
 def stall(emulator: GcsEmulator, hosts: RayCluster, *, skip: int = 1) -> Callable[..., int]:
-    """Hold the read of one worker for ever. Returns a function that waits until all others have done what they could,
-    and tells the held worker's pid."""
+    """Hold the read of one worker for ever. Returns a function that waits until it is held and all others have done
+    what they could, and tells the held worker's pid."""
     # The first range read is the header's, by the driver.
-    emulator.fail("stall", "/o/smollm2/model.safetensors.*alt=media", after=1 << 20, skip=skip)
+    fault = emulator.fail("stall", "/o/smollm2/model.safetensors.*alt=media", after=1 << 20, skip=skip)
 
     def held(driver: Driver | None = None) -> int:
         deadline = time.monotonic() + PATIENCE
         while True:
             receipts = [name for name in emulator.data("b") if re.match(r"out\.receipts/model", name)]
             workers = [pid for pid in hosts.pids() if _title(pid).startswith("ray::_call")]
-            if len(receipts) == NUM_UNITS - 1 and len(workers) == 1:
+            # Whose process has begun may not have said so yet; who reads has.
+            if fault.times == 0 and len(receipts) == NUM_UNITS - 1 and len(workers) == 1:
                 return workers[0]
             is_over = driver is not None and driver.process.poll() is not None
             assert not is_over, driver and driver.output
@@ -217,7 +218,7 @@ def test_a_unit_that_kills_its_workers(
     workers = []
     for _ in range(2):
         workers.append(held(driver))
-        stall(emulator, hosts, skip=0)
+        held = stall(emulator, hosts, skip=0)
         os.kill(workers[-1], number)
         wait_until(lambda: not _title(workers[-1]), PATIENCE, "it is dead")
     assert driver.process.wait(timeout=PATIENCE) == 1
