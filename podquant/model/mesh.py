@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from podquant.cluster.topology import generation_of
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.model.axes import TP
@@ -90,10 +91,6 @@ def exchange_over(mesh: Mesh) -> Exchange:
     return exchange
 
 
-_MULTIPLIES = {"TPU v5 lite": "int8", "TPU v5": "int8", "TPU v6 lite": "int8", "TPU7x": "float8_e4m3fn"}
-"""Device kind → the 8-bit type its matrix unit multiplies at twice the bf16 rate, read off libtpu 0.0.50's programs."""
-
-
 def advise(device_kind: str, schemes: Iterable[Scheme]) -> list[str]:
     """What to know about these schemes on this chip: a sentence for each type its matrix unit lacks.
 
@@ -101,9 +98,10 @@ def advise(device_kind: str, schemes: Iterable[Scheme]) -> list[str]:
         device_kind: `jax.Device.device_kind`; an unknown one gets no advice.
         schemes: those of the model's modules.
     """
-    native = _MULTIPLIES.get(device_kind)
-    if native is None:
+    generation = generation_of(device_kind)
+    if generation is None or generation.fast_8_bit is None:
         return []
+    native = generation.fast_8_bit
     lines = []
     for dtype in sorted({d for s in schemes for d in (s.weight_dtype, s.activation_dtype) if d not in (None, native)}):
         lines.append(

@@ -34,32 +34,8 @@ from podquant.model.axes import TP
 from podquant.model.decoder import Decoder
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
+from tests.engine.shapes import LLAMA_3_8B, LLAMA_3_70B
 
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-}
-LLAMA_3_70B = LLAMA_3_8B | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
 CONTEXT, PAGE_SIZE, CHUNK, NUM_TOP = 2048, 64, 512, 20
 BATCHES = {32: 32, 80: 48}
 """By layers of the model: the pages that attention gathers must not happen to have as many elements as a weight."""
