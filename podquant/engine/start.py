@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -20,10 +19,10 @@ from podquant.engine.defaults import PLAIN, SamplingDefaults
 from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Announce, Executor
 from podquant.engine.limits import Limits
+from podquant.engine.memory import slot_bytes, token_bytes
 from podquant.engine.options import EngineOptions
 from podquant.engine.pages import PagePool
 from podquant.engine.scheduler import Scheduler
-from podquant.engine.slots import slot_arrays
 from podquant.errors import CapacityError, ConfigError
 from podquant.families.config import ModelConfig
 from podquant.model.attention import CHUNK_TOKENS
@@ -304,9 +303,8 @@ def _cache_shape(
             tokens = min(_CPU_CACHE_TOKENS, wanted)
         else:
             free = stats["bytes_limit"] * options.mem_fraction_static - stats["bytes_in_use"]
-            slots = CacheShape(1, options.page_size, options.max_running_requests, context_length)
-            free -= _device_bytes(slot_arrays(model, slots))
-            tokens = min(int(free // _token_bytes(model)), wanted)
+            free -= slot_bytes(model, options.max_running_requests)
+            tokens = min(int(free // token_bytes(model)), wanted)
         tokens = min(int(each) for each in exchange(str(tokens).encode()))
     num_pages = tokens // options.page_size
     if num_pages < 1:
@@ -315,12 +313,3 @@ def _cache_shape(
             "leave no room; raise --mem-fraction-static, use more devices, or quantize the weights"
         )
     return CacheShape(num_pages + 1, options.page_size, options.max_running_requests, context_length)
-
-
-def _token_bytes(model: Model) -> int:
-    """Bytes of one token's keys and values on one device."""
-    return _device_bytes(model.cache_arrays(CacheShape(num_pages=1, page_size=1, num_slots=1, context_length=1)))
-
-
-def _device_bytes(arrays: Sequence[jax.ShapeDtypeStruct]) -> int:
-    return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
-from podquant.families.declaration import DeclaredWeight, axis_sizes, declare
+from podquant.families.declaration import Declaration, DeclaredWeight, axis_sizes, declare
 from podquant.families.layout import Layout, plan_layout
 from podquant.model.attention import CHUNK_TOKENS, CacheLayout, cache_layout
 from podquant.model.axes import LOCAL, RULES, TP, spec_of
@@ -104,8 +104,9 @@ class Model:
         config: the model.
         scheme_of: how each module is quantized, by its name on disk.
         numerics: what it computes in.
-        mesh: one axis, `tp`.
+        mesh: one axis, `tp`; abstract where nothing is to run.
         ep_size: groups of its devices among which routed experts are shared out.
+        declaration: the model's, where it has been made already.
 
     Attributes:
         declaration: all its weights.
@@ -118,13 +119,19 @@ class Model:
     """
 
     def __init__(
-        self, config: ModelConfig, scheme_of: SchemeOf, numerics: Numerics, mesh: Mesh, ep_size: int = 1
+        self,
+        config: ModelConfig,
+        scheme_of: SchemeOf,
+        numerics: Numerics,
+        mesh: Mesh | AbstractMesh,
+        ep_size: int = 1,
+        declaration: Declaration | None = None,
     ) -> None:
         self.config = config
         self.numerics = numerics
-        self.declaration = declare(config)
+        self.declaration = declaration or declare(config)
         self.schemes: set[Scheme] = set()
-        self.mesh = mesh
+        self.mesh = cast(Mesh, mesh)  # an abstract one has all that is asked of it until weights are loaded
         self.layout: Layout = plan_layout(config, mesh.size, ep_size)
 
         def scheme_seen(module: str) -> Scheme | None:
