@@ -49,7 +49,7 @@ def open_source(options: SourceOptions) -> tuple[Checkpoint, Plan]:
     if not 1 <= options.tp_size <= MOST_SLICES:
         raise ConfigError(f"tp_size: expected 1 to {MOST_SLICES:,}, got {shown(options.tp_size)}")
     rules = load_quantization_config(options.rules_path)
-    uri, name = _locate(options.model, options.revision, options.download_dir)
+    uri, name = locate_model(options.model, options.revision, options.download_dir)
     checkpoint = Checkpoint.open(uri)
     try:
         notes = check_fitness(
@@ -73,7 +73,7 @@ def open_source(options: SourceOptions) -> tuple[Checkpoint, Plan]:
     return checkpoint, plan
 
 
-def _locate(model: str, revision: str | None, download_dir: str | None) -> tuple[str, str]:
+def locate_model(model: str, revision: str | None, download_dir: str | None) -> tuple[str, str]:
     """Where MODEL is, and a name for it that is the same on every machine ("": as its store is called).
 
     A Hugging Face id is read from the hub by ranges, unless it is to be downloaded or there is to be no connection.

@@ -10,7 +10,7 @@ from podquant.config.job import MOST_SLICES, MOST_THREADS_PER_WORKER
 from podquant.foreign import cut
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+def add_source_arguments(parser: argparse.ArgumentParser, *, needs_rules: bool = True) -> None:
     """MODEL and how to find it, the rules, and how many threads."""
     parser.add_argument("model", metavar="MODEL", help="a local directory, gs://…, or a Hugging Face id (org/name)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
@@ -18,7 +18,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization-config-path",
         metavar="YAML",
-        required=True,
+        required=needs_rules,
         help="the rules: a path, or the name of a file that podquant ships, such as int8.yaml",
     )
     parser.add_argument("--strict-rules", action="store_true", help="a rule that matches nothing is an error")

@@ -19,7 +19,7 @@ from podquant.foreign import cut_words
 COMMANDS = {
     "convert": "quantize a checkpoint into an artifact",
     "serve": "serve an artifact or a checkpoint over HTTP",
-    "plan": "show what convert would do, without doing it",
+    "plan": "show what converting and serving a model take, without doing it",
     "inspect": "show what an artifact holds and how good it is",
     "verify": "check an artifact to the last byte",
     "merge": "put the tensor-parallel slices of an artifact together",

@@ -209,7 +209,8 @@ def parse_slice(text: str) -> TpuSlice:
         number = 4**generation.dimensions * generation.cores_per_chip
         raise ConfigError(
             f"accelerator {text!r}: {name} has no slice of that size: expected one such as {name}-{number} or "
-            f"{name}:{shape}, where each side of the topology is 1, 2 or a multiple of four"
+            f"{name}:{shape}, where each side of the topology is 1, 2 or a multiple of four; the usual ones are "
+            f"{', '.join(_usual(generation))}"
         )
     chips = math.prod(sides)
     hosts = 1 if chips <= generation.most_chips_of_one_host else chips // _CHIPS_PER_HOST
@@ -219,10 +220,12 @@ def parse_slice(text: str) -> TpuSlice:
 def known_slices() -> list[TpuSlice]:
     """The slices of up to 256 chips that Google rents, each generation's from the smallest on."""
     return [
-        parse_slice(f"{generation.name}:{topology}")
-        for generation in GENERATIONS
-        for topology in (_FLAT if generation.dimensions == 2 else _CUBIC)
+        parse_slice(f"{generation.name}:{topology}") for generation in GENERATIONS for topology in _usual(generation)
     ]
+
+
+def _usual(generation: Generation) -> tuple[str, ...]:
+    return _FLAT if generation.dimensions == 2 else _CUBIC
 
 
 def generation_of(device_kind: str) -> Generation | None:

@@ -120,7 +120,8 @@ def start_executor(
     options, source = opened.options, opened.source
     mesh = make_mesh(options.device, options.tp_size)
     device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
-    numerics = Numerics(_dtype(options, opened.config), device.platform)
+    dtype = opened.config.compute_dtype if options.dtype == "auto" else options.dtype
+    numerics = Numerics(dtype, device.platform)
     model = Model(opened.config, source.scheme_of, numerics, mesh, options.ep_size)
     for line in advise(device.device_kind, model.schemes):
         _log.warning("%s", line)
@@ -283,12 +284,6 @@ def _check_context(options: EngineOptions, config: ModelConfig) -> None:
             f"context_length {options.context_length}: with the rope type 'dynamic' this model runs up to the "
             f"{config.max_positions} positions of its `max_position_embeddings`: give at most that"
         )
-
-
-def _dtype(options: EngineOptions, config: ModelConfig) -> str:
-    if options.dtype != "auto":
-        return options.dtype
-    return "float32" if config.dtype in ("float32", "float64") else "bfloat16"
 
 
 def _cache_shape(

@@ -167,6 +167,11 @@ class ModelConfig:
     residual_scale: float = 1.0
     logn_length: int | None = None
 
+    @property
+    def compute_dtype(self) -> Literal["bfloat16", "float32"]:
+        """What it is computed in unless a user says otherwise."""
+        return "float32" if self.dtype in ("float32", "float64") else "bfloat16"
+
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
         return self.moe is not None and self.moe.layers[layer]

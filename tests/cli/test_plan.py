@@ -50,6 +50,8 @@ def test_one_process_is_forecast_with_its_own_threads(model: str, capsys: pytest
     [
         (["--workers-per-host", "2"], "--workers-per-host is for many hosts: give --topology or --hosts as well"),
         (["--topology", "v9:4x4"], "accelerator 'v9:4x4': expected a generation"),
+        (["--kv-cache-dtype", "int8"], "--kv-cache-dtype is for serving on a slice: give --topology as well"),
+        (["--hosts", "2", "--ep-size", "2"], "--ep-size is for serving on a slice: give --topology as well"),
     ],
 )
 def test_what_is_no_cluster_is_one_line(
@@ -59,6 +61,46 @@ def test_what_is_no_cluster_is_one_line(
     err = capsys.readouterr().err
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+def test_serving_is_planned_beside_the_conversion(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--topology", "v6e:2x2", "--tp-size", "2", "--max-running-requests", "3")
+    assert main(["plan", model, *RULES, *flags]) == 0
+    conversion, serving = capsys.readouterr().out.split("\n\nserving ")
+    assert "reads " in conversion
+    assert "v6e:2x2, 4 chips on 1 host: --tp-size 2 --dp-size 2" in serving
+    assert "of 3 sequences at a time" in serving
+    assert "default: --page-size 128" in serving
+
+
+def test_serving_is_planned_alone_for_what_is_not_converted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", model, "--topology", "all"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["slice", "chips"]
+    assert main(["plan", model, *RULES, "--topology", "all"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["slice", "chips"]
+    assert main(["plan", model]) == 1
+    assert capsys.readouterr().err.startswith("error: nothing to plan: give --quantization-config-path to convert, ")
+
+
+def test_a_conversion_is_planned_where_the_model_cannot_be_served(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", model, *RULES, "--topology", "v6e:1x1", "--mem-fraction-static", "1e-9"]) == 1
+    told = capsys.readouterr()
+    assert "reads " in told.out
+    assert told.err.startswith("error: v6e:1x1: a chip lacks ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--page-size", "100"), ("--mem-fraction-static", "0"), ("--ep-size", "0")]
+)
+def test_values_that_serve_would_refuse_are_refused(
+    model: str, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", model, "--topology", "v6e:1x1", flag, value])
+    assert caught.value.code == 2
+    assert f"argument {flag}: expected" in capsys.readouterr().err
 
 
 def test_topology_and_hosts_exclude_each_other(model: str, capsys: pytest.CaptureFixture[str]) -> None:
