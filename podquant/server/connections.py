@@ -26,7 +26,7 @@ _MOST_LINGERING = 64
 
 
 _PIECE = 4096
-"""Bytes given to h11 at a time."""
+"""Bytes given to h11 at a time where they may be the lines of chunks, of each of which it makes an event."""
 
 _FREE_LINES = 2048
 _LEAST_LINE = 16
@@ -145,14 +145,16 @@ class _Connection(H11Protocol):
             self._refuse("too_many_connections")
 
     def data_received(self, data: bytes) -> None:
-        for start in range(0, len(data), _PIECE):
-            piece = data[start : start + _PIECE]
+        start = 0
+        while start < len(data):
             if self._is_refused or self.transport.is_closing():
                 return
+            piece = data[start:] if self._expects_plain_body() else data[start : start + _PIECE]
             if self._is_broken_up(piece):
                 self._refuse("small_chunks")
                 return
             super().data_received(piece)
+            start += len(piece)
         if self._has_request():
             self._cancel_deadline()
             self.room.busy(self)
@@ -182,12 +184,18 @@ class _Connection(H11Protocol):
 
     def _is_broken_up(self, piece: bytes) -> bool:
         """Whether what came of a chunked body so far has more ends of lines, two a chunk, than chunks of use have."""
-        if not self._has_request() or not any(name == b"transfer-encoding" for name, _ in self.headers):
+        if not self._has_request() or not self._is_chunked():
             self._num_bytes = self._num_lines = 0
             return False
         self._num_bytes += len(piece)
         self._num_lines += piece.count(b"\r\n")
         return self._num_lines > _FREE_LINES + self._num_bytes // _LEAST_LINE
+
+    def _expects_plain_body(self) -> bool:
+        return self._has_request() and not self._is_chunked()
+
+    def _is_chunked(self) -> bool:
+        return any(name == b"transfer-encoding" for name, _ in self.headers)
 
     def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -32,7 +32,11 @@ def check_bounds(text: bytes, most_values: int) -> int:
     """
     num_values, depth, is_inside, kept = 1, 0, False, b""
     for start in range(0, len(text), _PIECE):
-        piece = (kept + text[start : start + _PIECE]).replace(rb"\\", b"")
+        piece = kept + text[start : start + _PIECE]
+        if is_inside and b'"' not in piece:  # all of it is of one text, as most of a long prompt is
+            kept = piece[-1:] if _ends_within_escape(piece) else b""
+            continue
+        piece = piece.replace(rb"\\", b"")
         kept = b"\\" if piece.endswith(b"\\") else b""  # an escape that the cut would part
         piece = piece.removesuffix(b"\\").replace(rb"\"", b"")
         between = piece.split(b'"')
@@ -48,6 +52,10 @@ def check_bounds(text: bytes, most_values: int) -> int:
             if depth > MOST_DEPTH:
                 raise JsonBoundsError(f"lists and objects nested more than {MOST_DEPTH} deep")
     return num_values
+
+
+def _ends_within_escape(piece: bytes) -> bool:
+    return (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
 
 
 @dataclass

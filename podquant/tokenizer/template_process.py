@@ -25,6 +25,9 @@ _START_SECONDS = 60.0
 _INHERITED = ("TZ", "LANG", "LC_ALL", "LC_TIME", "PYTHONDONTWRITEBYTECODE")
 """What a template may see, as in the time of day that it writes."""
 
+_LONG = "line\n" * (1 << 14)
+"""Longer than what a template would shorten a text to."""
+
 
 @dataclass(frozen=True)
 class TemplateLimits:
@@ -49,6 +52,7 @@ class TemplateProcess:
         self._limits = limits or TemplateLimits()
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._keeps_user_texts: bool | None = None
 
     def start(self) -> None:
         """Start the process now, so that the first chat need not wait for it; where that fails, that tries again."""
@@ -84,6 +88,21 @@ class TemplateProcess:
         if "refused" in answer:
             raise RequestError(answer["refused"], "messages")
         return answer["text"]
+
+    def keeps_user_texts(self) -> bool:
+        """Whether a chat's text has in it, whole, what users say: then that alone tells its length at the least.
+
+        One trial shows it. What assistants say is another matter: templates leave their earlier reasoning out.
+        """
+        if self._keeps_user_texts is None:
+            first, second = (f"{number}{_LONG}{number}" for number in range(2))
+            said = [("user", first), ("assistant", "a"), ("user", second)]
+            try:
+                text = self.render([{"role": role, "content": content} for role, content in said])
+            except RequestError:  # it may be for want of time, so the next one tries again
+                return False
+            self._keeps_user_texts = first in text and second in text
+        return self._keeps_user_texts
 
     def close(self) -> None:
         """End the process; a further chat starts another."""

@@ -156,8 +156,17 @@ class Tokenizer:
             if most is not None:
                 self._check_length(self._chat.render(messages, tools), most)
             return self._chat.encode(messages, tools, add_generation_prompt=add_generation_prompt)
+        if most is not None and isinstance(self._chat, TemplateProcess):
+            self._check_user_texts(self._chat, messages, most)
         text = self.apply_chat_template(messages, tools, add_generation_prompt=add_generation_prompt, extra=extra)
         return self.encode(text, add_special_tokens=False, most=most)
+
+    def _check_user_texts(self, chat: TemplateProcess, messages: Sequence[Mapping[str, Any]], most: int) -> None:
+        """Raise TooManyTokensError where what users say shows it alone: to render it costs many times as much."""
+        said = [message.get("content") for message in messages if message.get("role") == "user"]
+        text = "".join(each.strip() for each in said if isinstance(each, str))
+        if len(text) > most and chat.keeps_user_texts():
+            self._check_length(text, most)
 
     def _check_length(self, text: str, most: int) -> None:
         def count(beginning: str) -> int:

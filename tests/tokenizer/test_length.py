@@ -12,7 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 
+from podquant.errors import RequestError
 from podquant.tokenizer.added_tokens import AddedToken
+from podquant.tokenizer.chat_template import ChatTemplate
 from podquant.tokenizer.length import TooManyTokensError, check_length
 from podquant.tokenizer.tokenizer import Tokenizer
 from podquant.tokenizer.vocabulary_json import JsonVocabulary
@@ -126,6 +128,52 @@ def test_a_tokenizer_refuses_what_is_too_long_and_gives_the_same_ids_for_the_res
     with pytest.raises(TooManyTokensError) as raised:
         any_tokenizer.encode(text * 1000, most=len(ids))
     assert len(ids) < raised.value.at_least <= 1000 * len(ids)
+
+
+def isolated_chat(source: str) -> Tokenizer:
+    """A tokenizer whose template is rendered in another process."""
+    tokenizer = Tokenizer(JsonVocabulary(byte_level()), chat=ChatTemplate(source, {}, "here"))
+    tokenizer.isolate_template()
+    return tokenizer
+
+
+def user(content: str) -> dict[str, str]:
+    """What a user says."""
+    return {"role": "user", "content": content}
+
+
+def test_a_chat_that_is_surely_too_long_is_not_rendered() -> None:
+    fails = "{% if messages[0].content|length > 1000000 %}{{ raise_exception('rendered') }}{% endif %}"
+    tokenizer = isolated_chat(fails + "{% for message in messages %}<|{{ message.content|trim }}|>{% endfor %}")
+    try:
+        with pytest.raises(RequestError, match="rendered"):
+            tokenizer.encode_chat([{"role": "assistant", "content": "a " * 1_000_000}], most=1000)
+        with pytest.raises(RequestError, match="rendered"):
+            tokenizer.encode_chat([user(" " * 2_000_000)], most=1000)  # of which the template leaves nothing
+        for said in (["a " * 1_000_000], ["a" * 1_000_001, "b", "c"]):
+            with pytest.raises(TooManyTokensError):
+                tokenizer.encode_chat([user(each) for each in said], most=1000)
+        chat = [user("hello world "), user("a")]
+        assert tokenizer.encode_chat(chat, most=1000) == tokenizer.encode("<|hello world|><|a|>")
+    finally:
+        tokenizer.close()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content }}",
+        "{% for message in messages %}{{ message.content[-1:] }}{% endfor %}",
+        "{% for message in messages %}{{ message.content|truncate(9, true, '') }}{% endfor %}",
+        "{% if messages|length > 2 %}{{ raise_exception('no') }}{% endif %}{{ messages[1].content }}",
+    ],
+)
+def test_a_template_may_leave_out_what_users_say(template: str) -> None:
+    tokenizer = isolated_chat(template)
+    try:
+        assert len(tokenizer.encode_chat([user("long " * 100_000), user("a")], most=100)) <= 100
+    finally:
+        tokenizer.close()
 
 
 def test_a_long_text_does_not_hold_up_other_threads(any_tokenizer: Tokenizer) -> None:
