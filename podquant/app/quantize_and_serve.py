@@ -5,7 +5,7 @@ from __future__ import annotations
 from podquant.app.convert import is_done
 from podquant.app.convert_on_ray import convert_on_ray
 from podquant.app.serve import check_source, options_of
-from podquant.app.serve_on_ray import serve_on_ray
+from podquant.app.serve_on_ray import check_host, serve_on_ray
 from podquant.config.job import ConvertJob, ServeJob
 
 
@@ -20,5 +20,6 @@ def quantize_and_serve(conversion: ConvertJob, serving: ServeJob, *, address: st
         print(f"{conversion.target}: is there already, and is served as it is")
     else:
         check_source(options, conversion.source, conversion.revision)
+        check_host(serving, address=address)
         convert_on_ray(conversion, address=address)
     serve_on_ray(serving, address=address)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
+from podquant.cluster.ray_pool import Pool, connect, reserve
 from podquant.cluster.ray_watch import HeadWatch
 from podquant.cluster.sealed import Recipient, seal
 from podquant.cluster.topology import TpuSlice
@@ -102,24 +103,22 @@ class RayActors:
         self._secret = secrets.token_hex(32).encode()
 
     def __enter__(self) -> Self:
-        """Raises ClusterError: there is no cluster, or the hosts asked for were not free in time."""
+        """Raises ClusterError: there is no cluster, its head is lost, or the hosts asked for were not free in time."""
         connect(self._address)
+        watch = HeadWatch()
         try:
-            if self._accelerator is None:
-                self._pool = reserve_nodes(1, 1, seconds=self._reserve_seconds)
-            else:
-                self._pool = reserve_slice(self._accelerator, 1, 1, seconds=self._reserve_seconds)
-            self._watch = HeadWatch(self._pool)
-        except BaseException:
-            ray.shutdown()
+            self._pool = watch.reserve(partial(reserve, self._accelerator, 1, 1, seconds=self._reserve_seconds))
+        except BaseException as error:
+            watch.leave(lambda: None, error)
             raise
+        self._watch = watch
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._watch is not None, "within the context"
-        self._watch.leave(self._release, status=0 if error is None else 1)
+        self._watch.leave(self._release, error)
 
     @property
     def num_hosts(self) -> int:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from podquant.cluster.hosts import RETRIED, Done, Failed, HostLost, Outcome, Pro
 from podquant.cluster.losses import Budget, Cause, Loss, note
 from podquant.cluster.ray_inquest import Worker, begin_inquest, this_worker
 from podquant.cluster.ray_meter import Meter, Overall, count, end_bars, this_host
-from podquant.cluster.ray_pool import Pool, connect, reserve_nodes, reserve_slice
+from podquant.cluster.ray_pool import Pool, connect, reserve
 from podquant.cluster.ray_watch import HeadWatch
 from podquant.cluster.topology import TpuSlice
 from podquant.errors import ClusterError, PodquantError
@@ -76,25 +77,23 @@ class RayHosts:
         self._watch: HeadWatch | None = None
 
     def __enter__(self) -> Self:
-        """Raises ClusterError: there is no cluster, or the hosts asked for were not free in time."""
+        """Raises ClusterError: there is no cluster, its head is lost, or the hosts asked for were not free in time."""
         connect(self._address)
+        watch = HeadWatch()
+        workers, cpus, seconds = self._workers_per_host, self._cpus_per_worker, self._reserve_seconds
         try:
-            cpus, seconds = self._cpus_per_worker, self._reserve_seconds
-            if self._accelerator is None:
-                self._pool = reserve_nodes(self._workers_per_host, cpus, seconds=seconds)
-            else:
-                self._pool = reserve_slice(self._accelerator, self._workers_per_host, cpus, seconds=seconds)
-            self._watch = HeadWatch(self._pool)
-        except BaseException:
-            ray.shutdown()
+            self._pool = watch.reserve(partial(reserve, self._accelerator, workers, cpus, seconds=seconds))
+        except BaseException as error:
+            watch.leave(lambda: None, error)
             raise
+        self._watch = watch
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._pool is not None and self._watch is not None:
-            self._watch.leave(self._pool.release, status=0 if error is None else 1)
+            self._watch.leave(self._pool.release, error)
             self._pool = self._watch = None
         end_bars()
 

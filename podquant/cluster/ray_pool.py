@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,11 +32,14 @@ _CONNECT_SECONDS = 10.0
 def connect(address: str) -> None:
     """Make this process a driver of the cluster at `address`, as `ray.init` takes it.
 
+    SIGTERM does what it did before, if that was more than to end the process: Ray would have it exit with status 15.
+
     Raises:
         ClusterError: there is none. Where nothing listens this is found at once; Ray itself takes two minutes.
     """
     wanted = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     host, _, port = wanted.rpartition(":")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if host and port.isdecimal() and "://" not in host:
             socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
@@ -44,6 +49,9 @@ def connect(address: str) -> None:
             f"Ray cluster {wanted or address}: cannot connect: {' '.join(str(error).split())}. Give the address of a "
             "running cluster (host:6379), or run this on one of its hosts"
         ) from error
+    finally:
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def job_environment() -> Mapping[str, str]:
@@ -81,6 +89,17 @@ class Pool:
             remove_placement_group(self.group)
         else:
             self._handle.shutdown()
+
+
+def reserve(accelerator: TpuSlice | None, workers_per_host: int, cpus_per_worker: int, *, seconds: float) -> Pool:
+    """All hosts of a free slice of a kind, or the hosts as they are.
+
+    Raises:
+        ClusterError: there is none, or they were not free within `seconds`.
+    """
+    if accelerator is None:
+        return reserve_nodes(workers_per_host, cpus_per_worker, seconds=seconds)
+    return reserve_slice(accelerator, workers_per_host, cpus_per_worker, seconds=seconds)
 
 
 def reserve_slice(tpu: TpuSlice, workers_per_host: int, cpus_per_worker: int, *, seconds: float) -> Pool:

@@ -342,6 +342,50 @@ def test_hosts_that_are_not_there(hosts: RayCluster, accelerator: str, cpus: int
     assert re.search(message, done.stdout), done.stdout + done.stderr
 
 
+RESERVING = """
+import sys, threading, time
+from podquant.app.signals import exiting_on_sigterm
+from podquant.cluster.ray_hosts import RayHosts
+from podquant.cluster.topology import parse_slice
+from podquant.errors import ClusterError
+
+def tell():
+    while all(thread.name != "reserve hosts" for thread in threading.enumerate()):
+        time.sleep(0.1)
+    print("reserving", flush=True)
+
+threading.Thread(target=tell, daemon=True).start()
+try:
+    with exiting_on_sigterm(), RayHosts(accelerator=parse_slice("v6e-16")):
+        pass
+except ClusterError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.slow
+def test_a_head_lost_or_a_signal_while_hosts_are_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "24")
+    (tmp_path / "reserve.py").write_text(RESERVING)
+
+    def reserving() -> Driver:
+        driver = Driver(cluster, str(tmp_path / "reserve.py"))
+        wait_until(lambda: "reserving" in driver.output, PATIENCE, "it reserves", lambda: driver.output)
+        return driver
+
+    with RayCluster("--plain", "--hosts", "1") as cluster:
+        driver = reserving()
+        driver.process.terminate()
+        assert driver.process.wait(timeout=PATIENCE) == 143, driver.output
+        driver = reserving()
+        (head,) = [pid for pid in cluster.pids() if "gcs_server" in _title(pid).partition("\0")[0]]
+        os.kill(head, signal.SIGKILL)
+        assert driver.process.wait(timeout=PATIENCE) == 1, driver.output
+        assert f"error: Ray's head {cluster.address}: no answer for 8 s: it has ended, or cannot be reached" in (
+            driver.output
+        )
+
+
 @pytest.mark.slow
 def test_no_cluster_there(smollm2: Path, tmp_path: Path) -> None:
     command = podquant("convert", str(smollm2), str(tmp_path / "out"), *RULES, "--address", "127.0.0.1:1")

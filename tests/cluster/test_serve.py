@@ -118,6 +118,7 @@ def test_one_job_quantizes_and_serves_and_a_lost_host_is_replaced(
     wait_until(lambda: not any(is_alive(pid) for pid in left), PATIENCE, "no process of the job is left")
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_serve_is_refused_before_it_converts(
     ray_cluster: RayCluster, emulator: GcsEmulator, tmp_path: Path
 ) -> None:
@@ -133,4 +134,10 @@ def test_a_job_that_cannot_serve_is_refused_before_it_converts(
     done = ray_cluster.submit(command, {"STORAGE_EMULATOR_HOST": emulator.url})
     assert done.returncode == 1
     assert "LlamaForCausalLM cannot be cut into tp_size 5" in done.stdout
+    key = "  port: 1\n  api_key_file: /of/no/host"
+    text = JOB.format(host=ray_cluster.ips[0], port=1, cache=tmp_path).replace("  port: 1", key)
+    (tmp_path / "job.yaml").write_text(text)
+    done = ray_cluster.submit(command, {"STORAGE_EMULATOR_HOST": emulator.url})
+    assert done.returncode == 1
+    assert "error: --api-key-file /of/no/host: cannot be read as a key: No such file or directory. Mount" in done.stdout
     assert {record.request.split()[0] for record in emulator.log} == {"GET"}
