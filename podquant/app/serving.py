@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from podquant.engine.backend import Backend
+from podquant.engine.collection import sparing_what_is_there
 from podquant.engine.options import EngineOptions
 from podquant.engine.start import OnLoad, start_engine
 from podquant.group.hosts import SharedFlags
@@ -81,8 +82,9 @@ def serve(
                 return
             attach_engine(app, backend)
             on_ready(server.url)
-            while not is_stopped.wait(0.2):
-                pass
+            with sparing_what_is_there():
+                while not is_stopped.wait(0.2):
+                    pass
     finally:
         server.close()
         server.join(_LAST_WORDS_SECONDS)

@@ -22,6 +22,7 @@ from typing import NoReturn
 import jax
 
 from podquant.engine.backend import EngineStats
+from podquant.engine.collection import sparing_what_is_there
 from podquant.engine.engine import LocalEngine
 from podquant.engine.request import FinishReason, Output, Request
 from podquant.engine.start import build_engine, load_tokenizer, open_model, start_executor
@@ -140,8 +141,9 @@ def _serve(launch: Launch, key: bytes, link: ParentLink) -> None:
             executor, _ = start_executor(opened, on_load)
             busy = _Busy()
             link.busy_seconds = busy.seconds
-            link.report(Ready())
-            follow(executor, leader, deadlines, busy.begin)
+            with sparing_what_is_there():
+                link.report(Ready())
+                follow(executor, leader, deadlines, busy.begin)
             return
         tokenizer = load_tokenizer(opened)
         followers: list[Follower] = []
@@ -153,7 +155,8 @@ def _serve(launch: Launch, key: bytes, link: ParentLink) -> None:
                 _initialize(launch, coordinator, key)
         broadcaster = StepBroadcaster(followers, deadlines)
         engine = build_engine(opened, tokenizer, on_load, broadcaster.broadcast)
-    _run_engine(engine, link, mine)
+    with sparing_what_is_there():
+        _run_engine(engine, link, mine)
     broadcaster.end()
 
 
