@@ -1,21 +1,26 @@
-"""What runs in the process of a `TemplateProcess`: one line of JSON in, one out, on the socket that is its stdin.
+"""What runs in the process of a `TemplateProcess`: one message in, one out, on the socket that is its stdin.
 
-The first line says the template and the limits, each further one a chat. Knows nothing of checkpoints.
+The first says the template and the limits, each further one a chat. Knows nothing of checkpoints.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import marshal
 import os
 import queue
 import resource
 import socket
+import sys
 import threading
 import time
-from typing import Any
 
 from podquant.errors import RequestError
 from podquant.tokenizer.chat_template import ChatTemplate
+from podquant.tokenizer.frames import receive, send
+
+ASKED, RENDERED, REFUSED = range(3)
+"""Kinds of messages: what the process is told, and what it answers, the text or why there is none."""
 
 _FILES = 16
 """Modules that Jinja and strftime import at their first use are read."""
@@ -24,31 +29,31 @@ _FILES = 16
 def main() -> None:
     """Serve until the socket closes."""
     connection = socket.socket(fileno=0)
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, lines), daemon=True).start()
-    declared = json.loads(lines.get())
+    asked: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, asked), daemon=True).start()
+    declared = marshal.loads(asked.get())
     _confine(declared["memory_bytes"])
     template = ChatTemplate(declared["source"], declared["variables"], declared["where"])
-    _answer(connection, {})
+    send(connection, RENDERED, b"")
     while True:
         _allow_seconds(declared["seconds"])
-        ask = json.loads(lines.get())
+        ask = marshal.loads(asked.get())
         try:
-            _answer(connection, {"text": template.render(**ask, most=declared["characters"])})
+            text = template.render(**ask, most=declared["characters"])
+            send(connection, RENDERED, text.encode())
         except RequestError as error:
-            _answer(connection, {"refused": str(error)})
+            send(connection, REFUSED, str(error).encode(errors="replace"))
+        except UnicodeEncodeError:
+            refusal = f"The model's chat template ({template.where}) writes half a surrogate pair; fix the template."
+            send(connection, REFUSED, refusal.encode())
 
 
-def _read(connection: socket.socket, lines: queue.SimpleQueue[bytes]) -> None:
+def _read(connection: socket.socket, asked: queue.SimpleQueue[bytearray]) -> None:
     """In a thread: whatever a template is at, the process ends with the one that started it."""
-    with connection.makefile("rb") as file:
-        for line in file:
-            lines.put(line)
+    with contextlib.suppress(OSError):
+        while True:
+            asked.put(receive(connection, sys.maxsize)[1])
     os._exit(0)
-
-
-def _answer(connection: socket.socket, answer: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def _confine(memory_bytes: int) -> None:

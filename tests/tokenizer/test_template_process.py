@@ -101,6 +101,15 @@ def test_what_the_template_refuses_is_said_in_its_words() -> None:
         process.close()
 
 
+def test_a_text_that_is_not_unicode_is_refused() -> None:
+    process = TemplateProcess(ChatTemplate("{{ '\\ud800' }}{{ messages[0].content }}", {}, "here"))
+    try:
+        with pytest.raises(RequestError, match=r"\(here\) writes half a surrogate pair"):
+            process.render(HI)
+    finally:
+        process.close()
+
+
 @pytest.mark.parametrize(
     "source",
     [
