@@ -162,6 +162,9 @@ class _Connection(H11Protocol):
             self._expect_head()
 
     def on_response_complete(self) -> None:
+        if _too_many_lines(*_size(self.conn.trailing_data[0])):  # of what came before its turn
+            self._refuse("small_chunks")
+            return
         super().on_response_complete()
         if not self._has_request() and not self.transport.is_closing():
             self.room.idle(self)
@@ -187,9 +190,10 @@ class _Connection(H11Protocol):
         if not self._has_request() or not self._is_chunked():
             self._num_bytes = self._num_lines = 0
             return False
-        self._num_bytes += len(piece)
-        self._num_lines += piece.count(b"\r\n")
-        return self._num_lines > _FREE_LINES + self._num_bytes // _LEAST_LINE
+        num_bytes, num_lines = _size(piece)
+        self._num_bytes += num_bytes
+        self._num_lines += num_lines
+        return _too_many_lines(self._num_bytes, self._num_lines)
 
     def _expects_plain_body(self) -> bool:
         return self._has_request() and not self._is_chunked()
@@ -237,6 +241,15 @@ class _Connection(H11Protocol):
         if self._stuck is not None:
             self._stuck.cancel()
             self._stuck = None
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    """Bytes and ends of lines."""
+    return len(data), data.count(b"\r\n")
+
+
+def _too_many_lines(num_bytes: int, num_lines: int) -> bool:
+    return num_lines > _FREE_LINES + num_bytes // _LEAST_LINE
 
 
 def _answer(status: int, body: dict[str, Any]) -> bytes:

@@ -122,6 +122,15 @@ def test_a_body_of_tiny_chunks_is_refused(engine: LocalEngine, size: int, status
         assert (b"small_chunks" in answer) == (status == b"400")
 
 
+def test_so_is_one_that_came_before_its_turn(hasty: str) -> None:
+    with closing(connect(hasty)) as connection:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(HEALTH + head + b"1\r\na\r\n" * 20_000 + b"0\r\n\r\n")
+        first, _, second = read_all(connection).partition(b"HTTP/1.1 400")
+        assert first.startswith(b"HTTP/1.1 200")
+        assert b"small_chunks" in second
+
+
 def test_an_idle_connection_stays_longer(hasty: str) -> None:
     with closing(connect(hasty)) as connection:
         for _ in range(2):
