@@ -25,12 +25,12 @@ from podquant.families.declaration import Declaration, DeclaredWeight, axis_size
 from podquant.families.layout import Layout
 from podquant.model.attention import Attention, KVCache, Positions, soft_cap
 from podquant.model.embedding import Embedding
-from podquant.model.linear import Linear, RMSNorm
+from podquant.model.linear import Linear, RMSNorm, at_layer
 from podquant.model.matmul import Numerics
 from podquant.model.mla import LatentAttention
 from podquant.model.mlp import MLP
 from podquant.model.moe import MoE
-from podquant.model.parameter import ExpertWeight, Module
+from podquant.model.parameter import Module, StackedWeight
 
 SchemeOf = Callable[[str], Scheme | None]
 """From a module's name on disk to how it is quantized."""
@@ -104,15 +104,16 @@ class Segment(nnx.Module):
 
     def __call__(self, x: jax.Array, cache: KVCache, at: Positions) -> tuple[jax.Array, KVCache]:
         """All layers on [M, D]."""
-        graph, *states = nnx.split(self.layers, ExpertWeight, ...)
-        whole, stacked = states  # experts are taken from the stack where they are computed
+        graph, *states = nnx.split(self.layers, StackedWeight, ...)
+        whole, stacked = states  # what loops read of a layer is taken from the stack where they read it
         indices = np.arange(self.start, self.start + len(self.windows), dtype=np.int32)
 
         def body(
             carry: tuple[jax.Array, KVCache], layer: tuple[nnx.State[Any, Any], jax.Array, jax.Array, jax.Array | None]
         ) -> tuple[tuple[jax.Array, KVCache], None]:
             state, index, window, rope = layer
-            return nnx.merge(graph, whole, state)(*carry, index, window, at.of_layer(rope)), None
+            layers = at_layer(nnx.merge(graph, whole, state), index - self.start)
+            return layers(*carry, index, window, at.of_layer(rope)), None
 
         ropes = jnp.asarray(self.ropes, jnp.int32) if self.ropes else None
         xs = (stacked, jnp.asarray(indices), jnp.asarray(self.windows, jnp.int32), ropes)
@@ -190,7 +191,7 @@ def modules_in(
     layer = None if layers is None else layers[0]
     sizes = {**axis_sizes(config), "kv_heads": layout.num_kv_heads * config.head_dim, "vocab": layout.vocab_size}
     return {
-        name: Module(name, weights, sizes, _scheme(weights["weight"], scheme_of), layers)
+        name: Module(name, weights, sizes, _scheme(weights["weight"], scheme_of), layers, layout.tp_size)
         for name, weights in declaration.modules[layer].items()
     }
 

@@ -41,7 +41,7 @@ class Embedding(nnx.Module):
 
     def _row_scales(self, rows: jax.Array) -> jax.Array:
         scale = self.table.weight_scale[...][rows]
-        block = self.table.form.block
-        if block is None:
+        blocks = self.table.form.blocks
+        if blocks is None:
             return scale
-        return jnp.repeat(scale, block[1], axis=-1)[..., : self.hidden_size]
+        return jnp.repeat(scale, blocks.size, axis=-1)[..., : self.hidden_size]

@@ -17,9 +17,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from podquant.config.scheme import Scheme
-from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
-from podquant.families.declaration import Declaration, DeclaredWeight, axis_sizes, declare
+from podquant.families.declaration import Declaration, DeclaredWeight, declare
 from podquant.families.layout import Layout, plan_layout
 from podquant.model.attention import CHUNK_TOKENS, CacheLayout, cache_layout
 from podquant.model.axes import LOCAL, RULES, TP, spec_of
@@ -40,6 +39,7 @@ class Leaf:
         weights: what fills it, of each layer that is stacked in it; of scales, the weights that they scale.
         copies: how many shards have a copy of each row, where it is cut along its rows.
         shards: that share out a tensor on disk: all of the mesh; of routed experts those of a group.
+        blocks: of scales, see `Slot`.
     """
 
     path: tuple[str | int, ...]
@@ -50,6 +50,7 @@ class Leaf:
     weights: tuple[DeclaredWeight, ...]
     copies: int
     shards: int
+    blocks: tuple[int, ...] | None = None
 
     @property
     def is_experts(self) -> bool:
@@ -149,7 +150,6 @@ class Model:
         for index, (leaf, (_, weight)) in enumerate(zip(self.leaves, flat, strict=True)):
             modules.setdefault((weight.slot.module, weight.slot.layers), {})[leaf.name] = index
         self.modules = tuple(modules.values())
-        self._check_divides()
 
     def _leaf(self, path: Any, weight: Any) -> Leaf:
         assert isinstance(weight, Weight)
@@ -159,24 +159,12 @@ class Model:
         copies = self.layout.num_kv_heads // self.config.num_kv_heads if declared[0].axes[0] == "kv_heads" else 1
         shards = self.layout.tp_size // (self.layout.ep_size if declared[0].kind == "expert" else 1)
         axes, dtype = tuple(weight.axes), np.dtype(value.dtype)
-        return Leaf(tuple(path), tuple(value.shape), dtype, axes, str(path[-1]), declared, copies, shards)
+        return Leaf(tuple(path), tuple(value.shape), dtype, axes, str(path[-1]), declared, copies, shards, slot.blocks)
 
     @cached_property
     def shardings(self) -> tuple[NamedSharding, ...]:
         """Where each leaf lies."""
         return tuple(NamedSharding(self.mesh, spec_of(leaf.axes)) for leaf in self.leaves)
-
-    def _check_divides(self) -> None:
-        """Refuse scale blocks that would straddle shards, or be padded before the last one."""
-        unpadded = {axis: size for axis, size in axis_sizes(self.config).items() if axis not in ("kv_heads", "vocab")}
-        for leaf, sharding in zip(self.leaves, self.shardings, strict=True):
-            for size, axis, mesh_axis in zip(leaf.shape, leaf.axes, sharding.spec, strict=True):
-                true = unpadded.get(axis, size)
-                if mesh_axis is not None and self.mesh.size > 1 and (size % self.mesh.size or size != true):
-                    raise MeshError(
-                        f"{'.'.join(map(str, leaf.path))}: its {true} {axis} cannot be shared out among "
-                        f"{self.mesh.size} shards in whole scale blocks: use a smaller tp_size or scales per channel"
-                    )
 
     def decoder(self, weights: Sequence[jax.Array]) -> Decoder:
         """The module with its weights (a shard's, inside `shard_map`)."""

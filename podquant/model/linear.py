@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from podquant.model.axes import RULES, TP, block_axis
+from podquant.model.blocks import Matrix
 from podquant.model.collectives import sum_over_shards
 from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
-from podquant.model.parameter import Module
+from podquant.model.parameter import Module, StackedWeight, Weight
 
 
 class Linear(nnx.Module):
@@ -25,7 +26,8 @@ class Linear(nnx.Module):
 
     def __init__(self, module: Module, numerics: Numerics) -> None:
         (out, width), (rows, columns) = module.shape, module.axes
-        self.form: Form = form_of(module.scheme, numerics)
+        shards = module.shards if RULES[columns] == TP else 1
+        self.form: Form = form_of(module.scheme, numerics, width // shards, shards)
         self.dtype = numerics.dtype
         self.row_parallel = RULES[columns] == TP
         # A token that is cut among shards gets a scale from each in bfloat16: finer, and without a collective in front
@@ -33,15 +35,14 @@ class Linear(nnx.Module):
         # products are integers their sum is exact: the same bits for any number of shards and hosts.
         self.shares_scales = self.row_parallel and self.dtype == "float32"
         self.sums_exactly = self.shares_scales and self.form.operand == "int8" and self.form.accumulator == "int32"
-        self.sums_exactly &= self.form.block is None
-        blocks = 1
-        if self.form.block is not None:
-            blocks = -(-width // self.form.block[1])
-            width = width if blocks == 1 else blocks * self.form.block[1]
-        self.weight = module.parameter("weight", self.form.weight_dtype, (out, width))
+        self.sums_exactly &= self.form.blocks is None
+        kind = StackedWeight if self.form.loops else Weight
+        self.layer: jax.Array | None = None
+        self.weight = module.parameter("weight", self.form.weight_dtype, kind=kind)
         if module.scheme is not None:
-            axes = (rows, block_axis(columns, blocks))
-            self.weight_scale = module.parameter("weight", "float32", (out, blocks), axes)
+            blocks = self.form.scale_blocks
+            axes = (rows, block_axis(columns, len(blocks)))
+            self.weight_scale = module.parameter("weight", "float32", (out, len(blocks)), axes, kind, blocks)
         if "bias" in module.weights:
             self.bias = module.parameter("bias", numerics.dtype)
 
@@ -51,8 +52,9 @@ class Linear(nnx.Module):
 
     def product(self, operand: Operand) -> jax.Array:
         """`x W^T` of this shard's outputs, [M, out] float32, without bias; partial if row-parallel, unless summed."""
-        scale = self.weight_scale[...] if hasattr(self, "weight_scale") else None
-        return matmul(operand, self.weight[...], scale, self.form, TP if self.sums_exactly else None)
+        place = () if self.layer is None else (self.layer,)
+        scale = Matrix(self.weight_scale[...], place) if hasattr(self, "weight_scale") else None
+        return matmul(operand, Matrix(self.weight[...], place), scale, self.form, TP if self.sums_exactly else None)
 
     def __call__(self, x: jax.Array | Operand) -> jax.Array:
         """Apply to [M, in] (or to what `prepare` made of it): [M, out] in the model's dtype."""
@@ -63,6 +65,14 @@ class Linear(nnx.Module):
         if hasattr(self, "bias"):
             y = y + self.bias[...].reshape(1, -1)
         return y
+
+
+def at_layer[T: nnx.Module](layers: T, index: jax.Array) -> T:
+    """Tell the linear layers among stacked modules which layer (int32 scalar) to take from stacks that are whole."""
+    for _, module in nnx.iter_modules(layers):
+        if isinstance(module, Linear) and isinstance(module.weight, StackedWeight):
+            module.layer = index
+    return layers
 
 
 def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:

@@ -11,13 +11,15 @@ largest magnitude. In float32, where parity is the point, there are three: such 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from podquant.config.scheme import Scheme
+from podquant.model.blocks import BlockCut, Matrix, block_product
 from podquant.quantize.activations import LOW_STEPS, quantize_per_token, split_int8, token_absmax
 
 OperandKind = Literal["plain", "split_int8", "int8", "float8_e4m3fn"]
@@ -46,7 +48,7 @@ class Form:
         weight_dtype: the element type the weight has on the device.
         accumulator: the dot's result type.
         min_rows: fewer rows are padded to this many.
-        block: `(rows, columns)` of a scale block, None for one scale per output channel or no scale.
+        blocks: of scales along the input, None for one scale per output channel or no scale.
         parts: int8 parts of the activation under `split_int8`.
     """
 
@@ -55,30 +57,52 @@ class Form:
     weight_dtype: str
     accumulator: str = "float32"
     min_rows: int = 1
-    block: tuple[int, int] | None = None
+    blocks: BlockCut | None = None
     parts: int = 1
 
+    @property
+    def scale_blocks(self) -> tuple[int, ...]:
+        """Which block each column of scales is of, over all shards that have one; they share that of a single block."""
+        return (0,) if self.blocks is None or self.blocks.is_one else self.blocks.columns
 
-def form_of(scheme: Scheme | None, numerics: Numerics) -> Form:
-    """The fastest exact way to compute a product under `scheme` on this platform."""
+    @property
+    def loops(self) -> bool:
+        """Whether the product is one of several blocks, which reads a part of the weight at a time."""
+        return self.blocks is not None and self.blocks.count > 1
+
+
+def form_of(scheme: Scheme | None, numerics: Numerics, width: int, shards: int = 1) -> Form:
+    """The fastest exact way to compute a product under `scheme` on this platform.
+
+    Args:
+        scheme: of the weight.
+        numerics: what the model computes in.
+        width: of the input axis on a shard.
+        shards: that share out the input axis.
+    """
+    size = scheme.weight_block_size[1] if scheme and scheme.weight_block_size else None
+    return replace(_form_of(scheme, numerics), blocks=None if size is None else BlockCut(size, width, shards))
+
+
+def _form_of(scheme: Scheme | None, numerics: Numerics) -> Form:
     cpu = numerics.platform == "cpu"
     low = numerics.dtype != "float32"
     if scheme is None:
         return Form("plain", numerics.dtype, numerics.dtype, min_rows=2 if cpu and low else 1)
-    weight, activation, block = scheme.weight_dtype, scheme.activation_dtype, scheme.weight_block_size
+    weight, activation = scheme.weight_dtype, scheme.activation_dtype
     if activation is None:
         if not cpu:
-            return Form("plain", numerics.dtype, weight, block=block)
+            return Form("plain", numerics.dtype, weight)
         if weight == "int8":
-            return Form("split_int8", "int8", "int8", "int32", block=block, parts=2 if low else 3)
-        return Form("plain", numerics.dtype, numerics.dtype, min_rows=2 if low else 1, block=block)
+            return Form("split_int8", "int8", "int8", "int32", parts=2 if low else 3)
+        return Form("plain", numerics.dtype, numerics.dtype, min_rows=2 if low else 1)
     if weight == activation == "int8":
-        return Form("int8", "int8", "int8", "int32", min_rows=2 if cpu else 1, block=block)
+        return Form("int8", "int8", "int8", "int32", min_rows=2 if cpu else 1)
     kind: OperandKind = "int8" if activation == "int8" else "float8_e4m3fn"
     if weight == activation and not cpu:
-        return Form(kind, activation, weight, block=block)
+        return Form(kind, activation, weight)
     # Codes of both types are exact in bfloat16, and their products in a float32 accumulator.
-    return Form(kind, "bfloat16", "bfloat16" if cpu else weight, min_rows=2 if cpu else 1, block=block)
+    return Form(kind, "bfloat16", "bfloat16" if cpu else weight, min_rows=2 if cpu else 1)
 
 
 @dataclass(frozen=True)
@@ -124,14 +148,14 @@ def prepare(x: jax.Array, form: Form, token_axis: str | None = None, absmax: jax
 
 
 def matmul(
-    operand: Operand, weight: jax.Array, scale: jax.Array | None, form: Form, sum_axis: str | None = None
+    operand: Operand, weight: Matrix, scale: Matrix | None, form: Form, sum_axis: str | None = None
 ) -> jax.Array:
     """The product with a weight.
 
     Args:
         operand: from `prepare` with the same form; M rows of D.
-        weight: [out, in] codes or values; in = D, or D rounded up to whole blocks.
-        scale: [out, 1] or [out, blocks] float32, None for a plain weight.
+        weight: [out, D] codes or values.
+        scale: [out, 1] or [out, blocks of this shard] float32, None for a plain weight.
         form: how.
         sum_axis: the mesh axis over whose shards the product is summed before it is scaled, exactly: for integers
             without blocks, where all shards have the same scales.
@@ -139,16 +163,17 @@ def matmul(
     Returns:
         [M, out] float32.
     """
-    if form.block is None:
-        y = _dot(operand.rows, weight, form)
+    dot = partial(_dot, form)
+    if form.blocks is not None and form.loops:
+        assert scale is not None
+        y = block_product(operand.rows, weight, scale, form.blocks, dot)
+    else:
+        y = dot(operand.rows, weight.whole())
         if sum_axis is not None:
             y = jax.lax.psum(y, sum_axis)
         y = y.astype(jnp.float32)
         if scale is not None:
-            y = y * scale.reshape(1, -1)
-    else:
-        assert scale is not None
-        y = _block_dot(operand.rows, weight, scale, form)
+            y = y * scale.whole().reshape(1, -1)
     if operand.scales is not None:
         y = y * operand.scales
     if operand.parts > 1:
@@ -156,7 +181,7 @@ def matmul(
     return y[: operand.num_rows]
 
 
-def _dot(rows: jax.Array, weight: jax.Array, form: Form) -> jax.Array:
+def _dot(form: Form, rows: jax.Array, weight: jax.Array) -> jax.Array:
     exact = form.operand_dtype == "float32"
     return jax.lax.dot_general(
         rows,
@@ -165,19 +190,3 @@ def _dot(rows: jax.Array, weight: jax.Array, form: Form) -> jax.Array:
         precision=jax.lax.Precision.HIGHEST if exact else None,
         preferred_element_type=jnp.dtype(form.accumulator),
     )
-
-
-def _block_dot(rows: jax.Array, weight: jax.Array, scale: jax.Array, form: Form) -> jax.Array:
-    """Each block of the input axis is accumulated on its own, scaled, then summed: [M, out] float32."""
-    assert form.block is not None
-    out, width = weight.shape
-    blocks = scale.shape[1]
-    rows = jnp.pad(rows, ((0, 0), (0, width - rows.shape[1]))).reshape(-1, blocks, width // blocks)
-    partial = jax.lax.dot_general(
-        rows,
-        weight.reshape(out, blocks, width // blocks),
-        (((2,), (2,)), ((1,), (1,))),
-        precision=jax.lax.Precision.HIGHEST if form.operand_dtype == "float32" else None,
-        preferred_element_type=jnp.dtype(form.accumulator),
-    )  # [blocks, M, out]
-    return (partial.astype(jnp.float32) * scale.T[:, None, :]).sum(axis=0)

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from podquant.errors import MeshError
 from podquant.families.config import ModelConfig, MoEConfig
-from podquant.model.axes import TP, block_axis
+from podquant.model.axes import LOCAL, TP, block_axis
+from podquant.model.blocks import Matrix
 from podquant.model.collectives import sum_over_shards
 from podquant.model.linear import Linear
 from podquant.model.matmul import Form, Numerics, Operand, form_of, matmul, prepare
 from podquant.model.mlp import ACTIVATIONS, MLP
-from podquant.model.parameter import ExpertWeight, Module
+from podquant.model.parameter import Module, StackedWeight
 from podquant.model.routing import route
 from podquant.quantize.activations import token_absmax
 
@@ -59,39 +59,25 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, module: Module, num_experts: int, shards: tuple[int, int], numerics: Numerics) -> None:
         tp_size, ep_size = shards
-        self.form: Form = form_of(module.scheme, numerics)
-        shape, cut = module.shape, module.weights["weight"].cut
-        out, width = (size // (tp_size // ep_size) if axis == cut else size for axis, size in enumerate(shape))
-        blocks = 1
-        if self.form.block is not None:
-            blocks = -(-width // self.form.block[1])
-            if ep_size < tp_size and cut == 1 and width % self.form.block[1]:
-                raise MeshError(
-                    f"experts of inner width {shape[1]} cannot be shared out among {tp_size // ep_size} shards in "
-                    f"whole scale blocks of {self.form.block[1]}: use a smaller tp_size, a larger ep_size or scales "
-                    "per channel"
-                )
-            width = width if blocks == 1 else blocks * self.form.block[1]
+        shape, cut, group = module.shape, module.weights["weight"].cut, tp_size // ep_size
+        out, width = (size // group if axis == cut else size for axis, size in enumerate(shape))
+        self.form: Form = form_of(module.scheme, numerics, width, group if cut == 1 else 1)
         rows, columns = ("local_ffn" if axis == "expert_ffn" else axis for axis in module.axes)
         stack, names = (tp_size, num_experts // ep_size), ("shards", "local_expert")
         self.weight = module.parameter(
-            "weight", self.form.weight_dtype, (*stack, out, width), (*names, rows, columns), ExpertWeight
+            "weight", self.form.weight_dtype, (*stack, out, width), (*names, rows, columns), StackedWeight
         )
         if module.scheme is not None:
-            axes = (*names, rows, block_axis(columns, blocks))
-            self.weight_scale = module.parameter("weight", "float32", (*stack, out, blocks), axes, ExpertWeight)
+            blocks = self.form.scale_blocks
+            axes = (*names, rows, block_axis(columns, len(blocks)))
+            width = len(blocks) // group if axes[-1] in LOCAL else len(blocks)
+            self.weight_scale = module.parameter("weight", "float32", (*stack, out, width), axes, StackedWeight, blocks)
 
     def product(self, operand: Operand, layer: jax.Array, expert: jax.Array) -> jax.Array:
         """Of rows with one expert of this shard's: [rows, out] float32."""
-        scale = _one(self.weight_scale[...], layer, expert) if hasattr(self, "weight_scale") else None
-        return matmul(operand, _one(self.weight[...], layer, expert), scale, self.form)
-
-
-def _one(stack: jax.Array, layer: jax.Array, expert: jax.Array) -> jax.Array:
-    """An expert's matrix of a stack [layers, 1, experts, ...]."""
-    zero = jnp.int32(0)
-    start = (layer, zero, expert, *(zero,) * (stack.ndim - 3))
-    return jax.lax.dynamic_slice(stack, start, (1, 1, 1, *stack.shape[3:])).reshape(stack.shape[3:])
+        place = (layer, jnp.int32(0), expert)
+        scale = Matrix(self.weight_scale[...], place) if hasattr(self, "weight_scale") else None
+        return matmul(operand, Matrix(self.weight[...], place), scale, self.form)
 
 
 class _Groups(NamedTuple):

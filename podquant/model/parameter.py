@@ -20,8 +20,8 @@ class Weight(nnx.Param):  # type: ignore[type-arg]  # nnx.Param is generic only 
     """A parameter with its logical axes, see `axes.RULES`, and the `Slot` it has in the declaration."""
 
 
-class ExpertWeight(Weight):
-    """One whose layers are not scanned over: an expert is taken from the stack where its product is computed."""
+class StackedWeight(Weight):
+    """One whose layers are not scanned over: what a loop inside a layer reads of it, it takes from the stack."""
 
 
 class Slot(NamedTuple):
@@ -30,11 +30,13 @@ class Slot(NamedTuple):
     Attributes:
         module, name: as in `DeclaredWeight`.
         layers: (start, stop) of the layers that are stacked in it; None outside the layers.
+        blocks: of scales, which block each column is of, over all shards that share out an axis; None: as on disk.
     """
 
     module: str
     name: str
     layers: tuple[int, int] | None
+    blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Module:
         sizes: of each logical axis on the devices, over all shards.
         scheme: how it is quantized, None for not.
         layers: (start, stop) of the run; None outside the layers.
+        shards: of the mesh.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Module:
     sizes: Mapping[str, int]
     scheme: Scheme | None = None
     layers: tuple[int, int] | None = None
+    shards: int = 1
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -72,6 +76,7 @@ class Module:
         shape: Sequence[int] | None = None,
         axes: Sequence[str] | None = None,
         kind: type[Weight] = Weight,
+        blocks: tuple[int, ...] | None = None,
     ) -> Weight:
         """A parameter full of zeros: build models under `nnx.eval_shape`, where no memory is taken.
 
@@ -81,6 +86,7 @@ class Module:
             shape: on the devices, of one layer; None: what is declared.
             axes: a logical axis for each dimension; None: those declared.
             kind: its class.
+            blocks: see `Slot`.
         """
         axes = self.weights[name].axes if axes is None else tuple(axes)
         shape = tuple(self.sizes[axis] for axis in axes) if shape is None else tuple(shape)
@@ -89,4 +95,4 @@ class Module:
         if self.layers is not None:
             start, stop = self.layers
             shape, axes = (stop - start, *shape), ("layers", *axes)
-        return kind(jnp.zeros(shape, dtype), axes=axes, slot=Slot(self.name, name, self.layers))
+        return kind(jnp.zeros(shape, dtype), axes=axes, slot=Slot(self.name, name, self.layers, blocks))

@@ -84,10 +84,10 @@ def _read_rows(
     """Rows of whole scale blocks, each row with scales of its own: shards then need no alignment to blocks."""
     if stream.quantizes:
         rows = source.read_quantized(module, first, last)
-        return rows.codes, _repeated(rows.scales, stream.step, last - first)
+        return rows.codes, _laid_out(rows.scales, stream, last - first)
     tensor = f"{module}.{stream.name}"
     values = source.read_rows(tensor, first // stream.repeat, -(-last // stream.repeat), columns)
-    return (_repeated(values, stream.repeat, last - first),)
+    return (_laid_out(values, stream, last - first) if stream.name == "weight_scale" else values,)
 
 
 def _num_rows(source: WeightSource, stream: Stream, module: str) -> int:
@@ -95,8 +95,11 @@ def _num_rows(source: WeightSource, stream: Stream, module: str) -> int:
     return source.tensors[weight_of(module) if stream.repeat > 1 else f"{module}.{stream.name}"].shape[0]
 
 
-def _repeated(values: Array, times: int, num_rows: int) -> Array:
-    return values if times == 1 else np.repeat(values, times, axis=0)[:num_rows]
+def _laid_out(scales: Array, stream: Stream, num_rows: int) -> Array:
+    """Scales for each of `num_rows` rows of the weight, and for each shard those of the blocks that it touches."""
+    if stream.scale_blocks is not None:
+        scales = scales[:, list(stream.scale_blocks)]
+    return scales if stream.step == 1 else np.repeat(scales, stream.step, axis=0)[:num_rows]
 
 
 def _as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:

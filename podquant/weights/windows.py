@@ -69,7 +69,8 @@ class Stream:
         layer: where in stacked leaves.
         spread: how its windows are read.
         shape: of an expert's, a row of block scales counting as many times as the block has rows.
-        scale_columns: of the scales that quantizing gives.
+        scale_columns: of the scales, those that quantizing gives too, as they lie on the devices.
+        scale_blocks: which column on disk each of these is; None: in order.
         step: rows that are read together.
         repeat: rows that a row on disk stands for.
         shard_rows: rows of a shard, where they are shared out.
@@ -85,6 +86,7 @@ class Stream:
     spread: Spread
     shape: tuple[int, ...]
     scale_columns: int
+    scale_blocks: tuple[int, ...] | None
     step: int
     repeat: int
     shard_rows: int
@@ -166,10 +168,15 @@ class Window:
 
     def shape_of(self, position: int) -> tuple[int, ...]:
         """Of a device's block, [experts, rows, ...]: of the first of the stream's leaves, or of scales with them."""
-        if position > 0:
-            return self.count, self.rows, self.stream.scale_columns
+        stream = self.stream
+        if position > 0 or (stream.scale_blocks is not None and not stream.quantizes):
+            return self.count, self.rows, stream.scale_columns
+        return (self.count, self.rows, *self._columns_on_disk)
+
+    @property
+    def _columns_on_disk(self) -> tuple[int, ...]:
         columns = self.columns_of(0)
-        return (self.count, self.rows, *(self.stream.shape[1:] if columns is None else (columns[1],)))
+        return self.stream.shape[1:] if columns is None else (columns[1],)
 
     @property
     def nbytes(self) -> int:
@@ -180,7 +187,7 @@ class Window:
                 for first, last in part.place.ranges(part.first, part.last):
                     # a row of block scales that two weights share is counted with the first
                     rows += -(-last // repeat) - -(-first // repeat)
-        return rows * math.prod(self.shape_of(0)[2:]) * self.stream.itemsize
+        return rows * math.prod(self._columns_on_disk) * self.stream.itemsize
 
 
 def plan_windows(model: Model, source: WeightSource, limits: Limits) -> Iterator[Window]:
@@ -215,15 +222,20 @@ def _stream(
     tensor = f"{module}.{name}"
     shape = (weight.shape[0], *source.tensors[tensor].shape[1:])
     step = block[0] if block is not None and (is_scale or quantizes) else 1
+    columns, scale_blocks = 1 if block is None else -(-weight.shape[-1] // block[1]), None
+    if is_scale or quantizes:
+        taken = model.leaves[leaves["weight_scale"]].blocks
+        scale_blocks = None if taken == tuple(range(columns)) else taken
     itemsize = source.itemsize_of(tensor)
     return Stream(
         name=name,
         places=weight.places,
         leaves=(leaves[name], leaves["weight_scale"]) if quantizes else (leaves[name],),
         layer=layer,
-        spread=_spread(model, source, leaf, tensor, shape, step, limits),
+        spread=_spread(model, source, leaf, tensor, shape, step, limits, in_order=scale_blocks is None),
         shape=shape,
-        scale_columns=1 if block is None else -(-shape[-1] // block[1]),
+        scale_columns=columns if scale_blocks is None else len(scale_blocks),
+        scale_blocks=scale_blocks,
         step=step,
         repeat=step if is_scale else 1,
         shard_rows=leaf.shard_rows,
@@ -234,7 +246,15 @@ def _stream(
 
 
 def _spread(
-    model: Model, source: WeightSource, leaf: Leaf, tensor: str, shape: tuple[int, ...], step: int, limits: Limits
+    model: Model,
+    source: WeightSource,
+    leaf: Leaf,
+    tensor: str,
+    shape: tuple[int, ...],
+    step: int,
+    limits: Limits,
+    *,
+    in_order: bool,
 ) -> Spread:
     size, widest = model.mesh.size, max(source.itemsize_of(tensor), leaf.dtype.itemsize)
     whole_blocks = leaf.cut == 0 and leaf.shard_rows % step == 0
@@ -249,7 +269,7 @@ def _spread(
         return Spread.ONE
     if whole_blocks and leaf.copies == 1:
         return Spread.OWN_ROWS
-    if leaf.cut == 1 and shape[1] % size == 0:
+    if leaf.cut == 1 and in_order and shape[1] % size == 0:
         bounds = {device * (shape[1] // size) for device in range(size)}
         if bounds <= set(source.column_bounds(tensor)):
             return Spread.OWN_COLUMNS

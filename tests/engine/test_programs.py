@@ -8,11 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from podquant.config.scheme import Scheme
 from podquant.engine.programs import NUM_INTS, Bucket, Floats, Row, pack_rows, step_positions
-from podquant.errors import MeshError
 from podquant.families.registry import read_model_config
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
@@ -48,17 +46,20 @@ def test_layers_quantized_alike_are_one_segment() -> None:
     assert layers(model(1)) == {(None,), (0, 1, 2)}
 
 
-def test_blocks_may_not_straddle_shards() -> None:
-    with pytest.raises(
-        MeshError, match=r"o_proj.*its 4 heads_block .* 8 shards in whole scale blocks: .*smaller tp_size"
-    ):
-        model(8, Scheme("int8", None, (128, 128)), head_dim=64, intermediate_size=1024)
+def test_a_shard_has_the_scales_of_every_block_that_it_touches() -> None:
+    """456 columns are 114 for each of 4 shards: the first lies in one block of 128, the others in two."""
+    scheme = Scheme("int8", None, (128, 128))
+    leaves = {leaf.path[-2:]: leaf for leaf in model(4, scheme, intermediate_size=456).leaves}
+    assert leaves["down_proj", "weight"].shape == (3, 64, 456)
+    assert leaves["down_proj", "weight_scale"].shape == (3, 64, 8)
+    assert leaves["down_proj", "weight_scale"].blocks == (0, 0, 0, 1, 1, 2, 2, 3)
 
 
-def test_the_partial_last_block_of_a_cut_input_may_not_lie_on_another_shard() -> None:
-    """456 columns are 114 for each of 4 shards, and as many blocks as shards: yet no block has its own columns."""
-    with pytest.raises(MeshError, match=r"down_proj.*its 456 ffn .* 4 shards in whole scale blocks"):
-        model(4, Scheme("int8", None, (128, 128)), head_dim=64, intermediate_size=456)
+def test_shards_inside_one_block_have_its_scale() -> None:
+    scheme = Scheme("int8", None, (128, 128))
+    leaves = {leaf.path[-2:]: leaf for leaf in model(8, scheme, head_dim=64, intermediate_size=1024).leaves}
+    assert leaves["o_proj", "weight"].shape == (3, 64, 512)
+    assert leaves["o_proj", "weight_scale"].blocks == (0, 0, 1, 1, 2, 2, 3, 3)
 
 
 def test_whole_blocks_on_each_shard_fit() -> None:

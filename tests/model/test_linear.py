@@ -37,9 +37,13 @@ PARALLEL = {
     "column": (("heads", "embed"), (320, 200)),
     "row": (("embed", "ffn"), (200, 512)),
     "narrow row": (("embed", "ffn"), (200, 100)),
+    "straddling row": (("embed", "ffn"), (200, 840)),
+    "shared block row": (("embed", "ffn"), (200, 256)),
+    "short row": (("embed", "ffn"), (200, 384)),
 }
-"""Axes and shape. Blocks of 128 are partial along both axes of the first, along the uncut one of the second, and in the
-third a single partial block is cut."""
+"""Axes and shape. Blocks of 128 are partial along both axes of the first, along the uncut one of the second. In the
+third a single partial block is cut; of four shards, those of the fourth begin and end inside blocks, those of the fifth
+have half a block each, and those of the last three quarters."""
 
 
 def blocked(scheme: Scheme) -> Scheme:
@@ -100,7 +104,7 @@ def run(linear: Linear, values: dict[str, Array], tp: int, xs: list[Array]) -> l
 
 
 def module_of(
-    axes: tuple[str, ...], shape: tuple[int, ...], scheme: Scheme | None = None, *, bias: bool = False
+    axes: tuple[str, ...], shape: tuple[int, ...], scheme: Scheme | None = None, *, bias: bool = False, tp: int = 1
 ) -> Module:
     """A module outside the layers, as families declare one."""
     names = {"weight": axes, "bias": axes[:1]} if bias else {"weight": axes}
@@ -108,16 +112,16 @@ def module_of(
         name: DeclaredWeight(None, "m", name, its_axes, shape[: len(its_axes)], "dense", ())
         for name, its_axes in names.items()
     }
-    return Module("m", weights, dict(zip(axes, shape, strict=True)), scheme)
+    return Module("m", weights, dict(zip(axes, shape, strict=True)), scheme, shards=tp)
 
 
 def layer(
-    parallel: str, scheme: Scheme | None, dtype: str, *, bias: bool = True
+    parallel: str, scheme: Scheme | None, dtype: str, tp: int = 1, *, bias: bool = True
 ) -> tuple[Linear, dict[str, Array], Array, Array]:
     """A layer, its arrays as they lie on the devices, and the weight and bias it stands for in float64."""
     axes, shape = PARALLEL[parallel]
     numerics = Numerics(dtype, "cpu")
-    linear = nnx.eval_shape(lambda: Linear(module_of(axes, shape, scheme, bias=bias), numerics))
+    linear = nnx.eval_shape(lambda: Linear(module_of(axes, shape, scheme, bias=bias, tp=tp), numerics))
     weight = weight_of(shape)
     narrow = BY_NAME[dtype].numpy
     offsets = np.random.default_rng(6).standard_normal(shape[0], np.float32).astype(narrow)
@@ -126,10 +130,9 @@ def layer(
         values["weight"] = weight.astype(narrow)
         return linear, values, values["weight"].astype(np.float64), offsets.astype(np.float64)
     quantized = quantize_weight(weight, scheme)
-    padding = linear.weight.get_value().shape[1] - shape[1]
-    values["weight"] = np.pad(quantized.codes.astype(linear.form.weight_dtype), ((0, 0), (0, padding)))
+    values["weight"] = quantized.codes.astype(linear.form.weight_dtype)
     rows = (scheme.weight_block_size or (1, 1))[0]
-    values["weight_scale"] = quantized.scales.repeat(rows, axis=0)[: shape[0]]
+    values["weight_scale"] = quantized.scales.repeat(rows, axis=0)[: shape[0], list(linear.form.scale_blocks)]
     return linear, values, dequantized(quantized), offsets.astype(np.float64)
 
 
@@ -147,7 +150,7 @@ def check(
 ) -> None:
     """The error is at most `of_terms` of the sum of the terms' magnitudes, `of_largest` of what that would be if all
     activations were as large as the token's largest, and what bfloat16 rounds off results and shards' parts."""
-    linear, values, weight, bias = layer(parallel, scheme, dtype)
+    linear, values, weight, bias = layer(parallel, scheme, dtype, tp)
     own_scale = tp if linear.row_parallel and dtype != "float32" else 1
     pairs = [activations(scheme, rows, weight.shape[1], own_scale, dtype) for rows in BATCHES]
     cuts = tp if linear.row_parallel else 1

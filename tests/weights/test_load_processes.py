@@ -45,7 +45,8 @@ CHECKPOINTS = {
 """By the rules that it is loaded with; q, k and v are one tensor in the last three, in phi3 gate and up as well."""
 
 BLOCK_ROWS = {"blocks.yaml": 8, "uneven.yaml": 3}
-"""Of 8, they straddle shards of gate and up over 4 and 8 devices; of 3, all shards, and q and k, and gate and up."""
+"""Of 8, they straddle shards of gate and up over 4 and 8 devices; of 3, all shards, and q and k, and gate and up. Of 4
+columns, they straddle those of down over 8 devices."""
 
 TP_SIZES = (1, 2, 4, 8)
 CUTS_OVER_PROCESSES = (1, 4)
@@ -59,7 +60,7 @@ Places = Mapping[tuple[str, int], str]
 def rules_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     directory = tmp_path_factory.mktemp("rules")
     for name, rows in BLOCK_ROWS.items():
-        rule = f"{{module_path: '.*', weight_dtype: int8, weight_block_size: [{rows}, 2]}}"
+        rule = f"{{module_path: '.*', weight_dtype: int8, weight_block_size: [{rows}, 4]}}"
         (directory / name).write_text(f"quantization: {{dense: {{rules: [{rule}]}}}}")
     return lambda name: str(directory / name) if name in BLOCK_ROWS else name
 
@@ -107,7 +108,9 @@ def expected_shards(case: Case, uri: str) -> dict[str, str]:
 
 
 def _laid_out(model: Model, leaf: Any, whole: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """With copies of key/value heads, and the vocabulary filled up with zeros."""
+    """With copies of key/value heads and of scales of shared blocks, and the vocabulary filled up with zeros."""
+    if leaf.blocks is not None:
+        whole = whole[..., list(leaf.blocks)]
     copies = leaf.copies
     if copies > 1:
         heads = whole.reshape(whole.shape[0], model.config.num_kv_heads, model.config.head_dim, *whole.shape[2:])
