@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from podquant.config.scheme import CacheDtype
 from podquant.engine.options import Device
 
 
@@ -41,6 +42,7 @@ class EngineKeywords(TypedDict, total=False):
     context_length: int | None
     chunked_prefill_size: int
     page_size: int
+    kv_cache_dtype: CacheDtype
     mem_fraction_static: float
     random_seed: int
     skip_tokenizer_init: bool

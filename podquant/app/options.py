@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from podquant.config.job import FlagType
+from podquant.config.scheme import CacheDtype
 from podquant.errors import ConfigError
 from podquant.foreign import shown
 
@@ -111,11 +112,17 @@ class ServeOptions:
     )
     max_prefill_tokens: int = _flag("bounds --chunked-prefill-size", 16384, "N")
     chunked_prefill_size: int = _flag(
-        "prompt tokens of one step, a power of two: more is faster, less delays other requests less",
+        "tokens of one step, a power of two: one of each sequence that is generating, the rest of prompts; more is "
+        "faster, less delays other requests less",
         256,
         "N",
     )
     page_size: int = _flag("tokens in a page of the KV cache, a power of two", 64, "N")
+    kv_cache_dtype: CacheDtype = _flag(
+        "what keys and values are kept in; int8 and fp8 with a scale for each token and head, in half the memory (auto: "
+        "what the model computes in)",
+        "auto",
+    )
     generation_config: str = _flag(
         "what requests get that do not say how to choose tokens: auto, as the model's generation_config.json "
         "recommends; none, plain sampling; or a directory with another generation_config.json",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CacheDtype = Literal["auto", "bfloat16", "int8", "fp8"]
+"""What keys and values are kept in; auto: what the model computes in."""
+
 
 @dataclass(frozen=True)
 class Scheme:

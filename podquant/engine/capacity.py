@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from jax.sharding import AbstractMesh
 
 from podquant.cluster.topology import TpuSlice
+from podquant.config.scheme import CacheDtype
 from podquant.engine.device_defaults import DeviceDefaults, device_defaults
-from podquant.engine.memory import CacheDtype, cache_copies, leaf_bytes, slot_bytes, token_bytes
+from podquant.engine.memory import cache_copies, leaf_bytes, slot_bytes, token_bytes
 from podquant.engine.roofline import StepCost, decode_cost
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig

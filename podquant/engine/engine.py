@@ -25,7 +25,7 @@ from podquant.engine.limits import Limits
 from podquant.engine.output import OutputProcessor
 from podquant.engine.pages import PagePool
 from podquant.engine.request import FinishReason, Output, Request, TokenLogprobs
-from podquant.engine.scheduler import Prefill, Scheduler, Sequence
+from podquant.engine.scheduler import Chunk, Scheduler, Sequence
 from podquant.errors import EngineStoppedError, RequestError
 from podquant.tokenizer.tokenizer import Tokenizer
 
@@ -222,33 +222,34 @@ class LocalEngine:
 
     def _deliver(self, dispatched: Dispatched, result: StepResult) -> None:
         step = dispatched.step
-        if isinstance(step, Prefill):
-            self._deliver_prompt(step, result)
-        rows = {id(sequence): row for row, sequence in enumerate(_sequences(dispatched))}
+        for chunk, logprobs in zip(step.chunks, result.prompt_logprobs, strict=True):
+            if chunk.is_prompt:
+                self._deliver_prompt(chunk, logprobs)
+        logprobs_of = dict(zip(map(id, step.sampled), result.logprobs, strict=True))
         for sequence, token in self._scheduler.complete(step, result.tokens):
             client = self._clients[sequence.request.id]
             self._num_generated_tokens += 1
-            output = client.processor.append(token, result.logprobs[rows[id(sequence)]])
+            output = client.processor.append(token, logprobs_of[id(sequence)])
             if output is None:
                 continue
             if output.finish_reason is not None:
                 self._forget(client)
             self._emit(client, output)
 
-    def _deliver_prompt(self, step: Prefill, result: StepResult) -> None:
+    def _deliver_prompt(self, chunk: Chunk, logprobs: list[TokenLogprobs]) -> None:
         """Gather the prompt's log-probabilities, and end a request that wants nothing else."""
-        request = step.sequence.request
+        sequence, request = chunk.sequence, chunk.sequence.request
         client = self._clients.get(request.id)
         if client is None:
             return
-        if step.start == 0:
+        if chunk.start == 0:
             client.prompt_logprobs = [None]  # from the start again, if the sequence was preempted half-way
-        client.prompt_logprobs += result.prompt_logprobs
-        if not step.is_last:
+        client.prompt_logprobs += logprobs
+        if not chunk.samples:
             return
-        if step.sequence.num_generated == 0:
-            client.processor.note_cached(step.sequence.num_cached)
-        if request.params.prompt_logprobs is not None and step.sequence.num_generated == 0:
+        if sequence.num_generated == 0:
+            client.processor.note_cached(sequence.num_cached)
+        if request.params.prompt_logprobs is not None and sequence.num_generated == 0:
             client.processor.add_prompt_logprobs(tuple(client.prompt_logprobs))
         if request.params.max_tokens == 0:
             self._end(client, FinishReason.LENGTH)
@@ -274,8 +275,3 @@ class LocalEngine:
         self._take_commands()
         for client in list(self._clients.values()):
             self._end(client, reason, why)
-
-
-def _sequences(dispatched: Dispatched) -> tuple[Sequence, ...]:
-    step = dispatched.step
-    return (step.sequence,) if isinstance(step, Prefill) else step.sequences

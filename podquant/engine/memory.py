@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 
+from podquant.config.scheme import CacheDtype
 from podquant.engine.slots import slot_arrays
 from podquant.model.layout import CacheShape, Model
-
-CacheDtype = Literal["auto", "bfloat16", "int8", "fp8"]
-"""What keys and values are kept in; auto: the model's dtype."""
-
-_SCALE_BYTES = 4
-"""Of the float32 scale that each token and head has where keys or values are kept in 8 bits."""
 
 _ONE_TOKEN = CacheShape(num_pages=1, page_size=1, num_slots=1, context_length=1)
 
@@ -45,20 +39,13 @@ def slot_bytes(model: Model, num_slots: int) -> int:
 
 def token_bytes(model: Model, dtype: CacheDtype = "auto") -> int:
     """Bytes that a device keeps of a token: its keys and values in all layers, with their scales."""
-    total = 0
-    for array in model.cache_arrays(_ONE_TOKEN):
-        numbers = math.prod(array.sharding.shard_shape(array.shape))
-        if dtype in ("int8", "fp8"):
-            total += numbers + _SCALE_BYTES * (numbers // max(1, array.shape[-1]))
-        else:
-            total += numbers * (array.dtype if dtype == "auto" else jnp.dtype(dtype)).itemsize
-    return total
+    return device_bytes(jax.tree.leaves(model.cache_arrays(replace(_ONE_TOKEN, dtype=dtype))))
 
 
 def cache_copies(model: Model) -> float:
     """How many devices keep the same part of a token's keys and values, on average: 1 where none is repeated."""
-    kept, own = model.cache_layout, model.config.num_kv_heads
+    kept, own = model.cache_layout("auto"), model.config.num_kv_heads
     heads = 1 if model.config.latent is not None else own
     needed: int = model.config.num_layers * heads * (kept.key_dim + kept.value_dim)
-    held: int = sum(math.prod(array.sharding.shard_shape(array.shape)) for array in model.cache_arrays(_ONE_TOKEN))
+    held: int = sum(math.prod(array.sharding.shard_shape(array.shape)) for array in model.cache_arrays(_ONE_TOKEN)[:2])
     return held * model.layout.tp_size / needed

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from podquant.config.scheme import CacheDtype
+
 Device = Literal["tpu", "cpu", "cuda"]
 _DEVICES = Path("/dev")
 
@@ -32,8 +34,10 @@ class EngineOptions:
         max_queued_requests: requests that may wait for their turn; one more is refused.
         max_total_tokens: tokens the KV cache holds; None: what `mem_fraction_static` leaves, or 32,768 on a CPU.
         context_length: tokens of prompt and output together; None: what the model was trained for.
-        chunked_prefill_size: prompt tokens of one prefill step; a power of two.
+        chunked_prefill_size: tokens of one step, of sequences that are generating and, for the rest, of prompts; a
+            power of two. Prompts have half of a step at least, which is larger where it must be for that.
         page_size: tokens of a KV-cache page; a power of two up to 256.
+        kv_cache_dtype: of keys and values: `auto` as the model computes; in 8 bits with a scale for each token and head.
         mem_fraction_static: share of a device's memory for weights and KV cache.
         random_seed: from which requests without a seed draw theirs.
         skip_tokenizer_init: serve token ids only.
@@ -59,6 +63,7 @@ class EngineOptions:
     context_length: int | None = None
     chunked_prefill_size: int = 256
     page_size: int = 64
+    kv_cache_dtype: CacheDtype = "auto"
     mem_fraction_static: float = 0.85
     random_seed: int = 0
     skip_tokenizer_init: bool = False

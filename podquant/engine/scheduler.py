@@ -5,15 +5,19 @@ before it are not known yet. That works because a device runs its programs in or
 the device's own `last token` array, and pages or slots freed on the host can be handed out at once, since whatever
 still writes to them was dispatched earlier.
 
+Every step has a token of each sequence that is generating, and fills up with tokens of prompts: nobody who generates
+waits for a prompt longer than for one step's share of it.
+
 Memory goes by the order of arrival: who arrived later is preempted for who arrived earlier, so the oldest is never
-preempted, always has room (requests fit the whole pool, see `Limits`), and ends: nobody starves. Time is shared: of
-several prompts, the oldest and the one with the least left take turns, so a short prompt never waits for all of a long
-one. A prompt of one chunk may also overtake those for which there is no memory yet; it gives back what it took when the
-first of them can have it.
+preempted, always has room (requests fit the whole pool, see `Limits`), and ends: nobody starves. What a step has for
+prompts goes by arrival too, but for half of it, if need be, for the prompt with the least left: a short one never waits
+for all of a long one. A prompt of one step may also overtake those for which there is no memory yet; it gives back what
+it took when the first of them can have it.
 
 Pages that are full are named by their content (`prefix`), from the step on that writes them. A prompt that begins with
 such pages has them, and shares them with whoever uses them: nobody writes to a full page. What was computed meanwhile
-for another prompt is taken over just before a chunk of it would be computed again.
+for another prompt is taken over just before it would be computed again; even in the same step, since within a layer
+all keys and values are written before any are read.
 """
 
 from __future__ import annotations
@@ -86,23 +90,43 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill:
-    """Write the KV entries of `token_ids[start : start + length]`; if `is_last`, sample the next token into the slot.
+class Chunk:
+    """Tokens of one sequence in a step.
 
-    A request for no tokens (`max_tokens` 0) samples too; `complete` drops that token.
+    Attributes:
+        sequence: whose.
+        start, length: their positions; `token_ids` has them all, but for the last token generated, which may be known
+            to the devices alone.
+        is_prompt: whether they come before what is generated next for the first time, or again after a preemption.
+        samples: whether the token behind them is sampled, into the sequence's slot. A request for no tokens
+            (`max_tokens` 0) samples too; `complete` drops that token.
     """
 
     sequence: Sequence
     start: int
     length: int
-    is_last: bool
+    is_prompt: bool
+    samples: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """One more token each: write the KV entry of the last token, at `num_computed - 1`, and sample the next."""
+class Step:
+    """What the devices do at a time: the KV entries of each chunk are written, and tokens sampled.
 
-    sequences: tuple[Sequence, ...]
+    Attributes:
+        chunks: of different sequences; those of one token first, the longest contexts in front, as attention wants it.
+    """
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Whose tokens it samples, in order."""
+        return [chunk.sequence for chunk in self.chunks if chunk.samples]
 
 
 class Scheduler:
@@ -111,14 +135,14 @@ class Scheduler:
     Args:
         pool: the pages; no one else allocates from it.
         max_running: sequences that hold pages at a time, and the number of slots.
-        chunk_size: prompt tokens that one prefill step takes at the most.
+        max_tokens: tokens of a step at the most; more than `max_running`.
         keeps_prefixes: pages are kept and shared for what is in them.
     """
 
-    def __init__(self, pool: PagePool, *, max_running: int, chunk_size: int, keeps_prefixes: bool = True) -> None:
+    def __init__(self, pool: PagePool, *, max_running: int, max_tokens: int, keeps_prefixes: bool = True) -> None:
         self._pool = pool
         self._keeps_prefixes = keeps_prefixes
-        self._chunk_size = chunk_size
+        self._max_tokens = max_tokens
         # each in the order of arrival
         self._waiting: list[Sequence] = []
         self._prefilling: list[Sequence] = []
@@ -126,8 +150,6 @@ class Scheduler:
         self._num_added = 0
         self._free_slots = list(range(max_running - 1, -1, -1))
         self._num_unfinished = 0
-        self._prefilled_last = False
-        self._prefilled_oldest = False
         self.num_preemptions = 0
         self.num_cached_tokens = 0
 
@@ -156,30 +178,28 @@ class Scheduler:
         self._num_unfinished += 1
         return sequence
 
-    def schedule(self) -> Prefill | Decode | None:
-        """The next step, counted as dispatched; prefill chunks and decode steps take turns when both wait.
+    def schedule(self) -> Step | None:
+        """The next step, counted as dispatched.
 
         None: nothing can run before a step in flight is completed or a request is added.
         """
         for sequence in [sequence for sequence in self._decoding if sequence.is_exhausted]:
             self._release(sequence)
-        step: Prefill | Decode | None
-        if self._prefilled_last:
-            step = self._schedule_decode() or self._schedule_prefill()
-        else:
-            step = self._schedule_prefill() or self._schedule_decode()
-        self._prefilled_last = isinstance(step, Prefill)
-        return step
+        self._admit()
+        chunks = self._decode_chunks()
+        chunks += self._prompt_chunks(self._max_tokens - len(chunks))
+        if not chunks:
+            return None
+        return Step(tuple(sorted(chunks, key=_by_shape)))
 
-    def complete(self, step: Prefill | Decode, tokens: Seq[int]) -> list[tuple[Sequence, int]]:
-        """Hand in the tokens a step sampled, one for each of its sequences (none for a prefill that is not the last).
+    def complete(self, step: Step, tokens: Seq[int]) -> list[tuple[Sequence, int]]:
+        """Hand in the tokens a step sampled, one for each of `Step.sampled`.
 
         Steps are completed in the order they were scheduled. Returns the tokens that count; those of sequences that
         have finished meanwhile are dropped. A sequence that now has `max_tokens` is finished.
         """
-        sampled = step.sequences if isinstance(step, Decode) else (step.sequence,) if step.is_last else ()
         accepted = []
-        for sequence, token in zip(sampled, tokens, strict=True):
+        for sequence, token in zip(step.sampled, tokens, strict=True):
             sequence.num_in_flight -= 1
             if sequence.finished:
                 continue
@@ -201,13 +221,51 @@ class Scheduler:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
-    def _schedule_prefill(self) -> Prefill | None:
-        self._admit()
+    def _decode_chunks(self) -> list[Chunk]:
+        """A token of each sequence that is generating, for which it has a page."""
+        position = 0
+        while position < len(self._decoding):  # preempting shortens the list, from its end
+            sequence = self._decoding[position]
+            if len(sequence.pages) * self._pool.page_size > sequence.num_computed:
+                position += 1
+            elif self._pool.num_free > 0:
+                sequence.pages += self._pool.allocate(1)
+            else:
+                self._preempt_latest()
+        chunks = []
+        for sequence in self._decoding:
+            chunks.append(Chunk(sequence, sequence.num_computed, 1, is_prompt=False, samples=True))
+            sequence.num_computed += 1
+            sequence.num_in_flight += 1
+        return chunks
+
+    def _prompt_chunks(self, num_tokens: int) -> list[Chunk]:
+        """So many tokens of prompts: in the order of arrival, with up to half of them for the one with the least left.
+
+        Of requests with `min_tokens` one begins in a step: it brings its end tokens along.
+        """
         if not self._prefilling:
-            return None
-        sequence = self._next_prompt()
-        self._take_over(sequence)
-        start, length = sequence.num_computed, min(self._chunk_size, sequence.num_left)
+            return []
+        shortest = min(self._prefilling, key=_num_left)  # of equals, the oldest
+        kept = 0 if shortest is self._prefilling[0] else min(shortest.num_left, num_tokens // 2)
+        order = [sequence for sequence in self._prefilling if not kept or sequence is not shortest]
+        chunks: list[Chunk] = []
+        brings_ends = False
+        for sequence in [*order, shortest] if kept else order:
+            room = num_tokens - (kept if sequence is not shortest else 0)
+            if room <= 0:
+                continue
+            self._take_over(sequence)
+            if sequence.num_computed == 0 and sequence.request.params.min_tokens > 0:
+                if brings_ends:
+                    continue
+                brings_ends = True
+            chunks.append(self._prompt_chunk(sequence, min(room, sequence.num_left)))
+            num_tokens -= chunks[-1].length
+        return chunks
+
+    def _prompt_chunk(self, sequence: Sequence, length: int) -> Chunk:
+        start = sequence.num_computed
         sequence.num_computed += length
         self._name_pages(sequence)
         is_last = sequence.num_left == 0
@@ -215,15 +273,7 @@ class Scheduler:
             sequence.num_in_flight += 1
             self._prefilling.remove(sequence)
             insort(self._decoding, sequence, key=_arrival)
-        return Prefill(sequence, start, length, is_last)
-
-    def _next_prompt(self) -> Sequence:
-        """The oldest and the one with the least left take turns."""
-        oldest = self._prefilling[0]
-        shortest = min(self._prefilling, key=lambda sequence: sequence.num_left)  # of equals, the oldest
-        chosen = shortest if self._prefilled_oldest else oldest
-        self._prefilled_oldest = chosen is oldest
-        return chosen
+        return Chunk(sequence, start, length, is_prompt=True, samples=is_last)
 
     def _admit(self) -> None:
         """Give slots and pages to those that wait: in their order as far as there is room, then to short ones."""
@@ -232,7 +282,7 @@ class Scheduler:
         for sequence in self._waiting[1:]:
             if not self._free_slots or self._pool.num_free <= self.num_running:
                 return
-            if len(sequence.token_ids) <= self._chunk_size and self._has_room(sequence):
+            if len(sequence.token_ids) <= self._max_tokens // 2 and self._has_room(sequence):
                 self._begin(sequence)
 
     def _has_room(self, sequence: Sequence) -> bool:
@@ -316,21 +366,6 @@ class Scheduler:
                 self._pool.keep(sequence.pages[index], keys[index])
             sequence.num_named = num_full
 
-    def _schedule_decode(self) -> Decode | None:
-        position = 0
-        while position < len(self._decoding):  # preempting shortens the list, from its end
-            sequence = self._decoding[position]
-            if len(sequence.pages) * self._pool.page_size > sequence.num_computed:
-                position += 1
-            elif self._pool.num_free > 0:
-                sequence.pages += self._pool.allocate(1)
-            else:
-                self._preempt_latest()
-        for sequence in self._decoding:
-            sequence.num_computed += 1
-            sequence.num_in_flight += 1
-        return Decode(tuple(self._decoding)) if self._decoding else None
-
     def _preempt_latest(self) -> None:
         """Send the running sequence that arrived last back to the queue, to be prefilled again."""
         sequence = max((*self._prefilling[-1:], *self._decoding[-1:]), key=_arrival)
@@ -351,3 +386,11 @@ class Scheduler:
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
+
+
+def _num_left(sequence: Sequence) -> int:
+    return sequence.num_left
+
+
+def _by_shape(chunk: Chunk) -> tuple[bool, int]:
+    return chunk.length > 1, -chunk.start

@@ -64,43 +64,40 @@ def slot_arrays(model: Model, shape: CacheShape) -> Slots:
     return Slots(struct((slots + 1,)), struct((slots, model.layout.vocab_size), None, TP))
 
 
-def tally_prompt(
+def tally(
     tallies: jax.Array,
     slots: jax.Array,
+    starts: jax.Array,
+    prompt_lengths: jax.Array,
+    is_used: jax.Array,
     tokens: jax.Array,
     positions: jax.Array,
-    prompt_lengths: jax.Array,
+    rows: jax.Array,
     ends: jax.Array,
-    is_used: jax.Array,
 ) -> jax.Array:
-    """Tally one prefill step; the first of a sequence begins with nothing.
+    """Tally the tokens of a step; the first step of a sequence begins with nothing.
 
     Args:
         tallies: this shard's.
-        slots, prompt_lengths: int32 [B].
-        tokens, positions: int32 [B, T]; positions of padding are negative. What lies behind the prompt was generated,
-            before the sequence lost its pages.
-        ends: int32 [B, NUM_ENDS], tokens that would end the output; negative ones are padding.
-        is_used: bool [B]; other rows are left alone.
+        slots, starts, prompt_lengths: int32 [R].
+        is_used: bool [R]; other rows are left alone.
+        tokens, positions, rows: int32 [T], rows of those above; positions of padding are negative. What lies behind the
+            prompt was generated.
+        ends: int32 [NUM_ENDS, 2], rows and tokens that would end their output; negative tokens are padding.
     """
-    width = tallies.shape[1]
+    num_slots, width = tallies.shape
+    of_row = jnp.where(is_used, slots, num_slots)  # behind the last, where nothing is written
+    tallies = tallies.at[jnp.where(starts == 0, of_row, num_slots)].set(0, mode="drop")
+    columns = jnp.where(positions >= 0, _columns(tokens, width), width)
+    in_prompt = positions < prompt_lengths[rows]
 
-    def extend(tally: jax.Array, ids: jax.Array, at: jax.Array, prompt: jax.Array, end: jax.Array) -> jax.Array:
-        columns = jnp.where(at >= 0, _columns(ids, width), width)
-        prompted = jnp.zeros(width, jnp.bool_).at[columns].max(at < prompt, mode="drop")
-        generated = jnp.zeros(width, jnp.int32).at[columns].add((at >= prompt).astype(jnp.int32), mode="drop")
-        ending = jnp.zeros(width, jnp.bool_).at[_columns(end, width)].set(True, mode="drop")
-        kept = jnp.where(at[0] == 0, 0, tally) + generated
-        return kept | jnp.where(prompted, _IN_PROMPT, 0) | jnp.where(ending, _ENDS, 0)
+    def mark(tallies: jax.Array, slots: jax.Array, columns: jax.Array, bit: int) -> jax.Array:
+        marked = tallies.at[slots, columns].get(mode="fill", fill_value=0) | bit
+        return tallies.at[slots, columns].set(marked, mode="drop")  # whoever stands there twice writes the same
 
-    extended = jax.vmap(extend)(tallies[slots], tokens, positions, prompt_lengths, ends)
-    return tallies.at[jnp.where(is_used, slots, tallies.shape[0])].set(extended, mode="drop")
-
-
-def tally_generated(tallies: jax.Array, slots: jax.Array, tokens: jax.Array, is_used: jax.Array) -> jax.Array:
-    """Count one generated token of each row; all int32 [B] but `is_used`, bool: other rows are left alone."""
-    width = tallies.shape[1]
-    return tallies.at[slots, jnp.where(is_used, _columns(tokens, width), width)].add(1, mode="drop")
+    tallies = mark(tallies, of_row[rows], jnp.where(in_prompt, columns, width), _IN_PROMPT)
+    tallies = mark(tallies, of_row[ends[:, 0]], _columns(ends[:, 1], width), _ENDS)
+    return tallies.at[of_row[rows], jnp.where(in_prompt, width, columns)].add(1, mode="drop")
 
 
 def adjust(logits: jax.Array, tally: jax.Array, how: Adjustment) -> jax.Array:

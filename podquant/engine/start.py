@@ -22,13 +22,14 @@ from podquant.engine.limits import Limits
 from podquant.engine.memory import slot_bytes, token_bytes
 from podquant.engine.options import EngineOptions
 from podquant.engine.pages import PagePool
+from podquant.engine.programs import step_sizes
 from podquant.engine.scheduler import Scheduler
 from podquant.errors import CapacityError, ConfigError
 from podquant.families.config import ModelConfig
-from podquant.model.attention import CHUNK_TOKENS
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import Exchange, advise, exchange_over, make_mesh
+from podquant.model.paged_attention import CHUNK_TOKENS
 from podquant.storage.hub.ids import download_model, is_offline
 from podquant.storage.places import SCHEME_HUB
 from podquant.storage.store import open_store
@@ -104,7 +105,7 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
 def start_executor(
     opened: Opened,
     on_load: OnLoad = lambda done, total: None,
-    announce: Announce = lambda bucket, arrays: None,
+    announce: Announce = lambda bucket, inputs: None,
     eos_ids: frozenset[int] = frozenset(),
 ) -> tuple[Executor, CacheShape]:
     """Load and compile a model. Where several processes run it together, all must, at the same time.
@@ -137,7 +138,8 @@ def start_executor(
     seconds = time.monotonic() - began
     _log.info("loaded %.2f GB in %.1f s, %.2f GB/s", read / 1e9, seconds, read / seconds / 1e9)
     shape = _cache_shape(options, model, device, opened.context_length, exchange_over(mesh))
-    executor = Executor(model, weights, shape, options.chunked_prefill_size, options.max_logprobs, eos_ids, announce)
+    sizes = step_sizes(device.platform, _most_tokens(options))
+    executor = Executor(model, weights, shape, sizes, options.max_logprobs, eos_ids, announce)
     if not options.skip_server_warmup:
         began = time.monotonic()
         executor.warm_up(lambda bucket, seconds: _log.info("compiled %s in %.1f s", bucket, seconds))
@@ -159,7 +161,7 @@ def build_engine(
     opened: Opened,
     tokenizer: Tokenizer | None,
     on_load: OnLoad = lambda done, total: None,
-    announce: Announce = lambda bucket, arrays: None,
+    announce: Announce = lambda bucket, inputs: None,
     defaults: SamplingDefaults = PLAIN,
 ) -> LocalEngine:
     """The engine over `start_executor`'s executor; in the process that schedules.
@@ -175,7 +177,7 @@ def build_engine(
     scheduler = Scheduler(
         pool,
         max_running=options.max_running_requests,
-        chunk_size=options.chunked_prefill_size,
+        max_tokens=_most_tokens(options),
         keeps_prefixes=not (options.disable_radix_cache or config.rope.depends_on_prompt),
     )
     limits = Limits(
@@ -286,6 +288,11 @@ def _check_context(options: EngineOptions, config: ModelConfig) -> None:
         )
 
 
+def _most_tokens(options: EngineOptions) -> int:
+    """Tokens of a step: at least half of them are for prompts, however many sequences are generating."""
+    return max(options.chunked_prefill_size, 1 << (2 * options.max_running_requests - 1).bit_length())
+
+
 def _cache_shape(
     options: EngineOptions, model: Model, device: jax.Device, context_length: int, exchange: Exchange
 ) -> CacheShape:
@@ -299,7 +306,7 @@ def _cache_shape(
         else:
             free = stats["bytes_limit"] * options.mem_fraction_static - stats["bytes_in_use"]
             free -= slot_bytes(model, options.max_running_requests)
-            tokens = min(int(free // token_bytes(model)), wanted)
+            tokens = min(int(free // token_bytes(model, options.kv_cache_dtype)), wanted)
         tokens = min(int(each) for each in exchange(str(tokens).encode()))
     num_pages = tokens // options.page_size
     if num_pages < 1:
@@ -307,4 +314,6 @@ def _cache_shape(
             f"the KV cache would hold {max(tokens, 0)} tokens, less than one page of {options.page_size}: the weights "
             "leave no room; raise --mem-fraction-static, use more devices, or quantize the weights"
         )
-    return CacheShape(num_pages + 1, options.page_size, options.max_running_requests, context_length)
+    return CacheShape(
+        num_pages + 1, options.page_size, options.max_running_requests, context_length, options.kv_cache_dtype
+    )

@@ -13,12 +13,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
 from podquant.engine.executor import Executor
-from podquant.engine.programs import Bucket
+from podquant.engine.programs import Bucket, Inputs
 from podquant.errors import ClusterError, ConfigError
-from podquant.group.codec import Array, encode
+from podquant.group.codec import encode
 from podquant.group.fingerprint import Fingerprints, differences
 from podquant.group.launch import Deadlines
 from podquant.group.messages import (
@@ -56,17 +55,13 @@ class StepBroadcaster:
         if followers:
             threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
-    def broadcast(self, bucket: Bucket, arrays: Sequence[Array]) -> None:
+    def broadcast(self, bucket: Bucket, inputs: Inputs) -> None:
         """Tell all others of a step. Raises WireError if one is gone."""
         if not self._followers:
             return
         self._num_steps += 1
-        ints, *others = arrays
-        used = np.flatnonzero(ints.any(axis=0))  # page tables are as wide as the longest context, and seldom full
-        sent = (ints[:, : used[-1] + 1 if len(used) else 0], *others)
-        payload = encode(
-            Step(self._num_steps, bucket.batch, bucket.length, bucket.scores, width=ints.shape[1], arrays=sent)
-        )
+        arrays = tuple(array for array in inputs if array is not None)
+        payload = encode(Step(self._num_steps, bucket.num_tokens, bucket.scores, arrays))
         for follower in self._followers:
             follower.send_encoded(payload, timeout=self._deadlines.liveness)
 
@@ -177,30 +172,29 @@ def follow(
             case Heartbeat():
                 continue
             case Step() as step:
-                arrays = _arrays(step, expected, connection.address)
+                inputs = _inputs(step, expected, connection.address)
             case message:
                 raise connection.unexpected(message)
         expected += 1
         on_busy(time.monotonic())
-        sampled, _ = executor.run(Bucket(step.batch, step.length, step.scores), arrays)
+        try:
+            sampled, _ = executor.run(Bucket(step.num_tokens, step.scores), inputs)
+        except ValueError as error:
+            raise WireError(f"{connection.address}: broadcast step {step.number} cannot be run: {error}") from error
         ahead.append(sampled.tokens)
         if len(ahead) > _AHEAD:
             ahead.popleft().block_until_ready()
         on_busy(None)
 
 
-def _arrays(step: Step, expected: int, leader: str) -> list[Array]:
-    """The host values of a step, as wide as they were. Raises WireError if it is not the one that is expected."""
+def _inputs(step: Step, expected: int, leader: str) -> Inputs:
+    """The host values of a step. Raises WireError if it is not the one that is expected."""
     if step.number != expected:
         raise WireError(f"{leader}: broadcast step {step.number}, expected {expected}")
-    if not step.arrays:
-        raise WireError(f"{leader}: broadcast step {step.number} without its arrays")
-    ints, *others = step.arrays
-    if ints.ndim != 2 or ints.shape[1] > step.width:
-        raise WireError(
-            f"{leader}: broadcast step {step.number} with ints of shape {list(ints.shape)}, at most {step.width} wide"
-        )
-    return [np.pad(ints, ((0, 0), (0, step.width - ints.shape[1]))), *others]
+    num_arrays = len(Inputs._fields) - (not step.scores)
+    if len(step.arrays) != num_arrays:
+        raise WireError(f"{leader}: broadcast step {step.number} with {len(step.arrays)} arrays, expected {num_arrays}")
+    return Inputs(*step.arrays)
 
 
 def _tell_refusal(error: WireError) -> None:

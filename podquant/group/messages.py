@@ -16,7 +16,7 @@ from podquant.group.codec import Array, Codec
 from podquant.group.fingerprint import Fingerprints
 from podquant.group.launch import Launch, Member
 
-VERSION = 3
+VERSION = 4
 """Of everything in this file; whoever connects says theirs first, and another one is refused. Raise it with any change
 here, or to how messages are written."""
 
@@ -228,16 +228,13 @@ class Step:
 
     Attributes:
         number: from 1, without a gap.
-        batch, length, scores: the bucket it is compiled for.
-        width: columns of the first array; those that are zero at its end are left out.
-        arrays: the host values it takes.
+        num_tokens, scores: the bucket it is compiled for.
+        arrays: the host values it takes, packed.
     """
 
     number: int
-    batch: int
-    length: int
+    num_tokens: int
     scores: bool
-    width: int
     arrays: tuple[Array, ...]
 
 

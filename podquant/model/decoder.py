@@ -23,13 +23,16 @@ from podquant.errors import UnsupportedModelError
 from podquant.families.config import ModelConfig
 from podquant.families.declaration import Declaration, DeclaredWeight, axis_sizes
 from podquant.families.layout import Layout
-from podquant.model.attention import Attention, KVCache, Positions, soft_cap
+from podquant.model.attention import Attention
+from podquant.model.batch import Batch
 from podquant.model.embedding import Embedding
+from podquant.model.kv_cache import Cache
 from podquant.model.linear import Linear, RMSNorm, at_layer
 from podquant.model.matmul import Numerics
 from podquant.model.mla import LatentAttention
 from podquant.model.mlp import MLP
 from podquant.model.moe import MoE
+from podquant.model.paged_attention import soft_cap
 from podquant.model.parameter import Module, StackedWeight
 
 SchemeOf = Callable[[str], Scheme | None]
@@ -70,13 +73,13 @@ class DecoderLayer(nnx.Module):
             self.mlp = MLP(config, modules, numerics)
 
     def __call__(
-        self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
-    ) -> tuple[jax.Array, KVCache]:
-        """One layer on [M, D]; see `Attention`."""
+        self, x: jax.Array, cache: Cache, layer: jax.Array, window: jax.Array, at: Batch
+    ) -> tuple[jax.Array, Cache]:
+        """One layer on [T, D]; see `Attention`."""
         y, cache = self.self_attn(self._normed("input_layernorm", x), cache, layer, window, at)
         x = self._added(x, self._normed("attention_output_norm", y))
         y = self._normed("post_attention_layernorm", x)
-        y = self.mlp(y, layer) if isinstance(self.mlp, MoE) else self.mlp(y)
+        y = self.mlp(y, layer, at.is_token) if isinstance(self.mlp, MoE) else self.mlp(y)
         return self._added(x, self._normed("mlp_output_norm", y)), cache
 
     def _normed(self, norm: str, x: jax.Array) -> jax.Array:
@@ -102,15 +105,16 @@ class Segment(nnx.Module):
         self.ropes = ropes
         self.layers = layers
 
-    def __call__(self, x: jax.Array, cache: KVCache, at: Positions) -> tuple[jax.Array, KVCache]:
-        """All layers on [M, D]."""
+    def __call__(self, x: jax.Array, cache: Cache, at: Batch) -> tuple[jax.Array, Cache]:
+        """All layers on [T, D]."""
         graph, *states = nnx.split(self.layers, StackedWeight, ...)
         whole, stacked = states  # what loops read of a layer is taken from the stack where they read it
         indices = np.arange(self.start, self.start + len(self.windows), dtype=np.int32)
 
         def body(
-            carry: tuple[jax.Array, KVCache], layer: tuple[nnx.State[Any, Any], jax.Array, jax.Array, jax.Array | None]
-        ) -> tuple[tuple[jax.Array, KVCache], None]:
+            carry: tuple[jax.Array, Cache],
+            layer: tuple[nnx.State[Any, Any], jax.Array, jax.Array, jax.Array | None],
+        ) -> tuple[tuple[jax.Array, Cache], None]:
             state, index, window, rope = layer
             layers = at_layer(nnx.merge(graph, whole, state), index - self.start)
             return layers(*carry, index, window, at.of_layer(rope)), None
@@ -158,9 +162,9 @@ class Decoder(nnx.Module):
         if not config.tied_embeddings:
             self.lm_head = Linear(outside["lm_head"], numerics)
 
-    def hidden(self, token_ids: jax.Array, cache: KVCache, at: Positions) -> tuple[jax.Array, KVCache]:
-        """Run int32 ids [B, T] through all layers: the normalised residual stream [B * T, D], and the cache."""
-        x = self.embed_tokens(token_ids.reshape(-1))
+    def hidden(self, token_ids: jax.Array, cache: Cache, at: Batch) -> tuple[jax.Array, Cache]:
+        """Run int32 ids [T] through all layers: the normalised residual stream [T, D], and the cache."""
+        x = self.embed_tokens(token_ids)
         if self.embedding_scale != 1.0:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)  # rounded first, as the models were trained
         for segment in self.segments:

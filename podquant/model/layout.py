@@ -16,14 +16,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from podquant.config.scheme import Scheme
+from podquant.config.scheme import CacheDtype, Scheme
 from podquant.families.config import ModelConfig
 from podquant.families.declaration import Declaration, DeclaredWeight, declare
 from podquant.families.layout import Layout, plan_layout
-from podquant.model.attention import CHUNK_TOKENS, CacheLayout, cache_layout
 from podquant.model.axes import LOCAL, RULES, TP, spec_of
 from podquant.model.decoder import Decoder, SchemeOf
+from podquant.model.kv_cache import CacheLayout, KVCache, cache_layout
 from podquant.model.matmul import Numerics
+from podquant.model.paged_attention import CHUNK_TOKENS
 from podquant.model.parameter import Weight
 
 
@@ -84,12 +85,14 @@ class CacheShape:
         page_size: tokens in a page.
         num_slots: sequences that run at a time.
         context_length: tokens of the longest sequence.
+        dtype: of keys and values.
     """
 
     num_pages: int
     page_size: int
     num_slots: int
     context_length: int
+    dtype: CacheDtype = "auto"
 
     @property
     def table_width(self) -> int:
@@ -170,20 +173,24 @@ class Model:
         """The module with its weights (a shard's, inside `shard_map`)."""
         return nnx.merge(self.graph, jax.tree.unflatten(self._tree, weights))
 
-    @property
-    def cache_layout(self) -> CacheLayout:
+    def cache_layout(self, dtype: CacheDtype) -> CacheLayout:
         """What the cache keeps of a token."""
-        return cache_layout(self.config, self.layout.num_kv_heads)
+        return cache_layout(self.config, self.layout.num_kv_heads, dtype, self.numerics.dtype)
 
-    def cache_arrays(self, shape: CacheShape) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes, dtypes and shardings of the keys and the values."""
-        kept = self.cache_layout
-        pages = (self.config.num_layers * shape.num_pages, kept.heads, shape.page_size)
-        return tuple(
-            jax.ShapeDtypeStruct(
-                (*pages, width),
-                jnp.dtype(self.numerics.dtype),
-                sharding=NamedSharding(self.mesh, spec_of(kept.axes)),
-            )
-            for width in (kept.key_dim, kept.value_dim)
-        )
+    def cache_arrays(self, shape: CacheShape) -> KVCache[jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of the cache's arrays."""
+        kept = self.cache_layout(shape.dtype)
+        num_pages = self.config.num_layers * shape.num_pages
+
+        def codes(width: int) -> jax.ShapeDtypeStruct:
+            dims, sharding = (num_pages, kept.heads, shape.page_size, width), spec_of(kept.axes)
+            return jax.ShapeDtypeStruct(dims, jnp.dtype(kept.dtype), sharding=NamedSharding(self.mesh, sharding))
+
+        def scales(width: int) -> jax.ShapeDtypeStruct | None:
+            if not kept.is_quantized or not width:
+                return None
+            dims, sharding = (kept.heads, num_pages, shape.page_size), spec_of(kept.scale_axes)
+            return jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(self.mesh, sharding))
+
+        widths = (kept.key_dim, kept.value_dim)
+        return KVCache(*map(codes, widths), *map(scales, widths))

@@ -24,10 +24,12 @@ from flax import nnx
 
 from podquant.families.config import ModelConfig
 from podquant.families.latent import LatentConfig
-from podquant.model.attention import KVCache, Positions, attend, write
 from podquant.model.axes import block_axis
+from podquant.model.batch import Batch
+from podquant.model.kv_cache import Cache, write
 from podquant.model.linear import Linear, RMSNorm, project
 from podquant.model.matmul import Numerics
+from podquant.model.paged_attention import attend
 from podquant.model.parameter import Module
 from podquant.model.rope import rotate
 from podquant.quantize.activations import quantize_per_token
@@ -62,24 +64,22 @@ class LatentAttention(nnx.Module):
         self.score_dtype = "float32" if numerics.platform == "cpu" else numerics.dtype
 
     def __call__(
-        self, x: jax.Array, cache: KVCache, layer: jax.Array, window: jax.Array, at: Positions
-    ) -> tuple[jax.Array, KVCache]:
+        self, x: jax.Array, cache: Cache, layer: jax.Array, window: jax.Array, at: Batch
+    ) -> tuple[jax.Array, Cache]:
         """Attend; see `Attention`. The cache has one head, and no values."""
-        latent, (batch, length) = self.latent, at.positions.shape
+        latent, num_tokens = self.latent, x.shape[0]
         q, compressed = self._project(x)
-        q = q.reshape(batch, length, -1, latent.nope_dim + latent.rope_dim)
+        q = q.reshape(num_tokens, -1, latent.nope_dim + latent.rope_dim)
         q_rope = self._rotate(q[..., latent.nope_dim :], at)
         context = self.kv_b_proj.quantized(self.kv_a_layernorm(compressed[:, : latent.kv_rank]))
-        k_rope = self._rotate(compressed[:, latent.kv_rank :].reshape(batch, length, 1, -1), at)
-        key = self._cached(context.reshape(batch, length, 1, -1), k_rope)
+        k_rope = self._rotate(compressed[:, None, latent.kv_rank :], at)
         base = layer * at.pages_per_layer
-        cache = cache._replace(keys=write(cache.keys, key, base, at))
-        q_latent = self.kv_b_proj.absorb(q[..., : latent.nope_dim].reshape(batch * length, -1, latent.nope_dim))
-        q_latent = q_latent.reshape(batch, length, -1, latent.kv_rank).astype(self.score_dtype)
+        cache = write(cache, self._cached(context[:, None], k_rope), None, base, at)
+        q_latent = self.kv_b_proj.absorb(q[..., : latent.nope_dim]).astype(self.score_dtype)
         queries = self._cached(q_latent, q_rope.astype(self.score_dtype))
         y = attend(queries, cache, base, window, at, scale=latent.score_scale, value_dim=latent.kv_rank)
-        y = self.kv_b_proj.values(y.reshape(batch * length, -1, latent.kv_rank))
-        return self.o_proj(y.astype(x.dtype).reshape(batch * length, -1)), cache
+        y = self.kv_b_proj.values(y)
+        return self.o_proj(y.astype(x.dtype).reshape(num_tokens, -1)), cache
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """This shard's queries [M, N * (nope + rope)], and latent with shared key [M, kv_rank + rope]."""
@@ -95,8 +95,8 @@ class LatentAttention(nnx.Module):
         missing = self.latent.cached_dim - joined.shape[-1]
         return jnp.pad(joined, ((0, 0),) * (joined.ndim - 1) + ((0, missing),))
 
-    def _rotate(self, x: jax.Array, at: Positions) -> jax.Array:
-        """Rotate heads [B, T, heads, rope]; the result has its pairs half the width apart, as only products see it."""
+    def _rotate(self, x: jax.Array, at: Batch) -> jax.Array:
+        """Rotate heads [T, heads, rope]; the result has its pairs half the width apart, as only products see it."""
         if self.latent.interleaved:
             x = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
         return rotate(x, at.cos_sin)

@@ -136,7 +136,7 @@ class Experts(nnx.Module):
 
         Args:
             x: [M, D].
-            chosen, weights: [M, k], from `route`.
+            chosen, weights: [M, k], from `route`; those of no expert are E.
             layer: int32 scalar, in the stack.
 
         Returns:
@@ -172,9 +172,8 @@ class Experts(nnx.Module):
     def _groups(self, experts: jax.Array) -> _Groups:
         tp_size, ep_size = self.shards
         local = self.num_experts // ep_size
-        if ep_size > 1:
-            experts = experts - jax.lax.axis_index(TP) // (tp_size // ep_size) * local
-            experts = jnp.where((experts >= 0) & (experts < local), experts, local)
+        experts = experts - jax.lax.axis_index(TP) // (tp_size // ep_size) * local
+        experts = jnp.where((experts >= 0) & (experts < local), experts, local)
         order = jnp.argsort(experts, stable=True).astype(jnp.int32)
         sizes = (experts[:, None] == jnp.arange(local, dtype=jnp.int32)[None, :]).sum(axis=0, dtype=jnp.int32)
         return _Groups(order, jnp.argsort(order).astype(jnp.int32), sizes)
@@ -227,10 +226,17 @@ class MoE(nnx.Module):
         if self.how.shared_gate:
             self.shared_expert_gate = Linear(modules["mlp.shared_expert_gate"], numerics)
 
-    def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
-        """[M, D] to [M, D]; `layer` is an index in the model."""
+    def __call__(self, x: jax.Array, layer: jax.Array, is_token: jax.Array) -> jax.Array:
+        """[M, D] to [M, D].
+
+        Args:
+            x: the tokens.
+            layer: int32 scalar, an index in the model.
+            is_token: bool [M]; padding goes to no routed expert, so that none is read for it.
+        """
         bias = self.gate.e_score_correction_bias[...] if self.how.correction_bias else None
         chosen, weights = route(self.gate.scores(x), self.how, bias)
+        chosen = jnp.where(is_token[:, None], chosen, self.how.num_experts)
         y = self.experts(x, chosen, weights, layer - self.start)
         if self.how.shared_ffn_size:
             shared = self.shared_experts.partial(x)

@@ -80,14 +80,15 @@ def rotation(
     Args:
         rope: the kind and its parameters.
         head_dim: H.
-        positions: of the tokens; [B, T] for `dynamic_ntk`.
-        prompt_lengths: int32 [B], which only `dynamic_ntk` needs.
+        positions: of the tokens.
+        prompt_lengths: of each token's whole prompt, int32 as `positions`; only `dynamic_ntk` needs them.
     """
     if rope.kind == "dynamic_ntk":
         assert prompt_lengths is not None
         table, bounds = dynamic_ntk(rope, head_dim)
-        row = (prompt_lengths[:, None] > jnp.asarray(bounds)[None, :]).sum(axis=1, dtype=jnp.int32)
-        angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(table)[row][:, None, None, :]
+        bounds = bounds.reshape((1,) * positions.ndim + (-1,))
+        row = (prompt_lengths[..., None] > jnp.asarray(bounds)).sum(axis=-1, dtype=jnp.int32)
+        angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(table)[row][..., None, :]
         return jnp.cos(angles), jnp.sin(angles)
     frequencies, factor = inverse_frequencies(rope, head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies).reshape(

@@ -12,11 +12,10 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from typing import Any
 
 import numpy as np
 
-from podquant.engine.programs import NUM_INTS, Bucket
+from podquant.engine.programs import FROM_DEVICE, NUM_INTS, Bucket, Floats, Inputs
 from podquant.group.launch import Deadlines
 from podquant.group.lockstep import StepBroadcaster
 from podquant.group.messages import FROM_RANK, TO_RANK, EndOfSteps, Step
@@ -34,7 +33,7 @@ def follow(port: int, steps: int) -> None:
     assert received == steps
 
 
-def measure(followers: int, steps: int, arrays: list[Any], bucket: Bucket) -> tuple[float, float]:
+def measure(followers: int, steps: int, inputs: Inputs, bucket: Bucket) -> tuple[float, float]:
     """Microseconds of one broadcast, the median and the 99th percentile."""
     listener = PeerListener("127.0.0.1", 0)
     processes = [multiprocessing.Process(target=follow, args=(listener.port, steps)) for _ in range(followers)]
@@ -49,7 +48,7 @@ def measure(followers: int, steps: int, arrays: list[Any], bucket: Bucket) -> tu
     seconds = []
     for _ in range(steps):
         begin = time.perf_counter()
-        broadcaster.broadcast(bucket, arrays)
+        broadcaster.broadcast(bucket, inputs)
         seconds.append(time.perf_counter() - begin)
         time.sleep(0.002)  # a step of the devices
     broadcaster.end()
@@ -71,13 +70,16 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--page-size", type=int, default=64)
     arguments = parser.parse_args()
-    width = NUM_INTS + arguments.context // arguments.page_size
-    ints = np.zeros((arguments.batch, width), np.int32)
-    ints[:, : NUM_INTS + (width - NUM_INTS) // 2] = 1  # sequences that fill half of the context
-    arrays = [ints, np.zeros((arguments.batch, 3), np.float32)]
-    size = ints.nbytes // 2 + arrays[1].nbytes
+    num_pages = arguments.context // arguments.page_size // 2  # sequences that fill half of the context
+    inputs = Inputs(
+        rows=np.ones((arguments.batch, NUM_INTS + num_pages), np.int32),
+        floats=np.zeros((arguments.batch, len(Floats._fields)), np.float32),
+        tokens=np.full(arguments.batch, FROM_DEVICE, np.int32),
+        ends=np.zeros((0, 2), np.int32),
+    )
+    size = sum(array.nbytes for array in inputs if array is not None)
     for followers in arguments.followers:
-        median, late = measure(followers, arguments.steps, arrays, Bucket(arguments.batch, 1))
+        median, late = measure(followers, arguments.steps, inputs, Bucket(arguments.batch))
         print(f"{followers} followers, about {size:,} bytes a step: median {median:.0f} us, 99 % within {late:.0f} us")
 
 

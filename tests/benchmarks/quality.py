@@ -22,9 +22,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from podquant.config.rules import load_quantization_config
-from podquant.engine.programs import step_positions
 from podquant.families.registry import read_model_config
-from podquant.model.attention import KVCache
+from podquant.model.batch import flat_batch
+from podquant.model.kv_cache import Cache
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import make_mesh
@@ -46,16 +46,17 @@ class Scorer:
         source.close()
         page_size = 64
         self._shape = CacheShape(length // page_size + 1, page_size, 1, length)
-        keys, values = model.cache_arrays(self._shape)
-        self._cache = KVCache(jnp.zeros(keys.shape, keys.dtype), jnp.zeros(values.shape, values.dtype))
+        arrays = model.cache_arrays(self._shape)
+        self._cache = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), arrays)
         table = np.zeros((1, self._shape.table_width), np.int32)
         table[0, : length // page_size] = np.arange(1, length // page_size + 1)
         self._table = jnp.asarray(table)
 
-        def forward(weights: Any, cache: KVCache, tokens: jax.Array, table: jax.Array) -> jax.Array:
+        def forward(weights: Any, cache: Cache, tokens: jax.Array, table: jax.Array) -> jax.Array:
             decoder = model.decoder(weights)
             starts, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
-            at = step_positions(model, self._shape, starts, lengths, lengths, table, length)
+            pages = {"page_size": page_size, "pages_per_layer": self._shape.num_pages}
+            at = flat_batch(model.config, length, starts, lengths, lengths, table, **pages)
             hidden, _ = decoder.hidden(tokens, cache, at)
             return jax.nn.log_softmax(decoder.logits(hidden)[:, : model_config.vocab_size], axis=-1)
 
@@ -66,7 +67,7 @@ class Scorer:
 
     def __call__(self, window: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """[T, V] float32 for int32 ids [T]."""
-        return np.asarray(self._forward(self._weights, self._cache, jnp.asarray(window)[None], self._table))
+        return np.asarray(self._forward(self._weights, self._cache, jnp.asarray(window), self._table))
 
 
 def prose() -> str:

@@ -54,7 +54,7 @@ def main(topology: str, *ep_sizes: str) -> None:
     found = {}
     for ep_size in ep_sizes:
         model = Model(config, _int8, NUMERICS, mesh, int(ep_size))
-        facts = _facts(model, BATCH, Bucket(BATCH, 1))
+        facts = _facts(model, BATCH, Bucket(BATCH))
         leaves = zip(model.leaves, model.shardings, strict=True)
         facts["expert_bytes"] = [
             int(np.prod(s.shard_shape(leaf.shape))) * leaf.dtype.itemsize

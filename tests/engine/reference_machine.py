@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from podquant.engine.pages import PagePool
 from podquant.engine.request import Request
-from podquant.engine.scheduler import Decode, Prefill, Scheduler, Sequence
+from podquant.engine.scheduler import Chunk, Scheduler, Sequence, Step
 
 VOCABULARY = 97
 
@@ -38,22 +38,25 @@ class Machine:
         self.memory: dict[tuple[int, int], int] = {}
         self.last_token: dict[int, int] = {}
 
-    def run(self, step: Prefill | Decode) -> list[int]:
-        if isinstance(step, Decode):
-            # inputs are read before anything is written: one program
-            rows = [(s, s.num_computed - 1, self.last_token[s.slot]) for s in step.sequences]
-            return [self._extend(sequence, [token], start, True) for sequence, start, token in rows]
-        chunk = step.sequence.token_ids[step.start : step.start + step.length]
-        token = self._extend(step.sequence, chunk, step.start, step.is_last)
-        return [token] if step.is_last else []
+    def run(self, step: Step) -> list[int]:
+        """As the devices do: the inputs are read first, then all is written, then all is read back."""
+        for chunk, tokens in [(chunk, self._tokens(chunk)) for chunk in step.chunks]:
+            self.memory.update(zip(self._places(chunk)[chunk.start :], tokens, strict=True))
+        sampled = []
+        for chunk in step.chunks:
+            token = next_token([self.memory[place] for place in self._places(chunk)])
+            if chunk.samples:
+                self.last_token[chunk.sequence.slot] = token
+                sampled.append(token)
+        return sampled
 
-    def _extend(self, sequence: Sequence, tokens: list[int], start: int, samples: bool) -> int:
-        places = [(sequence.pages[i // self.page_size], i % self.page_size) for i in range(start + len(tokens))]
-        self.memory.update(zip(places[start:], tokens, strict=True))
-        token = next_token([self.memory[place] for place in places])
-        if samples:
-            self.last_token[sequence.slot] = token
-        return token
+    def _tokens(self, chunk: Chunk) -> list[int]:
+        known = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
+        return known or [self.last_token[chunk.sequence.slot]]
+
+    def _places(self, chunk: Chunk) -> list[tuple[int, int]]:
+        pages = chunk.sequence.pages
+        return [(pages[i // self.page_size], i % self.page_size) for i in range(chunk.start + chunk.length)]
 
 
 @dataclass
@@ -63,12 +66,12 @@ class Run:
     pool: PagePool
     scheduler: Scheduler
     max_running: int
-    chunk_size: int
+    max_tokens: int
     run_ahead: int
     stop_token: int
     outputs: dict[str, list[int]] = field(default_factory=dict)
     sequences: dict[str, Sequence] = field(default_factory=dict)
-    in_flight: deque[tuple[Prefill | Decode, list[int]]] = field(default_factory=deque)
+    in_flight: deque[tuple[Step, list[int]]] = field(default_factory=deque)
     oldest: Sequence | None = None
 
     def __post_init__(self) -> None:
@@ -92,14 +95,20 @@ class Run:
                 if token == self.stop_token:
                     self.scheduler.finish(sequence)
 
-    def check_step(self, step: Prefill | Decode) -> None:
-        if isinstance(step, Prefill):
-            assert 1 <= step.length <= self.chunk_size
-            assert step.sequence.num_in_flight == step.is_last
-            assert step.is_last == (step.start + step.length == len(step.sequence.token_ids))
-        for sequence in step.sequences if isinstance(step, Decode) else (step.sequence,):
+    def check_step(self, step: Step) -> None:
+        assert 1 <= step.num_tokens <= self.max_tokens
+        assert len({chunk.sequence.slot for chunk in step.chunks}) == len(step.chunks)
+        lengths = [chunk.length for chunk in step.chunks]
+        assert lengths == sorted(lengths, key=lambda length: length > 1)
+        generating = [s for s in self.sequences.values() if s.slot >= 0 and s.num_in_flight > 0]
+        assert {id(s) for s in step.sampled} == {id(s) for s in generating if not s.finished}
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if chunk.is_prompt:
+                assert sequence.num_in_flight == chunk.samples
+                assert chunk.samples == (chunk.start + chunk.length == len(sequence.token_ids))
             assert not sequence.finished
-            assert sequence.num_computed <= len(sequence.pages) * self.pool.page_size
+            assert sequence.num_computed == chunk.start + chunk.length <= len(sequence.pages) * self.pool.page_size
             assert sequence.num_generated + sequence.num_in_flight <= max(sequence.request.params.max_tokens, 1)
 
     def check_pages(self) -> None:

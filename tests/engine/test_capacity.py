@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from podquant.cluster.topology import parse_slice
-from podquant.config.scheme import Scheme
+from podquant.config.scheme import CacheDtype, Scheme
 from podquant.engine.capacity import ServingOptions, ServingPlan, Subject, plan_serving
-from podquant.engine.memory import CacheDtype
 from podquant.errors import MeshError
 from podquant.families.declaration import declare
 from podquant.families.registry import read_model_config

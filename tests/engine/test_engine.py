@@ -19,7 +19,7 @@ from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Dispatched, StepResult
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams
-from podquant.engine.scheduler import Decode, Prefill
+from podquant.engine.scheduler import Step
 from podquant.engine.start import start_engine
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 from tests.matrix import MATRIX
@@ -315,7 +315,7 @@ def test_the_device_never_waits_for_the_host() -> None:
     with running() as engine:
         dispatch = engine._executor.dispatch
 
-        def watched(step: Prefill | Decode) -> Dispatched:
+        def watched(step: Step) -> Dispatched:
             number = sum(kind == "dispatch" for kind, _ in events)
             events.append(("dispatch", number))
             return Watched(**vars(dispatch(step)), number=number, events=events)

@@ -22,9 +22,9 @@ from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
-from podquant.engine.programs import step_positions
 from podquant.families.registry import read_model_config
-from podquant.model.attention import KVCache
+from podquant.model.batch import flat_batch
+from podquant.model.kv_cache import Cache
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import make_mesh
@@ -119,24 +119,27 @@ def all_logits(model: Model, weights: tuple[jax.Array, ...], tokens: Array) -> A
     batch, length = tokens.shape
     shape = CacheShape(1 + batch * 16, PAGE_SIZE, batch, 256)
     page_table = 1 + np.arange(batch * shape.table_width, dtype=np.int32).reshape(batch, -1)
-    keys, values = model.cache_arrays(shape)
+    arrays = model.cache_arrays(shape)
 
-    def run(weights: tuple[jax.Array, ...], cache: KVCache, tokens: jax.Array) -> jax.Array:
+    def run(weights: tuple[jax.Array, ...], cache: Cache, tokens: jax.Array) -> jax.Array:
         decoder = model.decoder(weights)
         starts, lengths = jnp.zeros(batch, jnp.int32), jnp.full(batch, length, jnp.int32)
-        at = step_positions(model, shape, starts, lengths, lengths, jnp.asarray(page_table), length)
+        table = jnp.asarray(page_table)
+        pages = {"page_size": PAGE_SIZE, "pages_per_layer": shape.num_pages}
+        at = flat_batch(model.config, batch * length, starts, lengths, lengths, table, **pages)
         hidden, _ = decoder.hidden(tokens, cache, at)
         return decoder.logits(hidden)
 
     specs = tuple(sharding.spec for sharding in model.shardings)
-    cache = KVCache(*(jnp.zeros(array.shape, array.dtype, device=array.sharding) for array in (keys, values)))
+    cache = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), arrays)
     mapped = jax.shard_map(
         run,
         mesh=model.mesh,
-        in_specs=(specs, KVCache(keys.sharding.spec, values.sharding.spec), PartitionSpec()),
+        in_specs=(specs, jax.tree.map(lambda array: array.sharding.spec, arrays), PartitionSpec()),
         out_specs=PartitionSpec(None, "tp"),
         check_vma=False,
     )
+    tokens = tokens.reshape(-1)
     # A hundred programs that run once: what LLVM would do to make them fast takes longer than running them.
     program = jax.jit(mapped).lower(weights, cache, tokens).compile({"xla_backend_optimization_level": 0})
     logits = np.asarray(program(weights, cache, tokens), np.float32)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from podquant.config.scheme import Scheme
-from podquant.engine.memory import CacheDtype, cache_copies, device_bytes, leaf_bytes, slot_bytes, token_bytes
+from podquant.config.scheme import CacheDtype, Scheme
+from podquant.engine.memory import cache_copies, device_bytes, leaf_bytes, slot_bytes, token_bytes
 from podquant.families.registry import read_model_config
 from podquant.model.axes import TP
 from podquant.model.layout import CacheShape, Model
@@ -38,7 +39,7 @@ def test_a_token_of_one_head_a_chip(dtype: CacheDtype, expected: int) -> None:
 
 def test_a_token_is_as_the_programs_keep_it() -> None:
     for model in (laid_out(LLAMA_3_8B, 4), laid_out(LLAMA_3_8B, 2, dtype="float32"), laid_out(DEEPSEEK_V3, 16, 16)):
-        pages = device_bytes(model.cache_arrays(CacheShape(num_pages=3, page_size=64, num_slots=1, context_length=1)))
+        pages = device_bytes(jax.tree.leaves(model.cache_arrays(CacheShape(3, 64, 1, 1))))
         assert pages == 3 * 64 * token_bytes(model)
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from podquant.engine.prefix import PageKeys
 from podquant.engine.request import Request, SamplingParams
-from podquant.engine.scheduler import Prefill
 from tests.engine.reference_machine import Run, expected_tokens
 from tests.engine.test_scheduler import make_request, make_scheduler
 
@@ -49,7 +48,7 @@ def run_to_the_end(run: Run) -> None:
 
 def make_run(num_pages: int = 64, *, keeps_prefixes: bool = True) -> Run:
     pool, scheduler = make_scheduler(num_pages, page_size=4, keeps_prefixes=keeps_prefixes)
-    return Run(pool, scheduler, max_running=8, chunk_size=8, run_ahead=1, stop_token=-1)
+    return Run(pool, scheduler, max_running=8, max_tokens=8, run_ahead=1, stop_token=-1)
 
 
 def alike(name: str, num_prompt: int, max_tokens: int = 3, salt: str = "") -> Request:
@@ -87,9 +86,8 @@ def test_prompts_that_come_together_compute_what_they_share_once() -> None:
     prefilled = 0
     while run.scheduler.has_work:
         step = run.scheduler.schedule()
-        if isinstance(step, Prefill):
-            prefilled += step.length
         if step is not None:
+            prefilled += sum(chunk.length for chunk in step.chunks if chunk.is_prompt)
             run.scheduler.complete(step, run.machine.run(step))
     assert prefilled == 33 + 2 + 3 + 4  # 32 tokens are shared
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from podquant.config.scheme import Scheme
-from podquant.engine.programs import NUM_INTS, Bucket, Floats, Row, pack_rows, step_positions
+from podquant.engine.programs import NUM_INTS, Bucket, Floats, Inputs, Row, pack_rows, pad_inputs, step_sizes
+from podquant.engine.slots import NUM_ENDS
 from podquant.families.registry import read_model_config
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
@@ -83,26 +83,31 @@ def test_table_width_holds_the_context_in_whole_chunks() -> None:
     assert CacheShape(9, 256, 1, 256).table_width == 1
 
 
-def test_positions_of_padding_are_written_to_page_zero() -> None:
-    shape = CacheShape(9, 16, 2, 256)
-    table = jnp.asarray(np.arange(1, 33, dtype=np.int32).reshape(2, 16))
-    starts, lengths = jnp.asarray([15, 0]), jnp.asarray([3, 0])
-    at = step_positions(model(1), shape, starts, lengths, starts + lengths, table, 4)
-    assert np.asarray(at.positions).tolist() == [[15, 16, 17, 17], [0, 0, 0, 0]]
-    assert np.asarray(at.write_pages).tolist() == [1, 2, 2, 0, 0, 0, 0, 0]
-    assert np.asarray(at.write_slots).tolist() == [15, 0, 1, 0, 0, 0, 0, 0]
-
-
-def test_rows_are_padded_to_the_bucket() -> None:
+def test_what_is_packed_is_padded_to_the_bucket() -> None:
     shape = CacheShape(9, 16, 2, 256)
     row = Row(1, 5, 3, 40, 7, True, 8, True, False, [4, 6])
-    rows = pack_rows([row], [Floats(0.5, 0.9, 0.1, 1.2, 0.3, 0.4)], 2, shape)
-    assert rows.ints.shape == (2, NUM_INTS + 16)
-    assert rows.ints[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 1, 0, 4, 6, 0]
-    assert rows.ints[1].tolist() == [2] + [0] * 24  # the slot behind the last, and page 0
-    np.testing.assert_allclose(rows.floats, np.asarray([[0.5, 0.9, 0.1, 1.2, 0.3, 0.4], [0.0] * 6]), rtol=1e-6)
+    tokens, ends = np.asarray([7, 8, 9], np.int32), np.asarray([[0, 30]], np.int32)
+    packed = Inputs(*pack_rows([row], [Floats(0.5, 0.9, 0.1, 1.2, 0.3, 0.4)]), tokens, ends)
+    assert packed.rows.shape == (1, NUM_INTS + 2)
+    padded = pad_inputs(packed, Bucket(4), shape)
+    assert padded.rows.shape == (2, NUM_INTS + 16)
+    assert padded.rows[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 1, 0, 4, 6, 0]
+    assert padded.rows[1].tolist() == [2] + [0] * 24  # the slot behind the last, and page 0
+    np.testing.assert_allclose(padded.floats, np.asarray([[0.5, 0.9, 0.1, 1.2, 0.3, 0.4], [0.0] * 6]), rtol=1e-6)
+    assert padded.tokens.tolist() == [7, 8, 9, 0]
+    assert padded.ends.tolist() == [[0, 30], *[[-1, -1]] * (NUM_ENDS - 1)]
+    assert padded.targets is None
+    scored = pad_inputs(packed._replace(targets=tokens), Bucket(4, scores=True), shape)
+    assert scored.targets.tolist() == [7, 8, 9, -1]
 
 
-def test_a_bucket_of_one_token_is_a_decode_step() -> None:
-    assert Bucket(4, 1).is_decode
-    assert not Bucket(1, 2).is_decode
+def test_what_does_not_fit_the_bucket_is_refused() -> None:
+    empty = Inputs(*pack_rows([], []), np.zeros(5, np.int32), np.zeros((0, 2), np.int32))
+    with pytest.raises(ValueError, match="negative"):
+        pad_inputs(empty, Bucket(4), CacheShape(9, 16, 2, 256))
+
+
+def test_a_cpu_has_a_program_for_each_power_of_two_and_others_have_few() -> None:
+    assert step_sizes("cpu", 24) == [1, 2, 4, 8, 16, 24]
+    assert step_sizes("tpu", 2048) == [16, 64, 256, 1024, 2048]
+    assert step_sizes("tpu", 16) == [16]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from podquant.engine.pages import PagePool
 from podquant.engine.request import Request, SamplingParams
-from podquant.engine.scheduler import Decode, Prefill, Scheduler
+from podquant.engine.scheduler import Chunk, Scheduler, Sequence, Step
 from tests.calls import calls_of
 from tests.engine.reference_machine import VOCABULARY, Run, expected_tokens
 
@@ -24,12 +24,12 @@ def make_scheduler(
     num_pages: int = 64,
     page_size: int = 4,
     max_running: int = 8,
-    chunk_size: int = 8,
+    max_tokens: int = 8,
     *,
     keeps_prefixes: bool = True,
 ) -> tuple[PagePool, Scheduler]:
     pool = PagePool(num_pages, page_size)
-    return pool, Scheduler(pool, max_running=max_running, chunk_size=chunk_size, keeps_prefixes=keeps_prefixes)
+    return pool, Scheduler(pool, max_running=max_running, max_tokens=max_tokens, keeps_prefixes=keeps_prefixes)
 
 
 @settings(max_examples=300, deadline=None)
@@ -49,7 +49,7 @@ def make_scheduler(
     page_size=st.integers(1, 5),
     spare_pages=st.integers(0, 12),
     max_running=st.integers(1, 5),
-    chunk_size=st.integers(1, 9),
+    room=st.integers(1, 9),
     run_ahead=st.integers(0, 2),
     stop_token=st.integers(0, 4),
     keeps_prefixes=st.booleans(),
@@ -61,16 +61,16 @@ def test_every_request_ends_with_its_own_tokens(
     page_size: int,
     spare_pages: int,
     max_running: int,
-    chunk_size: int,
+    room: int,
     run_ahead: int,
     stop_token: int,
     keeps_prefixes: bool,
 ) -> None:
     longest = max(-(-(prompt + max(new - 1, 0)) // page_size) for _, prompt, new, *_ in arrivals)
     pool, scheduler = make_scheduler(
-        1 + longest + spare_pages, page_size, max_running, chunk_size, keeps_prefixes=keeps_prefixes
+        1 + longest + spare_pages, page_size, max_running, max_running + room, keeps_prefixes=keeps_prefixes
     )
-    run = Run(pool, scheduler, max_running, chunk_size, run_ahead, stop_token)
+    run = Run(pool, scheduler, max_running, max_running + room, run_ahead, stop_token)
     events: list[tuple[int, str, Request]] = []
     now = 0
     for index, (gap, prompt, new, abort, text, salt) in enumerate(arrivals):
@@ -103,78 +103,99 @@ def test_every_request_ends_with_its_own_tokens(
         assert run.outputs[name] == (expected[: len(run.outputs[name])] if name in aborted else expected)
 
 
-def test_chunks_and_decode_steps_take_turns() -> None:
-    _, scheduler = make_scheduler(chunk_size=4)
+def prompt(sequence: Sequence, start: int, length: int, *, samples: bool = True) -> Chunk:
+    return Chunk(sequence, start, length, is_prompt=True, samples=samples)
+
+
+def next_step(scheduler: Scheduler) -> Step:
+    step = scheduler.schedule()
+    assert step is not None
+    return step
+
+
+def lengths(scheduler: Scheduler) -> dict[str, int]:
+    """How many tokens of each sequence, by the last letter of its name, the next step takes."""
+    return {chunk.sequence.request.id[-1]: chunk.length for chunk in next_step(scheduler).chunks}
+
+
+def test_a_step_has_a_token_of_each_that_generates_and_fills_up_with_prompts() -> None:
+    _, scheduler = make_scheduler(max_tokens=4)
     first = scheduler.add(make_request("a", 3, 10))
-    assert scheduler.schedule() == Prefill(first, 0, 3, is_last=True)
-    second = scheduler.add(make_request("b", 10, 10))
-    steps = [scheduler.schedule() for _ in range(6)]
+    assert scheduler.schedule() == Step((prompt(first, 0, 3),))
+    second = scheduler.add(make_request("b", 7, 10))
+    steps = [next_step(scheduler) for _ in range(4)]
+    generating = [Chunk(first, start, 1, is_prompt=False, samples=True) for start in (3, 4, 5, 6)]
     assert steps == [
-        Decode((first,)),
-        Prefill(second, 0, 4, is_last=False),
-        Decode((first,)),
-        Prefill(second, 4, 4, is_last=False),
-        Decode((first,)),
-        Prefill(second, 8, 2, is_last=True),
+        Step((generating[0], prompt(second, 0, 3, samples=False))),
+        Step((generating[1], prompt(second, 3, 3, samples=False))),
+        Step((prompt(second, 6, 1), generating[2])),  # of one token too, and its context is longer
+        Step((Chunk(second, 7, 1, is_prompt=False, samples=True), generating[3])),
     ]
-    assert scheduler.schedule() == Decode((first, second))
 
 
-def names(scheduler: Scheduler, count: int) -> str:
-    """Whose prompts the next prefill steps belong to, without the decode steps between them."""
-    found = ""
-    while len(found) < count:
-        step = scheduler.schedule()
-        assert step is not None
-        if isinstance(step, Prefill):
-            found += step.sequence.request.id[-1]
-    return found
+def test_several_prompts_share_a_step() -> None:
+    _, scheduler = make_scheduler(max_tokens=16)
+    for name in "abc":
+        scheduler.add(make_request(name, 5, 4))
+    assert lengths(scheduler) == {"a": 5, "b": 5, "c": 5}
+    assert lengths(scheduler) == {"a": 1, "b": 1, "c": 1}
 
 
-def test_a_short_prompt_waits_for_one_chunk_of_a_long_one_at_the_most() -> None:
-    _, scheduler = make_scheduler(num_pages=1000, chunk_size=4)
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    _, scheduler = make_scheduler(num_pages=1000, max_tokens=8)
     scheduler.add(make_request("long", 400, 10))
-    assert names(scheduler, 3) == "ggg"
-    scheduler.add(make_request("a", 3, 10))
-    assert names(scheduler, 3) == "agg"
-    scheduler.add(make_request("another long", 100, 10))
+    assert lengths(scheduler) == {"g": 8}
+    scheduler.add(make_request("a", 3, 2))
+    assert lengths(scheduler) == {"g": 5, "a": 3}
     scheduler.add(make_request("b", 7, 10))
-    assert names(scheduler, 5) == "bgbgg"
+    assert lengths(scheduler) == {"a": 1, "g": 4, "b": 3}
+    assert lengths(scheduler) == {"g": 4, "b": 4}
 
 
-def test_a_long_prompt_has_every_other_prefill_step_however_many_short_ones_come() -> None:
-    _, scheduler = make_scheduler(num_pages=1000, chunk_size=4, max_running=4)
-    scheduler.add(make_request("long", 40, 1))
-    turns = ""
-    while turns.count("g") < 10:
-        scheduler.add(make_request("a", 3, 1))
-        turns += names(scheduler, 1)
-    assert turns == "ga" * 9 + "g"
+def test_a_long_prompt_has_half_of_every_step_however_many_short_ones_come() -> None:
+    _, scheduler = make_scheduler(num_pages=1000, max_tokens=8, max_running=4)
+    long = scheduler.add(make_request("long", 40, 1))
+    for number in range(10):
+        scheduler.add(make_request(f"{number}", 3, 1))
+        before = long.num_computed
+        scheduler.schedule()
+        assert long.num_left == 0 or long.num_computed - before >= 4
 
 
 def test_of_prompts_as_long_the_first_is_prefilled_whole() -> None:
-    _, scheduler = make_scheduler(chunk_size=4)
+    _, scheduler = make_scheduler(max_tokens=4)
     for name in "abc":
-        scheduler.add(make_request(name, 12, 2))
-    assert names(scheduler, 9) == "aaabbbccc"
+        scheduler.add(make_request(name, 12, 1))
+    assert [lengths(scheduler) for _ in range(9)] == [{name: 4} for name in "aaabbbccc"]
+
+
+def test_of_requests_with_min_tokens_one_begins_in_a_step() -> None:
+    """It brings its end tokens along, and a step has room for those of one."""
+    _, scheduler = make_scheduler(max_tokens=16)
+    for name in "ab":
+        request = make_request(name, 3, 4)
+        scheduler.add(replace(request, params=replace(request.params, min_tokens=2)))
+    scheduler.add(make_request("c", 3, 4))
+    assert lengths(scheduler) == {"a": 3, "c": 3}
+    assert lengths(scheduler) == {"a": 1, "c": 1, "b": 3}
 
 
 def test_a_short_prompt_overtakes_a_long_one_that_waits_for_memory_and_makes_room_for_it() -> None:
-    _, scheduler = make_scheduler(num_pages=13, page_size=4, chunk_size=8)
+    _, scheduler = make_scheduler(num_pages=13, page_size=4, max_tokens=16)
     first = scheduler.add(make_request("a", 24, 3))
     long = scheduler.add(make_request("long", 40, 2))
     short = scheduler.add(make_request("b", 8, 20))
-    assert names(scheduler, 3) == "aba"
+    assert lengths(scheduler) == {"a": 8, "b": 8}
     assert (long.slot, scheduler.num_waiting) == (-1, 1)
-    assert scheduler.schedule() == Decode((short,))
+    assert lengths(scheduler) == {"b": 1, "a": 15}
     scheduler.finish(first)
-    assert names(scheduler, 1) == "g"
+    assert lengths(scheduler) == {"g": 16}
     assert (short.slot, len(long.pages), scheduler.num_preemptions) == (-1, 10, 1)
 
 
 def test_a_long_prompt_that_waits_for_memory_is_not_overtaken_for_ever() -> None:
-    pool, scheduler = make_scheduler(num_pages=9, page_size=4, chunk_size=4, max_running=3)
-    run = Run(pool, scheduler, max_running=3, chunk_size=4, run_ahead=1, stop_token=-1)
+    pool, scheduler = make_scheduler(num_pages=9, page_size=4, max_tokens=8, max_running=3)
+    run = Run(pool, scheduler, max_running=3, max_tokens=8, run_ahead=1, stop_token=-1)
     run.add(make_request("r0", 20, 4))
     run.add(make_request("long", 24, 4))
     number = 1
@@ -192,34 +213,28 @@ def test_steps_run_ahead_of_their_tokens_but_never_past_the_limit() -> None:
     _, scheduler = make_scheduler()
     sequence = scheduler.add(make_request("a", 3, 3))
     steps = [scheduler.schedule() for _ in range(4)]
-    assert steps == [Prefill(sequence, 0, 3, is_last=True), Decode((sequence,)), Decode((sequence,)), None]
+    assert [step and step.chunks[0].start for step in steps] == [0, 3, 4, None]
     assert [scheduler.complete(step, [9]) for step in steps if step] == [[(sequence, 9)]] * 3
     assert sequence.finished
     assert not scheduler.has_work
-
-
-def next_step(scheduler: Scheduler) -> Prefill | Decode:
-    step = scheduler.schedule()
-    assert step is not None
-    return step
 
 
 def test_pages_and_slot_are_free_once_the_last_token_is_dispatched() -> None:
     pool, scheduler = make_scheduler(max_running=1)
     first = scheduler.add(make_request("a", 3, 1))
     second = scheduler.add(make_request("b", 3, 1))
-    prefill = scheduler.schedule()
-    assert prefill == Prefill(first, 0, 3, is_last=True)
-    assert scheduler.schedule() == Prefill(second, 0, 3, is_last=True)
+    step = next_step(scheduler)
+    assert step == Step((prompt(first, 0, 3),))
+    assert scheduler.schedule() == Step((prompt(second, 0, 3),))
     assert pool.num_free == pool.num_usable - 1
-    assert scheduler.complete(prefill, [5]) == [(first, 5)]
+    assert scheduler.complete(step, [5]) == [(first, 5)]
 
 
 def test_a_request_for_no_tokens_only_prefills() -> None:
-    pool, scheduler = make_scheduler(chunk_size=4)
+    pool, scheduler = make_scheduler(max_tokens=4)
     sequence = scheduler.add(make_request("a", 6, 0))
     steps = [next_step(scheduler) for _ in range(2)]
-    assert steps == [Prefill(sequence, 0, 4, is_last=False), Prefill(sequence, 4, 2, is_last=True)]
+    assert steps == [Step((prompt(sequence, 0, 4, samples=False),)), Step((prompt(sequence, 4, 2),))]
     assert scheduler.schedule() is None
     assert scheduler.complete(steps[0], []) == []
     assert not sequence.finished
@@ -246,23 +261,22 @@ def test_the_latest_is_preempted_and_prefilled_again_but_for_what_is_kept() -> N
     _, scheduler = make_scheduler(num_pages=5, page_size=2, max_running=2)
     first = scheduler.add(make_request("a", 1, 6))
     second = scheduler.add(make_request("b", 1, 6))
-    steps: list[Prefill | Decode] = []
+    steps: list[Step] = []
     while scheduler.has_work:
         steps.append(next_step(scheduler))
-        step = steps[-1]
-        if isinstance(step, Decode) and scheduler.num_preemptions == 1 and not first.finished:
-            assert step == Decode((first,))
+        if scheduler.num_preemptions == 1 and not first.finished:
+            assert [chunk.sequence for chunk in steps[-1].chunks] == [first]
             assert (scheduler.num_running, scheduler.num_waiting, second.pages, second.slot) == (1, 1, [], -1)
-        scheduler.complete(step, [3] * (len(step.sequences) if isinstance(step, Decode) else 1))
+        scheduler.complete(steps[-1], [3] * len(steps[-1].sampled))
     assert scheduler.num_preemptions == 1
-    prefills = [(step.sequence, step.start, step.length) for step in steps if isinstance(step, Prefill)]
-    assert prefills == [(first, 0, 1), (second, 0, 1), (second, 2, 2)]
+    prompts = [chunk for step in steps for chunk in step.chunks if chunk.is_prompt]
+    assert prompts == [prompt(first, 0, 1), prompt(second, 0, 1), prompt(second, 2, 3)]
 
 
 def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     _, scheduler = make_scheduler(num_pages=5, page_size=2, max_running=2)
     first, second = scheduler.add(make_request("a", 1, 6)), scheduler.add(make_request("b", 1, 6))
-    steps: deque[Prefill | Decode] = deque()
+    steps: deque[Step] = deque()
     while scheduler.num_preemptions == 0:
         steps.append(next_step(scheduler))
     scheduler.finish(first)
@@ -270,8 +284,8 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     while second.num_in_flight > 0:
         assert scheduler.schedule() is None
         step = steps.popleft()
-        scheduler.complete(step, [3] * (len(step.sequences) if isinstance(step, Decode) else 1))
-    assert scheduler.schedule() == Prefill(second, 0, len(second.token_ids), is_last=True)
+        scheduler.complete(step, [3] * len(step.sampled))
+    assert scheduler.schedule() == Step((prompt(second, 0, len(second.token_ids)),))
 
 
 def test_a_waiting_request_can_be_aborted() -> None:
@@ -287,16 +301,15 @@ def test_a_newcomer_leaves_a_page_for_each_that_runs() -> None:
     pool, scheduler = make_scheduler(num_pages=4, page_size=4)
     first = scheduler.add(make_request("a", 2, 5))
     second = scheduler.add(make_request("b", 8, 1))
-    assert scheduler.schedule() == Prefill(first, 0, 2, is_last=True)
-    assert [scheduler.schedule() for _ in range(2)] == [Decode((first,))] * 2
+    assert [[chunk.sequence for chunk in next_step(scheduler).chunks] for _ in range(3)] == [[first]] * 3
     assert pool.num_free == pool.num_pages_for(len(second.token_ids))
     scheduler.finish(first)
-    assert scheduler.schedule() == Prefill(second, 0, 8, is_last=True)
+    assert scheduler.schedule() == Step((prompt(second, 0, 8),))
 
 
 def test_what_just_fits_runs() -> None:
     pool, scheduler = make_scheduler(num_pages=5, page_size=4)
-    run = Run(pool, scheduler, max_running=8, chunk_size=8, run_ahead=1, stop_token=-1)
+    run = Run(pool, scheduler, max_running=8, max_tokens=8, run_ahead=1, stop_token=-1)
     request = make_request("a", 8, 9)
     run.add(request)
     while scheduler.has_work:
@@ -305,7 +318,7 @@ def test_what_just_fits_runs() -> None:
 
 
 def test_a_decode_step_costs_a_few_calls_for_each_of_256() -> None:
-    _, scheduler = make_scheduler(num_pages=20_000, page_size=16, max_running=256, chunk_size=64)
+    _, scheduler = make_scheduler(num_pages=20_000, page_size=16, max_running=256, max_tokens=512)
     for index in range(256):
         scheduler.add(make_request(f"r{index}", 32, 500))
     while scheduler.num_waiting:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from podquant.engine.slots import NUM_ENDS, Adjustment, adjust, tally_generated, tally_prompt
+from podquant.engine.slots import NUM_ENDS, Adjustment, adjust, tally
 from podquant.model.mesh import make_mesh
 
 VOCAB, SLOTS = 16, 2
@@ -37,17 +37,21 @@ class Devices:
 
     def prefill(self, slot: int, text: list[int], start: int, stop: int, prompt: int, ends: list[int]) -> None:
         """One step of a sequence, padded."""
-        tokens, positions = np.zeros((1, 8), np.int32), np.full((1, 8), -1, np.int32)
-        tokens[0, : stop - start], positions[0, : stop - start] = text[start:stop], np.arange(start, stop)
-        padded = np.full((1, NUM_ENDS), -1, np.int32)
-        padded[0, : len(ends)] = ends
-        rows = (np.asarray([slot], np.int32), tokens, positions, np.asarray([prompt], np.int32), padded)
-        used = np.asarray([True])
-        self.tallies = self._run(tally_prompt, (CUT, *(WHOLE,) * 6), self.tallies, *map(jnp.asarray, (*rows, used)))
+        tokens, positions = np.zeros(8, np.int32), np.full(8, -1, np.int32)
+        tokens[: stop - start], positions[: stop - start] = text[start:stop], np.arange(start, stop)
+        padded = np.full((NUM_ENDS, 2), -1, np.int32)
+        padded[: len(ends), 0], padded[: len(ends), 1] = 0, ends
+        self._tally([slot], [start], [prompt], [True], tokens, positions, np.zeros(8, np.int32), padded)
 
     def decode(self, slots: list[int], tokens: list[int], used: list[bool]) -> None:
-        given = (jnp.asarray(slots, jnp.int32), jnp.asarray(tokens, jnp.int32), jnp.asarray(used))
-        self.tallies = self._run(tally_generated, (CUT, *(WHOLE,) * 3), self.tallies, *given)
+        """A token of each, behind prompts of one token."""
+        rows, ends = np.arange(len(slots)), np.full((NUM_ENDS, 2), -1)
+        self._tally(slots, [5] * len(slots), [1] * len(slots), used, tokens, [5] * len(slots), rows, ends)
+
+    def _tally(self, *given: Any) -> None:
+        arrays = [jnp.asarray(each) for each in given]
+        arrays = [each if each.dtype == bool else each.astype(jnp.int32) for each in arrays]
+        self.tallies = self._run(tally, (CUT, *(WHOLE,) * 8), self.tallies, *arrays)
 
     def adjust(self, logits: Array, slots: list[int], **how: Any) -> Array:
         batch = len(slots)

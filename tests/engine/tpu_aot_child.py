@@ -162,7 +162,10 @@ def _facts(model: Model, batch: int, bucket: Bucket) -> dict[str, Any]:
     assert memory is not None
     program = Program(text)
     layer = _layer_body(program, model.config.num_layers * shape.num_pages)
-    donated = (math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in model.cache_arrays(shape))
+    donated = (
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(model.cache_arrays(shape))
+    )
     tallies = slot_arrays(model, shape).tallies
     rows, columns = tallies.sharding.shard_shape(tallies.shape)
     return {
@@ -176,7 +179,7 @@ def _facts(model: Model, batch: int, bucket: Bucket) -> dict[str, Any]:
         "repeated_collectives": _repeated_collectives(program, layer),
         "layer_products": program.products(layer),
         "other_products": program.products(program.entry, without=layer),
-        "wide_copies": _wide_copies(program, model, bucket.batch * bucket.length),
+        "wide_copies": _wide_copies(program, model, bucket.num_tokens),
     }
 
 
@@ -221,7 +224,7 @@ def main(topology: str, names: Sequence[str]) -> None:
         kind = Dequantizing if step == "planted" else Model
         model = kind(config, {"int8": _int8, "int8_w8a8": _int8_w8a8}[scheme], NUMERICS, mesh)
         batch = BATCHES[config.num_layers]
-        found[name] = _facts(model, batch, Bucket(1, CHUNK) if step == "prefill" else Bucket(batch, 1))
+        found[name] = _facts(model, batch, Bucket(CHUNK if step == "prefill" else batch))
     json.dump(found, sys.stdout)
 
 

@@ -18,13 +18,14 @@ import pytest
 
 from podquant.checkpoint.fingerprint import Fingerprint
 from podquant.engine.options import EngineOptions
-from podquant.engine.programs import Bucket
+from podquant.engine.programs import NUM_INTS, Bucket, Floats, Inputs, pad_inputs
 from podquant.errors import ClusterError, ConfigError
 from podquant.group.fingerprint import Fingerprints, fingerprints
 from podquant.group.launch import Deadlines, new_nonce, step_key
 from podquant.group.lockstep import Follower, Leader, StepBroadcaster, accept_ranks, follow, join
 from podquant.group.messages import FROM_RANK, TO_RANK, RankHello, Step, Welcome
 from podquant.group.wire import Connection, PeerListener, WireError
+from podquant.model.layout import CacheShape
 from podquant.weights.source import open_source
 from tests.storage.kinds import KINDS, fine_tune, storage
 
@@ -72,13 +73,16 @@ def test_ranks_meet_whatever_strangers_do_meanwhile() -> None:
     assert isinstance(strangers[0], WireError)
     assert "does not know this group's secret" in str(strangers[0])
     broadcaster = StepBroadcaster(met, DEADLINES)
-    ints = np.pad(np.arange(6, dtype=np.int32).reshape(1, 6), ((0, 1), (0, 100)))
-    floats, tokens = np.ones((2, 3), np.float32), np.full((2, 32), 7, np.int32)
-    steps = [(Bucket(2, 32, scores=True), [ints, floats, tokens, tokens]), (Bucket(2, 1), [ints * 0, floats])]
-    for bucket, arrays in steps:
-        broadcaster.broadcast(bucket, arrays)
+    rows, floats = np.full((1, NUM_INTS + 2), 3, np.int32), np.ones((1, len(Floats._fields)), np.float32)
+    tokens, ends = np.full(32, 7, np.int32), np.zeros((0, 2), np.int32)
+    steps = [
+        (Bucket(32, scores=True), Inputs(rows, floats, tokens, ends, tokens)),
+        (Bucket(2), Inputs(rows, floats, tokens[:1], ends)),
+    ]
+    for bucket, inputs in steps:
+        broadcaster.broadcast(bucket, inputs)
     broadcaster.end()
-    expected = [(bucket, [array.tolist() for array in arrays]) for bucket, arrays in steps]
+    expected = [(bucket, as_lists(inputs)) for bucket, inputs in steps]
     for connection in joined:
         executor = Recorder()
         follow(executor, connection, DEADLINES, lambda since: None)  # type: ignore[arg-type]
@@ -150,14 +154,19 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     joined[0].close()
 
 
+def as_lists(inputs: Inputs) -> list[Any]:
+    return [None if array is None else array.tolist() for array in inputs]
+
+
 class Recorder:
     """An executor that notes what it is told to run."""
 
     def __init__(self) -> None:
         self.ran: list[tuple[Bucket, list[Any]]] = []
 
-    def run(self, bucket: Bucket, arrays: Any) -> Any:
-        self.ran.append((bucket, [array.tolist() for array in arrays]))
+    def run(self, bucket: Bucket, inputs: Inputs) -> Any:
+        pad_inputs(inputs, bucket, CacheShape(9, 16, 4, 256))
+        self.ran.append((bucket, as_lists(inputs)))
         return SimpleNamespace(tokens=jnp.zeros(1)), None
 
 
@@ -172,7 +181,7 @@ def pair() -> tuple[Follower, Leader]:
 
 
 def step(number: int, *arrays: Any) -> Step:
-    return Step(number, batch=1, length=1, scores=False, width=4, arrays=arrays)
+    return Step(number, num_tokens=1, scores=False, arrays=arrays)
 
 
 INTS = np.zeros((1, 4), np.int32)
@@ -182,8 +191,9 @@ INTS = np.zeros((1, 4), np.int32)
     ("message", "error"),
     [
         (step(2, INTS), "broadcast step 2, expected 1"),
-        (step(1), "broadcast step 1 without its arrays"),
-        (step(1, np.zeros((1, 9), np.int32)), r"broadcast step 1 with ints of shape \[1, 9\], at most 4 wide"),
+        (step(1), "broadcast step 1 with 0 arrays, expected 4"),
+        (step(1, *[INTS] * 5), "broadcast step 1 with 5 arrays, expected 4"),
+        (step(1, *[INTS[0]] * 4), "broadcast step 1 cannot be run: .* argument 2 is shorter"),
         (Welcome(), "did not expect the message Welcome now"),
         (RankHello(1, PRINTS), "malformed message: message 'RankHello': unknown here"),
     ],

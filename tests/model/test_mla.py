@@ -21,13 +21,14 @@ from podquant.families.deepseek import read_latent
 from podquant.families.latent import LatentConfig
 from podquant.families.layout import plan_layout
 from podquant.families.registry import read_model_config
-from podquant.model.attention import CHUNK_TOKENS, KVCache, Positions, cache_layout
 from podquant.model.axes import spec_of
+from podquant.model.batch import flat_batch
 from podquant.model.decoder import modules_in
+from podquant.model.kv_cache import Cache, KVCache, cache_layout
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import make_mesh
 from podquant.model.mla import LatentAttention
-from podquant.model.rope import rotation
+from podquant.model.paged_attention import CHUNK_TOKENS
 from podquant.quantize.weights import quantize_weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -138,15 +139,15 @@ def run(
         arrays_of(path, weight.get_value().shape, weights, scheme).astype(weight.get_value().dtype)
         for path, weight in flat
     ]
-    layout = cache_layout(config, HEADS)
+    layout = cache_layout(config, HEADS, "auto", "float32")
     width = CHUNK_TOKENS // PAGE_SIZE
     table = jnp.asarray(np.random.default_rng(1).permutation(width).astype(np.int32)[None] + 1)
 
-    def step(values: list[jax.Array], cache: KVCache, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+    def step(values: list[jax.Array], cache: Cache, x: jax.Array, start: jax.Array) -> tuple[jax.Array, Cache]:
         layer = nnx.merge(graph, jax.tree.unflatten(tree, [value[0] for value in values]))
-        pages = jnp.take_along_axis(table, positions // PAGE_SIZE, axis=1).reshape(-1)
-        turn = rotation(ROPE, latent.rope_dim, positions)
-        at = Positions(positions, table, pages, (positions % PAGE_SIZE).reshape(-1), width + 1, turn)
+        lengths = jnp.asarray([len(x)], jnp.int32)
+        pages = {"page_size": PAGE_SIZE, "pages_per_layer": width + 1}
+        at = flat_batch(config, len(x), start, lengths, lengths, table, **pages)
         return layer(x, cache, jnp.int32(0), jnp.int32(FULL_ATTENTION), at)
 
     specs = [spec_of(weight.axes) for _, weight in flat]
@@ -166,8 +167,7 @@ def run(
     )
     results, start = [], 0
     for length in steps:
-        positions = np.arange(start, start + length, dtype=np.int32)[None]
-        y, cache = mapped(values, cache, x[start : start + length], positions)
+        y, cache = mapped(values, cache, x[start : start + length], np.asarray([start], np.int32))
         results.append(np.asarray(y))
         start += length
     return np.concatenate(results)
@@ -205,14 +205,14 @@ def test_the_latent_is_quantized_as_kv_b_projs_activation(dtype: str, tp: int) -
 
 
 def test_the_cache_keeps_one_latent_of_a_token() -> None:
-    layout = cache_layout(config_with(LATENT), HEADS)
+    layout = cache_layout(config_with(LATENT), HEADS, "auto", "bfloat16")
     assert (layout.heads, layout.key_dim, layout.value_dim) == (1, 24 + 8, 0)
     assert spec_of(layout.axes) == PartitionSpec(None, None, None, None)
 
 
 def test_wide_latents_fill_up_whole_lanes() -> None:
     wide = replace(LATENT, kv_rank=128, q_rank=None)
-    assert cache_layout(config_with(wide), HEADS).key_dim == 256
+    assert cache_layout(config_with(wide), HEADS, "auto", "bfloat16").key_dim == 256
     check(wide, None, 1, [9, 1, 1])
 
 

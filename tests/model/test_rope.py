@@ -54,10 +54,10 @@ def test_rotating_keeps_the_dtype() -> None:
 def test_prompts_past_the_trained_length_turn_slower() -> None:
     rope = RopeConfig("dynamic_ntk", 10000.0, {"original_max_position_embeddings": 16})
     lengths = [1, 16, 17, 32, 33, 64]
-    cos, _ = rotation(rope, 8, jnp.full((6, 1), 5, jnp.int32), jnp.asarray(lengths, jnp.int32))
+    cos, _ = rotation(rope, 8, jnp.full(6, 5, jnp.int32), jnp.asarray(lengths, jnp.int32))
     for row, alpha in enumerate([1, 1, 3, 3, 7, 7]):  # 2^ceil(log2(n / 16) + 1) - 1, at least 1
         expected, _ = rotation(RopeConfig("default", 10000.0 * alpha ** (8 / 6), {}), 8, jnp.asarray([5]))
-        np.testing.assert_allclose(cos[row, 0], expected[0], rtol=1e-6)
+        np.testing.assert_allclose(cos[row], expected[0], rtol=1e-6)
 
 
 def test_queries_past_the_trained_length_grow_with_the_logarithm_of_their_position() -> None:
