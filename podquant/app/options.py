@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from podquant.config.job import FlagType
-from podquant.config.scheme import CacheDtype
 from podquant.errors import ConfigError
 from podquant.foreign import shown
 
@@ -118,9 +117,9 @@ class ServeOptions:
         "N",
     )
     page_size: int = _flag("tokens in a page of the KV cache, a power of two", 64, "N")
-    kv_cache_dtype: CacheDtype = _flag(
-        "what keys and values are kept in; int8 and fp8 with a scale for each token and head, in half the memory (auto: "
-        "what the model computes in)",
+    kv_cache_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = _flag(
+        "what keys and values are kept in: int8 and fp8 take half the memory, with a scale for each token and head "
+        "(auto: what the model computes in)",
         "auto",
     )
     generation_config: str = _flag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 CacheDtype = Literal["auto", "bfloat16", "int8", "fp8"]
 """What keys and values are kept in; auto: what the model computes in."""

@@ -37,7 +37,7 @@ class EngineOptions:
         chunked_prefill_size: tokens of one step, of sequences that are generating and, for the rest, of prompts; a
             power of two. Prompts have half of a step at least, which is larger where it must be for that.
         page_size: tokens of a KV-cache page; a power of two up to 256.
-        kv_cache_dtype: of keys and values: `auto` as the model computes; in 8 bits with a scale for each token and head.
+        kv_cache_dtype: what keys and values are kept in; in 8 bits they have a scale for each token and head.
         mem_fraction_static: share of a device's memory for weights and KV cache.
         random_seed: from which requests without a seed draw theirs.
         skip_tokenizer_init: serve token ids only.

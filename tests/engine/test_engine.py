@@ -88,23 +88,24 @@ def idle(engine: LocalEngine) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "rules"),
+    ("name", "rules", "cache"),
     [
-        pytest.param("llama", None, marks=MATRIX),
-        pytest.param("llama3-rope", "int8.yaml", marks=MATRIX),
-        ("mistral-window", "int8_w8a8_keep_embedding.yaml"),
-        ("qwen2", "fp8_w8a8_keep_embedding.yaml"),
-        pytest.param("qwen2-mha", "fp8_keep_embedding.yaml", marks=MATRIX),
-        ("qwen3", "int8_keep_embedding.yaml"),
-        ("qwen1-long", None),  # trained on 8 tokens: what is past them depends on how long the whole prompt is
+        pytest.param("llama", None, "auto", marks=MATRIX),
+        pytest.param("llama3-rope", "int8.yaml", "int8", marks=MATRIX),
+        ("mistral-window", "int8_w8a8_keep_embedding.yaml", "fp8"),
+        pytest.param("qwen2", "fp8_w8a8_keep_embedding.yaml", "auto", marks=MATRIX),
+        pytest.param("qwen2-mha", "fp8_keep_embedding.yaml", "int8", marks=MATRIX),
+        ("qwen3", "int8_keep_embedding.yaml", "int8"),
+        pytest.param("deepseek_v2", "int8.yaml", "int8", marks=MATRIX),
+        ("qwen1-long", None, "auto"),  # trained on 8 tokens: what is past them depends on how long the whole prompt is
     ],
 )
-def test_one_or_many_whole_or_in_pieces_give_the_same_tokens(name: str, rules: str | None) -> None:
-    with running(name, rules, disable_radix_cache=True) as engine:
+def test_one_or_many_whole_or_in_pieces_give_the_same_tokens(name: str, rules: str | None, cache: str) -> None:
+    with running(name, rules, kv_cache_dtype=cache, disable_radix_cache=True) as engine:
         prompts = [[token % engine.limits.vocab_size for token in prompt] for prompt in PROMPTS]
         many = tokens(engine, prompts)
         alone = [tokens(engine, [prompt])[0] for prompt in prompts]
-    with running(name, rules, chunked_prefill_size=4) as engine:
+    with running(name, rules, kv_cache_dtype=cache, chunked_prefill_size=4) as engine:
         pieces = tokens(engine, prompts)
         assert engine.stats().num_cached_tokens == 0
         again = tokens(engine, prompts)

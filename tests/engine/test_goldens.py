@@ -8,6 +8,7 @@ distributions they give, and to the effect of quantization they show over all ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from podquant.checkpoint.index import Checkpoint
 from podquant.config.rules import load_quantization_config
+from podquant.config.scheme import CacheDtype
 from podquant.conversion.plan import plan_conversion
 from podquant.conversion.run import convert
 from podquant.families.registry import read_model_config
@@ -114,10 +116,10 @@ def load(source: WeightSource, tp: int, ep: int = 1, dtype: str = "float32") -> 
     return model, load_weights(model, source)
 
 
-def all_logits(model: Model, weights: tuple[jax.Array, ...], tokens: Array) -> Array:
+def all_logits(model: Model, weights: tuple[jax.Array, ...], tokens: Array, cache_dtype: CacheDtype = "auto") -> Array:
     """The logits at every position of [B, T] token ids, computed in one step: [B, T, V]."""
     batch, length = tokens.shape
-    shape = CacheShape(1 + batch * 16, PAGE_SIZE, batch, 256)
+    shape = CacheShape(1 + batch * 16, PAGE_SIZE, batch, 256, cache_dtype)
     page_table = 1 + np.arange(batch * shape.table_width, dtype=np.int32).reshape(batch, -1)
     arrays = model.cache_arrays(shape)
 
@@ -216,6 +218,25 @@ def effects(cells: Iterable[Cell], of: Callable[[Cell], Array]) -> Array:
 def test_logits_equal_the_reference(logits: Logits, cell: Cell) -> None:
     found, most = distance(cell, logits(cell))
     assert found <= most
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "dtype", "most"),
+    [
+        ("llama", 2, "int8", 1e-4),
+        ("gemma2", 1, "fp8", 1e-3),
+        ("mistral-window", 4, "int8", 1e-4),
+        ("deepseek_v2", 2, "int8", 1e-3),
+        ("qwen3", 1, "fp8", 1e-3),
+    ],
+)
+def test_a_cache_in_8_bits_changes_the_logits_a_little(name: str, tp: int, dtype: CacheDtype, most: float) -> None:
+    with closing(open_on_load(name, "none")) as source:
+        model, weights = load(source, tp)
+    tokens, expected = reference(name)["input_ids"], reference(name)["logits_none"]
+    got = all_logits(model, weights, tokens, dtype)
+    assert np.abs(got - expected).max() > MOST_DIFFERENCE / 10  # it is in 8 bits
+    assert mean_kl(expected, got) <= most
 
 
 @pytest.mark.parametrize("mode", LEAST_CORRELATION)
