@@ -33,17 +33,17 @@ class EngineKeywords(TypedDict, total=False):
 
     quantization_config_path: str | None
     tp_size: int
-    ep_size: int
+    ep_size: int | None
     device: Device
     dtype: Literal["auto", "bfloat16", "float32"]
-    max_running_requests: int
+    max_running_requests: int | None
     max_queued_requests: int
     max_total_tokens: int | None
     context_length: int | None
-    chunked_prefill_size: int
-    page_size: int
+    chunked_prefill_size: int | None
+    page_size: int | None
     kv_cache_dtype: CacheDtype
-    mem_fraction_static: float
+    mem_fraction_static: float | None
     random_seed: int
     skip_tokenizer_init: bool
     skip_server_warmup: bool
@@ -52,6 +52,7 @@ class EngineKeywords(TypedDict, total=False):
     allow_extra_tensors: bool
     allow_nonfinite: bool
     disable_radix_cache: bool
+    compilation_cache_dir: str | None
     revision: str | None
     download_dir: str | None
 

@@ -72,7 +72,11 @@ class ServeOptions:
         "what to run on (default: a TPU if there is one, else CUDA, else the CPU)"
     )
     tp_size: int = _flag("devices to cut the model over", 1, "N")
-    ep_size: int = _flag("share routed experts out among N groups of the --tp-size devices, whole ones to each", 1, "N")
+    ep_size: int | None = _flag(
+        "share routed experts out among N groups of the --tp-size devices, whole ones to each (default: on a TPU "
+        "as many groups as come out even, else 1)",
+        metavar="N",
+    )
     dp_size: int = _flag("replicas of the model, each on --tp-size devices, behind one port", 1, "N")
     nnodes: int = _flag(
         "hosts to serve on; start one process on each, with the same flags but for --node-rank, and the same secret in "
@@ -99,24 +103,29 @@ class ServeOptions:
         "(default: try without end, with pauses of up to 30 s); what is wrong with the model or the flags ends at once",
         metavar="N",
     )
-    mem_fraction_static: float = _flag("share of a device's memory for weights and KV cache", 0.85, "SHARE")
+    mem_fraction_static: float | None = _flag(
+        "share of a device's memory for weights and KV cache (default: 0.9 on a TPU, else 0.85)", metavar="SHARE"
+    )
 
     context_length: int | None = _flag(
         "tokens of a prompt and its output (default: what the model was trained for)", metavar="N"
     )
-    max_running_requests: int = _flag("sequences computed at a time", 8, "N")
+    max_running_requests: int | None = _flag(
+        "sequences computed at a time (default: 256 on a TPU, else 8)", metavar="N"
+    )
     max_queued_requests: int = _flag("sequences that may wait for that; a further one is refused with 429", 1024, "N")
     max_total_tokens: int | None = _flag(
         "tokens that the KV cache holds (default: as many as the memory has room for)", metavar="N"
     )
-    max_prefill_tokens: int = _flag("bounds --chunked-prefill-size", 16384, "N")
-    chunked_prefill_size: int = _flag(
+    max_prefill_tokens: int | None = _flag("bounds --chunked-prefill-size", metavar="N")
+    chunked_prefill_size: int | None = _flag(
         "tokens of one step, a power of two: one of each sequence that is generating, the rest of prompts; more is "
-        "faster, less delays other requests less",
-        256,
-        "N",
+        "faster, less delays other requests less (default: 2048 on a TPU, 1024 on v5e, else 256)",
+        metavar="N",
     )
-    page_size: int = _flag("tokens in a page of the KV cache, a power of two", 64, "N")
+    page_size: int | None = _flag(
+        "tokens in a page of the KV cache, a power of two (default: 128 on a TPU, else 64)", metavar="N"
+    )
     kv_cache_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = _flag(
         "what keys and values are kept in: int8 and fp8 take half the memory, with a scale for each token and head "
         "(auto: what the model computes in)",
@@ -137,6 +146,11 @@ class ServeOptions:
         "compute every prompt whole: keep nothing of it for later prompts that begin with the same tokens", False
     )
     random_seed: int = _flag("seed from which requests that give none draw theirs", 0, "SEED")
+    compilation_cache_dir: str | None = _flag(
+        "where compiled programs are kept, so that the next start compiles nothing: a directory or gs://…; none: "
+        "nowhere (default: podquant/programs in the user's cache)",
+        metavar="DIR",
+    )
     skip_server_warmup: bool = _flag("compile each shape at its first use instead of before the first request", False)
 
     def __post_init__(self) -> None:
@@ -147,7 +161,10 @@ class ServeOptions:
         self._require(bool(self.model_path), "model_path", "a model", "name an artifact or a checkpoint")
         self._require(0 <= self.port < 65536, "port", "0 to 65535", "choose a port of TCP's")
         self._require(self.drain_seconds >= 0, "drain_seconds", "0 or more", "0 ends requests at once")
-        self._require(0 < self.mem_fraction_static <= 1, "mem_fraction_static", "above 0 and up to 1", "0.85 is usual")
+        fraction = self.mem_fraction_static
+        self._require(
+            fraction is None or 0 < fraction <= 1, "mem_fraction_static", "above 0 and up to 1", "0.9 is usual"
+        )
         self._require(self.max_logprobs >= 0, "max_logprobs", "0 or more", "0 gives only the chosen tokens'")
         self._require(0 <= self.node_rank < self.nnodes, "node_rank", f"0 to {self.nnodes - 1}", "as --nnodes says")
         self._require(
@@ -165,21 +182,22 @@ class ServeOptions:
             "only one of it and --api-key",
             "leave one out",
         )
-        for name in (
-            "tp_size",
-            "ep_size",
-            "dp_size",
-            "nnodes",
-            "max_running_requests",
-            "max_queued_requests",
-            "max_prefill_tokens",
-        ):
+        for name in ("tp_size", "dp_size", "nnodes", "max_queued_requests"):
             self._require(getattr(self, name) >= 1, name, "1 or more", "the default will do")
         for name in ("chunked_prefill_size", "page_size"):
             value = getattr(self, name)
-            self._require(value >= 2 and value & (value - 1) == 0, name, "a power of two from 2", "the default will do")
-        for name in ("context_length", "max_total_tokens", "max_failed_starts"):
-            self._require((getattr(self, name) or 1) >= 1, name, "1 or more", "leave it out for the default")
+            is_power = value is None or (value >= 2 and value & (value - 1) == 0)
+            self._require(is_power, name, "a power of two from 2", "leave it out for the default")
+        for name in (
+            "ep_size",
+            "max_running_requests",
+            "max_prefill_tokens",
+            "context_length",
+            "max_total_tokens",
+            "max_failed_starts",
+        ):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, "1 or more", "leave it out for the default")
         if self.dist_init_addr is not None:
             host, _, port = self.dist_init_addr.rpartition(":")
             is_port = port.isdecimal() and len(port) <= 5 and int(port) < 65536

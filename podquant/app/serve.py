@@ -190,5 +190,7 @@ def engine_options(options: ServeOptions) -> EngineOptions:
     """The engine's part of the options: they have its names, and two say more than it takes."""
     own: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(EngineOptions)}
     own["device"] = options.device or detect_device()
-    own["chunked_prefill_size"] = min(options.chunked_prefill_size, 1 << (options.max_prefill_tokens.bit_length() - 1))
+    if (most := options.max_prefill_tokens) is not None:
+        most = 1 << (most.bit_length() - 1)
+        own["chunked_prefill_size"] = min(options.chunked_prefill_size or most, most)
     return EngineOptions(**own)

@@ -26,6 +26,7 @@ class EngineStats:
     num_generated_tokens: int
     num_preemptions: int
     num_cached_tokens: int
+    num_compiled: int
 
 
 class Backend(Protocol):

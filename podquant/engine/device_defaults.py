@@ -30,14 +30,14 @@ class DeviceDefaults:
 
     Attributes:
         max_running_requests: sequences that are computed at a time.
-        max_prefill_tokens: prompt tokens that one step takes, of all prompts together.
+        chunked_prefill_size: prompt tokens that one step takes, of all prompts together.
         page_size: tokens of a KV-cache page.
         mem_fraction_static: share of a device's memory for weights and KV cache.
         ep_size: groups of devices among which routed experts are shared out.
     """
 
     max_running_requests: Choice[int]
-    max_prefill_tokens: Choice[int]
+    chunked_prefill_size: Choice[int]
     page_size: Choice[int]
     mem_fraction_static: Choice[float]
     ep_size: Choice[int]
@@ -55,7 +55,7 @@ def device_defaults(generation: Generation | None, config: ModelConfig, tp_size:
     if generation is None:
         return DeviceDefaults(
             max_running_requests=Choice(8, "a device that is no TPU is taken to be small, and not for it alone"),
-            max_prefill_tokens=Choice(256, "a longer step would delay the requests beside it by seconds on a CPU"),
+            chunked_prefill_size=Choice(256, "a longer step would delay the requests beside it by seconds on a CPU"),
             page_size=Choice(64, "a short prompt leaves little of its last page empty"),
             mem_fraction_static=Choice(0.85, "the rest is for activations and for what else runs there"),
             ep_size=Choice(1, "every device has a part of each expert, so that none waits for a busy one"),
@@ -66,7 +66,7 @@ def device_defaults(generation: Generation | None, config: ModelConfig, tp_size:
         max_running_requests=Choice(
             256, f"a step of {name} reads its weights once for all sequences: many cost little more than few"
         ),
-        max_prefill_tokens=Choice(1024, f"{name} takes about as long for them as for 2,048 on larger chips")
+        chunked_prefill_size=Choice(1024, f"{name} takes about as long for them as for 2,048 on larger chips")
         if small
         else Choice(2048, f"enough to keep the matrix unit of {name} busy, and a step short"),
         page_size=Choice(128, "a page of keys or values fills whole registers of 128 lanes"),

@@ -133,6 +133,7 @@ class LocalEngine:
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_cached_tokens=self._scheduler.num_cached_tokens,
+            num_compiled=self._executor.num_compiled,
         )
 
     def submit(self, request: Request, on_output: OnOutput) -> None:

@@ -5,9 +5,7 @@ A step is dispatched without waiting; `Dispatched.read` waits for it. Knows noth
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from podquant.engine.programs import FROM_DEVICE, Bucket, Floats, Inputs, Row, Scores, lower_step, pack_rows, pad_inputs
+from podquant.engine.compiled import Programs
+from podquant.engine.programs import FROM_DEVICE, Bucket, Floats, Inputs, Row, Scores, pack_rows, pad_inputs
 from podquant.engine.request import SamplingParams, TokenLogprobs
 from podquant.engine.sampling import Sampled
 from podquant.engine.scheduler import Chunk, Step
 from podquant.engine.slots import Slots, slot_arrays
-from podquant.model.layout import CacheShape, Model
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Announce = Callable[[Bucket, Inputs], None]
@@ -92,63 +90,47 @@ class Executor:
     one schedules and announces, the others `run` what they hear.
 
     Args:
-        model: laid out over its mesh.
-        weights: in the order of `model.leaves`.
-        shape: of the KV cache to make.
-        sizes: tokens of each program's step, the largest last.
-        num_top: log-probabilities of top tokens the programs report.
+        programs: the compiled steps.
+        weights: in the order of `Model.leaves`.
         eos_ids: the model's end tokens; needed where `dispatch` is called.
         announce: told of each step that `dispatch` starts.
     """
 
     def __init__(
         self,
-        model: Model,
+        programs: Programs,
         weights: tuple[jax.Array, ...],
-        shape: CacheShape,
-        sizes: Sequence[int],
-        num_top: int,
         eos_ids: frozenset[int] = frozenset(),
         announce: Announce = lambda bucket, inputs: None,
     ) -> None:
-        self._model = model
+        self._programs = programs
+        self._model, self._shape = programs.model, programs.shape
         self._weights = weights
-        self._shape = shape
         self._eos_ids = eos_ids
         self._announce = announce
-        self._num_top = min(num_top, model.config.vocab_size)
-        self._programs: dict[Bucket, Callable[..., Any]] = {}
-        self._cache = jax.tree.map(_zeros, model.cache_arrays(shape))
-        self._slots: Slots = jax.tree.map(_zeros, slot_arrays(model, shape))
-        self._sizes = tuple(sizes)
+        self._cache = jax.tree.map(_zeros, self._model.cache_arrays(self._shape))
+        self._slots: Slots = jax.tree.map(_zeros, slot_arrays(self._model, self._shape))
 
     @property
-    def buckets(self) -> list[Bucket]:
-        """Every shape the engine can run, the largest first."""
-        return [Bucket(self._sizes[-1], scores=True), *map(Bucket, reversed(self._sizes))]
+    def num_compiled(self) -> int:
+        """Programs compiled, and not found in the cache of an earlier start."""
+        return self._programs.num_compiled
 
-    def warm_up(self, on_compiled: Callable[[Bucket, float], None]) -> None:
-        """Compile every bucket and run it once on padding; nothing compiles afterwards.
+    @property
+    def max_tokens(self) -> int:
+        """Of a step at the most."""
+        return self._programs.sizes[-1]
 
-        Args:
-            on_compiled: called with each bucket and the seconds it took.
-        """
-
-        def build(bucket: Bucket) -> tuple[Bucket, Callable[..., Any], float]:
-            began = time.monotonic()
-            return bucket, self._compile(bucket), time.monotonic() - began
-
-        with ThreadPoolExecutor(2, "compile") as pool:
-            for bucket, program, seconds in pool.map(build, self.buckets):
-                self._programs[bucket] = program
-                self.run(bucket, self._packed([], is_scored=bucket.scores))
-                on_compiled(bucket, seconds)
+    def warm_up(self) -> None:
+        """Run each program that is there before the first request once, on padding."""
+        for bucket in self._programs.first:
+            self.run(bucket, self._packed([], is_scored=bucket.scores))
         jax.block_until_ready(self._cache)
 
     def dispatch(self, step: Step) -> Dispatched:
         """Start a step; returns before it is done."""
         is_scored = any(_is_scored(chunk) for chunk in step.chunks)
-        bucket = Bucket(self._sizes[-1] if is_scored else _at_least(self._sizes, step.num_tokens), is_scored)
+        bucket = self._programs.bucket(step.num_tokens, scores=is_scored)
         inputs = self._packed(step.chunks, is_scored=is_scored)
         self._announce(bucket, inputs)
         sampled, scores = self.run(bucket, inputs)
@@ -209,13 +191,8 @@ class Executor:
         """
         inputs = pad_inputs(inputs, bucket, self._shape)
         program = self._programs.get(bucket)
-        if program is None:
-            program = self._programs[bucket] = self._compile(bucket)
         self._cache, self._slots, sampled, *scores = program(self._weights, self._cache, self._slots, inputs)
         return sampled, scores[0] if scores else None
-
-    def _compile(self, bucket: Bucket) -> Callable[..., Any]:
-        return lower_step(self._model, self._shape, bucket, self._num_top).compile()
 
 
 def _floats(params: SamplingParams) -> Floats:
@@ -238,7 +215,3 @@ def _is_scored(chunk: Chunk) -> bool:
 def _zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
     zeros: jax.Array = jax.jit(partial(jnp.zeros, array.shape, array.dtype), out_shardings=array.sharding)()
     return zeros
-
-
-def _at_least(sizes: Sequence[int], wanted: int) -> int:
-    return next(size for size in sizes if size >= wanted)

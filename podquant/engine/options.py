@@ -21,7 +21,7 @@ def detect_device(devices: Path = _DEVICES) -> Device:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to load a model and run it.
+    """How to load a model and run it; None: as suits the device, see `device_defaults`.
 
     Attributes:
         model_path: a directory with an artifact or a Hugging Face checkpoint, or a Hugging Face id.
@@ -48,23 +48,25 @@ class EngineOptions:
         allow_extra_tensors: serve a checkpoint that holds tensors which its model does not use.
         allow_nonfinite: serve a checkpoint with NaN or infinities in what is not quantized.
         disable_radix_cache: compute every prompt whole; keep nothing of it for others that begin alike.
+        compilation_cache_dir: where compiled programs are kept for the next start, a directory or `gs://…`; `none`:
+            nowhere; None: in the user's cache.
         revision, download_dir: of a Hugging Face id, as in `huggingface_hub`.
     """
 
     model_path: str
     quantization_config_path: str | None = None
     tp_size: int = 1
-    ep_size: int = 1
+    ep_size: int | None = None
     device: Device = field(default_factory=detect_device)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    max_running_requests: int = 8
+    max_running_requests: int | None = None
     max_queued_requests: int = 1024
     max_total_tokens: int | None = None
     context_length: int | None = None
-    chunked_prefill_size: int = 256
-    page_size: int = 64
+    chunked_prefill_size: int | None = None
+    page_size: int | None = None
     kv_cache_dtype: CacheDtype = "auto"
-    mem_fraction_static: float = 0.85
+    mem_fraction_static: float | None = None
     random_seed: int = 0
     skip_tokenizer_init: bool = False
     skip_server_warmup: bool = False
@@ -73,5 +75,6 @@ class EngineOptions:
     allow_extra_tensors: bool = False
     allow_nonfinite: bool = False
     disable_radix_cache: bool = False
+    compilation_cache_dir: str | None = None
     revision: str | None = None
     download_dir: str | None = None

@@ -111,6 +111,9 @@ class Bucket:
     num_tokens: int
     scores: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.num_tokens} tokens" + (", scored" if self.scores else "")
+
     def num_rows(self, shape: CacheShape) -> int:
         """R: a row has a token at least, and a slot."""
         return min(self.num_tokens, shape.num_slots)

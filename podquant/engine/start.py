@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+import typing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -13,19 +15,26 @@ from typing import Self
 
 import jax
 
+from podquant.cluster.topology import generation_of
 from podquant.config.rules import load_quantization_config
+from podquant.config.scheme import CacheDtype
 from podquant.engine import defaults as sampling_defaults
+from podquant.engine.cache_size import cache_tokens
+from podquant.engine.compile_cache import open_cache
+from podquant.engine.compiled import Programs
 from podquant.engine.defaults import PLAIN, SamplingDefaults
+from podquant.engine.device_defaults import device_defaults
 from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Announce, Executor
 from podquant.engine.limits import Limits
-from podquant.engine.memory import slot_bytes, token_bytes
 from podquant.engine.options import EngineOptions
 from podquant.engine.pages import PagePool
 from podquant.engine.programs import step_sizes
 from podquant.engine.scheduler import Scheduler
-from podquant.errors import CapacityError, ConfigError
+from podquant.engine.settings import Settings, notes, settle
+from podquant.errors import ConfigError
 from podquant.families.config import ModelConfig
+from podquant.foreign import shown
 from podquant.model.layout import CacheShape, Model
 from podquant.model.matmul import Numerics
 from podquant.model.mesh import Exchange, advise, exchange_over, make_mesh
@@ -41,9 +50,6 @@ _log = logging.getLogger(__name__)
 
 _SMALL_BYTES = 64 << 20
 """No file of a tokenizer is larger."""
-
-_CPU_CACHE_TOKENS = 32768
-"""KV-cache tokens on a CPU, whose memory is shared with everything else, unless told otherwise."""
 
 
 OnLoad = Callable[[int, int], None]
@@ -92,7 +98,7 @@ def open_model(options: EngineOptions, *, by_ranges: bool = False) -> Opened:
         revision = source.store.uri.rpartition("@")[2]
     options = replace(options, revision=revision or options.revision)
     try:
-        checked = check_source(source, options.tp_size, options.ep_size, allow_extra=options.allow_extra_tensors)
+        checked = check_source(source, options.tp_size, options.ep_size or 1, allow_extra=options.allow_extra_tensors)
         _check_context(options, checked.config)
         for note in (*source.notes, *checked.notes):
             _log.warning("%s", note)
@@ -121,11 +127,31 @@ def start_executor(
     options, source = opened.options, opened.source
     mesh = make_mesh(options.device, options.tp_size)
     device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    defaults = device_defaults(generation_of(device.device_kind), opened.config, options.tp_size)
+    settings = settle(options, defaults)
+    for line in notes(options, defaults):
+        _log.info("%s", line)
     dtype = opened.config.compute_dtype if options.dtype == "auto" else options.dtype
     numerics = Numerics(dtype, device.platform)
-    model = Model(opened.config, source.scheme_of, numerics, mesh, options.ep_size)
+    model = Model(opened.config, source.scheme_of, numerics, mesh, settings.ep_size)
     for line in advise(device.device_kind, model.schemes):
         _log.warning("%s", line)
+    shape = _cache_shape(opened, settings, model, device, exchange_over(mesh))
+    cache = open_cache(options.compilation_cache_dir)
+    programs = Programs(model, shape, step_sizes(device.platform, settings.step_tokens), options.max_logprobs)
+    with ThreadPoolExecutor(1, "compile") as pool:
+        compiling = pool.submit(programs.compile, [] if options.skip_server_warmup else programs.first)
+        weights = _load(model, source, on_load)
+        compiling.result()
+    executor = Executor(programs, weights, eos_ids, announce)
+    if not options.skip_server_warmup:
+        executor.warm_up()
+        _log.info("%d of %d programs were compiled", programs.num_compiled, len(programs.first))
+    cache.publish()
+    return executor, shape
+
+
+def _load(model: Model, source: WeightSource, on_load: OnLoad) -> tuple[jax.Array, ...]:
     began = time.monotonic()
     read = 0
 
@@ -137,14 +163,7 @@ def start_executor(
     weights = load_weights(model, source, progress)
     seconds = time.monotonic() - began
     _log.info("loaded %.2f GB in %.1f s, %.2f GB/s", read / 1e9, seconds, read / seconds / 1e9)
-    shape = _cache_shape(options, model, device, opened.context_length, exchange_over(mesh))
-    sizes = step_sizes(device.platform, _most_tokens(options))
-    executor = Executor(model, weights, shape, sizes, options.max_logprobs, eos_ids, announce)
-    if not options.skip_server_warmup:
-        began = time.monotonic()
-        executor.warm_up(lambda bucket, seconds: _log.info("compiled %s in %.1f s", bucket, seconds))
-        _log.info("compiled %d programs in %.1f s", len(executor.buckets), time.monotonic() - began)
-    return executor, shape
+    return weights
 
 
 def start_engine(options: EngineOptions, on_load: OnLoad = lambda done, total: None) -> LocalEngine:
@@ -176,15 +195,15 @@ def build_engine(
     pool = PagePool(shape.num_pages, shape.page_size)
     scheduler = Scheduler(
         pool,
-        max_running=options.max_running_requests,
-        max_tokens=_most_tokens(options),
+        max_running=shape.num_slots,
+        max_tokens=executor.max_tokens,
         keeps_prefixes=not (options.disable_radix_cache or config.rope.depends_on_prompt),
     )
     limits = Limits(
         vocab_size=config.vocab_size,
         context_length=opened.context_length,
         cache_tokens=pool.num_usable * pool.page_size,
-        max_running=options.max_running_requests,
+        max_running=shape.num_slots,
         max_waiting=options.max_queued_requests,
         max_logprobs=min(options.max_logprobs, config.vocab_size),
         has_tokenizer=tokenizer is not None,
@@ -262,22 +281,20 @@ def _locate(options: EngineOptions, *, by_ranges: bool) -> tuple[str, str | None
 
 
 def _check(options: EngineOptions) -> None:
-    for name in (
-        "tp_size",
-        "ep_size",
-        "max_running_requests",
-        "max_queued_requests",
-        "chunked_prefill_size",
-        "page_size",
-    ):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(options, name)}")
+    for name in ("tp_size", "ep_size", "max_running_requests", "max_queued_requests"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
     for name, most in (("page_size", CHUNK_TOKENS), ("chunked_prefill_size", 1 << 20)):
         value = getattr(options, name)
-        if value & (value - 1) or value > most or value < 2:
+        if value is not None and (value & (value - 1) or value > most or value < 2):
             raise ConfigError(f"{name} must be a power of two from 2 to {most}, got {value}")
-    if not 0 < options.mem_fraction_static <= 1:
-        raise ConfigError(f"mem_fraction_static must lie above 0 and up to 1, got {options.mem_fraction_static}")
+    fraction = options.mem_fraction_static
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError(f"mem_fraction_static must lie above 0 and up to 1, got {fraction}")
+    dtypes = typing.get_args(CacheDtype)
+    if options.kv_cache_dtype not in dtypes:
+        raise ConfigError(f"kv_cache_dtype must be one of {', '.join(dtypes)}, got {shown(options.kv_cache_dtype)}")
 
 
 def _check_context(options: EngineOptions, config: ModelConfig) -> None:
@@ -288,32 +305,18 @@ def _check_context(options: EngineOptions, config: ModelConfig) -> None:
         )
 
 
-def _most_tokens(options: EngineOptions) -> int:
-    """Tokens of a step: at least half of them are for prompts, however many sequences are generating."""
-    return max(options.chunked_prefill_size, 1 << (2 * options.max_running_requests - 1).bit_length())
-
-
 def _cache_shape(
-    options: EngineOptions, model: Model, device: jax.Device, context_length: int, exchange: Exchange
+    opened: Opened, settings: Settings, model: Model, device: jax.Device, exchange: Exchange
 ) -> CacheShape:
-    """How many pages there is room for on every host, or were asked for."""
-    wanted = options.max_running_requests * context_length
-    tokens = options.max_total_tokens
-    if tokens is None:
-        stats = device.memory_stats()
-        if device.platform == "cpu" or not stats or "bytes_limit" not in stats:
-            tokens = min(_CPU_CACHE_TOKENS, wanted)
-        else:
-            free = stats["bytes_limit"] * options.mem_fraction_static - stats["bytes_in_use"]
-            free -= slot_bytes(model, options.max_running_requests)
-            tokens = min(int(free // token_bytes(model, options.kv_cache_dtype)), wanted)
+    """As many pages as there is room for on every host, or as were asked for."""
+    options, length = opened.options, opened.context_length
+    stats = None if device.platform == "cpu" else device.memory_stats()
+    memory = None
+    if stats and "bytes_limit" in stats:
+        memory = int(stats["bytes_limit"] * settings.mem_fraction_static) - stats["bytes_in_use"]
+    dtype = options.kv_cache_dtype
+    tokens = cache_tokens(model, settings, dtype, memory, length, options.max_total_tokens)
+    if options.max_total_tokens is None:
         tokens = min(int(each) for each in exchange(str(tokens).encode()))
-    num_pages = tokens // options.page_size
-    if num_pages < 1:
-        raise CapacityError(
-            f"the KV cache would hold {max(tokens, 0)} tokens, less than one page of {options.page_size}: the weights "
-            "leave no room; raise --mem-fraction-static, use more devices, or quantize the weights"
-        )
-    return CacheShape(
-        num_pages + 1, options.page_size, options.max_running_requests, context_length, options.kv_cache_dtype
-    )
+    page_size = settings.page_size
+    return CacheShape(tokens // page_size + 1, page_size, settings.max_running_requests, length, dtype)

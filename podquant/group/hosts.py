@@ -254,7 +254,7 @@ class HostAcceptor:
         if hello.host not in self._hosts:
             return f"--node-rank must be {_either(sorted(self._hosts))}, got {hello.host}"
         different = [
-            f"--{name.replace('_', '-')} is {hello.flags.get(name)!r} there and {self._expected.get(name)!r} on host 0"
+            f"--{name.replace('_', '-')} is {_given(hello.flags, name)} there and {_given(self._expected, name)} on host 0"
             for name in {**self._expected, **hello.flags}
             if hello.flags.get(name) != self._expected.get(name)
         ]
@@ -273,3 +273,8 @@ def _either(numbers: Sequence[int]) -> str:
     """`1`, `1 or 2`, `1, 2 or 3`."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def _given(flags: Mapping[str, Flag], name: str) -> str:
+    value = flags.get(name)
+    return "not given" if value is None else repr(value)

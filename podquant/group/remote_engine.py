@@ -120,6 +120,7 @@ class RemoteEngine:
             now.num_generated_tokens + before.num_generated_tokens,
             now.num_preemptions + before.num_preemptions,
             now.num_cached_tokens + before.num_cached_tokens,
+            now.num_compiled + before.num_compiled,
         )
 
     def stop(self, drain_seconds: float = 0.0) -> None:

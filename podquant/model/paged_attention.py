@@ -7,6 +7,8 @@ context length, and no more memory than a chunk. Tiles that a step does not have
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
@@ -58,24 +60,20 @@ def attend(
     """
     num_tokens, heads, head_dim = q.shape
     num_rows = at.lengths.shape[0]
-    scale = head_dim**-0.5 if scale is None else scale
-    width = cache.values.shape[3] if value_dim is None else value_dim
+    pages = _Pages(cache, base, window, head_dim**-0.5 if scale is None else scale, cap, value_dim)
     tile_rows, tile_tokens = min(_TILE_ROWS, num_rows), min(_TILE_TOKENS, num_tokens)
     padding = max(tile_rows, tile_tokens)  # the last tile may reach behind the last token
     queries = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     starts, table = (jnp.pad(each, ((0, tile_rows), (0, 0))[: each.ndim]) for each in (at.starts, at.page_table))
-
-    def walk(q: jax.Array, positions: jax.Array, pages: jax.Array) -> jax.Array:
-        return _walk(q, cache, base, window, positions, pages, scale, value_dim, cap).reshape(-1, heads, width)
 
     def short_rows(tile: jax.Array, out: jax.Array) -> jax.Array:
         first = tile * tile_rows
         mine = first + jnp.arange(tile_rows, dtype=jnp.int32) < num_short
         own = jax.lax.dynamic_slice_in_dim(starts, first, tile_rows)
         positions = jnp.where(mine, own, own[0])  # rows that are not of the tile lengthen nobody's walk
-        pages = jax.lax.dynamic_slice_in_dim(table, first, tile_rows)
-        y = walk(jax.lax.dynamic_slice_in_dim(queries, first, tile_rows)[:, None], positions[:, None], pages)
-        return jax.lax.dynamic_update_slice_in_dim(out, y, first, 0)
+        q = jax.lax.dynamic_slice_in_dim(queries, first, tile_rows)[:, None]
+        y = pages.walk(q, positions[:, None], jax.lax.dynamic_slice_in_dim(table, first, tile_rows))
+        return jax.lax.dynamic_update_slice_in_dim(out, y[:, 0], first, 0)
 
     def long_row(tile: jax.Array, out: jax.Array) -> jax.Array:
         row = (ends <= tile).sum(dtype=jnp.int32)
@@ -83,12 +81,12 @@ def attend(
         offsets = jnp.minimum(skipped + jnp.arange(tile_tokens, dtype=jnp.int32), at.lengths[row] - 1)
         first = at.firsts[row] + skipped
         q = jax.lax.dynamic_slice_in_dim(queries, first, tile_tokens)[None]
-        y = walk(q, (at.starts[row] + offsets)[None], at.page_table[row][None])
+        y = pages.walk(q, (at.starts[row] + offsets)[None], at.page_table[row][None])
         # What lies behind the row's end is of rows that come later, and overwrite it.
-        return jax.lax.dynamic_update_slice_in_dim(out, y, first, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, y[0], first, 0)
 
     num_short = (at.lengths == 1).sum(dtype=jnp.int32)
-    out = jnp.zeros((num_tokens + padding, heads, width), jnp.float32)
+    out = jnp.zeros((num_tokens + padding, heads, pages.width), jnp.float32)
     out = jax.lax.fori_loop(jnp.int32(0), -(-num_short // tile_rows), short_rows, out)
     if num_tokens > 1:
         tiles = jnp.where(at.lengths > 1, -(-at.lengths // tile_tokens), 0)
@@ -98,59 +96,71 @@ def attend(
     return result
 
 
-def _walk(
-    q: jax.Array,
-    cache: Cache,
-    base: jax.Array,
-    window: jax.Array,
-    positions: jax.Array,
-    page_table: jax.Array,
-    scale: float,
-    value_dim: int | None,
-    cap: float | None,
-) -> jax.Array:
-    """Attention of a tile: q [B, L, N, H] at positions [B, L] over pages [B, W], to [B, L, N, width] float32."""
-    batch, length, heads, _ = q.shape
-    kv_heads, page_size = cache.keys.shape[1:3]
-    width = cache.values.shape[3] if value_dim is None else value_dim
-    value_scales = cache.value_scales if value_dim is None else cache.key_scales
-    pages = max(1, min(CHUNK_TOKENS // page_size, page_table.shape[1]))
-    chunk = pages * page_size
-    rows = _by_kv_head(q, kv_heads)
-    row_positions = jnp.tile(positions, (1, heads // kv_heads))[:, None, :, None]
+@dataclass(frozen=True)
+class _Pages:
+    """The keys and values of one layer, and how tokens score them; see `attend`."""
 
-    def body(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        best, total, acc = carry
-        index = base + jax.lax.dynamic_slice_in_dim(page_table, step * pages, pages, axis=1)
-        keys = gather(cache.keys, index, q.dtype)
-        values = gather(cache.values, index, q.dtype) if value_dim is None else keys[..., :value_dim]
-        scores = _product("bkrh,bksh->bkrs", rows, keys) * scale
-        if cache.key_scales is not None:
-            scores = scores * gather_scales(cache.key_scales, index)
-        scores = soft_cap(scores, cap)
-        seen_from = (step * chunk + jnp.arange(chunk, dtype=jnp.int32)).reshape(1, 1, 1, chunk)
-        seen = (seen_from <= row_positions) & (seen_from > row_positions - window)
-        scores = jnp.where(seen, scores, -jnp.inf)
-        new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
-        weights, shrink = jnp.exp(scores - new_best), jnp.exp(best - new_best)
-        total = total * shrink + weights.sum(axis=-1, keepdims=True)
-        if value_scales is not None:
-            weights = weights * gather_scales(value_scales, index)
-        part = _product("bkrs,bksh->bkrh", weights.astype(q.dtype), values)
-        return new_best, total, acc * shrink + part
+    cache: Cache
+    base: jax.Array
+    window: jax.Array
+    scale: float
+    cap: float | None
+    value_dim: int | None
 
-    shape = rows.shape[:3]
-    start = (
-        jnp.full((*shape, 1), _FLOOR, jnp.float32),
-        jnp.zeros((*shape, 1), jnp.float32),
-        jnp.zeros((*shape, width), jnp.float32),
-    )
-    first = jnp.maximum(positions[:, 0].min() - window + 1, 0) // chunk
-    last = positions.max() // chunk + 1
-    _, total, acc = jax.lax.fori_loop(first, last, body, start)
-    y = (acc / total).reshape(batch, kv_heads, -1, length, width)
-    result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
-    return result
+    @property
+    def width(self) -> int:
+        """Numbers of a value."""
+        return self.cache.values.shape[3] if self.value_dim is None else self.value_dim
+
+    def walk(self, q: jax.Array, positions: jax.Array, page_table: jax.Array) -> jax.Array:
+        """Attention of a tile: q [B, L, N, H] at positions [B, L] over pages [B, W], to [B, L, N, width] float32."""
+        batch, length, heads, _ = q.shape
+        kv_heads, page_size = self.cache.keys.shape[1:3]
+        pages = max(1, min(CHUNK_TOKENS // page_size, page_table.shape[1]))
+        chunk = pages * page_size
+        rows = _by_kv_head(q, kv_heads)
+        row_positions = jnp.tile(positions, (1, heads // kv_heads))[:, None, :, None]
+
+        def body(
+            step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            best, total, acc = carry
+            index = self.base + jax.lax.dynamic_slice_in_dim(page_table, step * pages, pages, axis=1)
+            key_scales, value_scales = self._scales(index)
+            keys = gather(self.cache.keys, index, q.dtype)
+            values = keys[..., : self.value_dim]
+            if self.value_dim is None:
+                values = gather(self.cache.values, index, q.dtype)
+            scores = soft_cap(_product("bkrh,bksh->bkrs", rows, keys) * (self.scale * key_scales), self.cap)
+            seen_from = (step * chunk + jnp.arange(chunk, dtype=jnp.int32)).reshape(1, 1, 1, chunk)
+            seen = (seen_from <= row_positions) & (seen_from > row_positions - self.window)
+            scores = jnp.where(seen, scores, -jnp.inf)
+            new_best = jnp.maximum(best, scores.max(axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - new_best), jnp.exp(best - new_best)
+            total = total * shrink + weights.sum(axis=-1, keepdims=True)
+            part = _product("bkrs,bksh->bkrh", (weights * value_scales).astype(q.dtype), values)
+            return new_best, total, acc * shrink + part
+
+        shape = rows.shape[:3]
+        start = (
+            jnp.full((*shape, 1), _FLOOR, jnp.float32),
+            jnp.zeros((*shape, 1), jnp.float32),
+            jnp.zeros((*shape, self.width), jnp.float32),
+        )
+        first = jnp.maximum(positions[:, 0].min() - self.window + 1, 0) // chunk
+        last = positions.max() // chunk + 1
+        _, total, acc = jax.lax.fori_loop(first, last, body, start)
+        y = (acc / total).reshape(batch, kv_heads, -1, length, self.width)
+        result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, self.width)
+        return result
+
+    def _scales(self, index: jax.Array) -> tuple[jax.Array | float, jax.Array | float]:
+        """Of the keys and the values in the pages `index`: float32 [B, K, 1, S], or 1 where they are plain."""
+        keys, values = self.cache.key_scales, self.cache.value_scales
+        if keys is None:
+            return 1.0, 1.0
+        key_scales = gather_scales(keys, index)
+        return key_scales, key_scales if values is None else gather_scales(values, index)
 
 
 def _by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:

@@ -78,3 +78,6 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "podquant_preemptions", "Sequences put back for lack of pages.", stats.num_preemptions
         )
+        yield CounterMetricFamily(
+            "podquant_programs_compiled", "Programs compiled, not found from an earlier start.", stats.num_compiled
+        )

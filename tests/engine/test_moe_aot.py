@@ -40,7 +40,7 @@ def test_experts_take_one_all_reduce_and_no_memory_beside_their_codes(
 
 @pytest.mark.parametrize("ep_size", EP_SIZES)
 def test_experts_are_multiplied_as_codes(compiled: dict[str, dict[str, Any]], ep_size: str) -> None:
-    """Four projections of attention and three of experts; the rest are attention's own two and the router's."""
+    """Four projections of attention and three of experts; the rest are attention's own and the router's."""
     products = compiled[ep_size]["layer_products"]
     assert products.count("bf16 s8 f32") == 7
-    assert len(products) == 10
+    assert len(products) == 12

@@ -93,9 +93,8 @@ def test_a_planted_copy_of_the_smallest_weight_is_caught(compiled: Compiler) -> 
 
 @pytest.mark.parametrize(("topology", "name"), REAL)
 def test_every_product_reads_codes(compiled: Compiler, topology: str, name: str) -> None:
-    """Seven weights a layer, and the two products of attention, which have none; outside the layers the logits."""
+    """Seven weights a layer, and two products of attention for each kind of row, which have none; then the logits."""
     facts = compiled(topology, name)
     product = "s8 s8 s32" if name.endswith("w8a8") else "bf16 s8 f32"
-    assert sorted(facts["layer_products"]) == sorted([product] * 7 + ["bf16 bf16 f32"] * 2)
-    # Prefill projects one row, and the compiler makes that a sum of its own.
-    assert facts["other_products"] == ([] if name.startswith("prefill") else [product])
+    assert sorted(facts["layer_products"]) == sorted([product] * 7 + ["bf16 bf16 f32"] * 4)
+    assert facts["other_products"] == [product]

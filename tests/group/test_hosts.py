@@ -73,7 +73,7 @@ def serve(host0: Host0, number: int = 1, flags: SharedFlags = FLAGS, secret: byt
             1,
             replace(FLAGS, num_groups=3, options=replace(FLAGS.options, page_size=32)),
             "host 1 was started with other flags than host 0: --dp-size is 3 there and 1 on host 0; "
-            "--page-size is 32 there and 64 on host 0",
+            "--page-size is 32 there and not given on host 0",
         ),
     ],
 )

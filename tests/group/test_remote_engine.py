@@ -28,6 +28,7 @@ STATS = EngineStats(
     num_generated_tokens=20,
     num_preemptions=0,
     num_cached_tokens=0,
+    num_compiled=3,
 )
 
 
