@@ -253,10 +253,11 @@ class HostAcceptor:
         """Why a host cannot be taken in; empty if it can."""
         if hello.host not in self._hosts:
             return f"--node-rank must be {_either(sorted(self._hosts))}, got {hello.host}"
+        theirs = hello.flags
         different = [
-            f"--{name.replace('_', '-')} is {_given(hello.flags, name)} there and {_given(self._expected, name)} on host 0"
-            for name in {**self._expected, **hello.flags}
-            if hello.flags.get(name) != self._expected.get(name)
+            f"--{name.replace('_', '-')} is {_given(theirs, name)} there and {_given(self._expected, name)} on host 0"
+            for name in {**self._expected, **theirs}
+            if theirs.get(name) != self._expected.get(name)
         ]
         if not different:
             return ""
