@@ -59,9 +59,8 @@ def attend(
         [T, N, H or value_dim] float32; of padding, whatever is finite.
     """
     num_tokens, heads, head_dim = q.shape
-    num_rows = at.lengths.shape[0]
     pages = _Pages(cache, base, window, head_dim**-0.5 if scale is None else scale, cap, value_dim)
-    tile_rows, tile_tokens = min(_TILE_ROWS, num_rows), min(_TILE_TOKENS, num_tokens)
+    tile_rows, tile_tokens = min(_TILE_ROWS, len(at.lengths)), min(_TILE_TOKENS, num_tokens)
     padding = max(tile_rows, tile_tokens)  # the last tile may reach behind the last token
     queries = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     starts, table = (jnp.pad(each, ((0, tile_rows), (0, 0))[: each.ndim]) for each in (at.starts, at.page_table))

@@ -176,8 +176,8 @@ def test_strict_rules(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["melt"], "invalid choice: 'melt'"),
         (["verify"], "the following arguments are required: ARTIFACT"),
         (["verify", "x", "--fast"], "unrecognized arguments: --fast"),
-        (["plan", "x"], "the following arguments are required: --quantization-config-path"),
-        (["plan", "x", "--quantization-config", "y"], "the following arguments are required"),
+        (["convert", "x", "y"], "the following arguments are required: --quantization-config-path"),
+        (["plan", "x", "--quantization-config", "y"], "unrecognized arguments: --quantization-config"),
         (["plan", "x", RULES, "y", "--threads", "0"], "argument --threads: expected an integer from 1 to 1,024, got 0"),
     ],
 )
