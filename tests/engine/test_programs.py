@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from podquant.config.scheme import Scheme
 from podquant.engine.programs import NUM_INTS, Bucket, Floats, Inputs, Row, pack_rows, pad_inputs, step_sizes
