@@ -51,7 +51,7 @@ def serving_report(served: Served, topology: str, options: ServingOptions) -> li
         return _compare(subject, options)
     plan = plan_serving(subject, tpu, options)
     if plan.shortage:
-        raise CapacityError(f"{_lack(plan)}; {_advice(served, subject, plan, options)}")
+        raise CapacityError(f"{lack(plan)}; {ways_to_fit(served, subject, plan, options)}")
     return serving_lines(plan, options)
 
 
@@ -80,7 +80,7 @@ def _compare(subject: Subject, options: ServingOptions) -> list[str]:
                 refused = f"{tpu.name}: {error}"
                 continue
             if plan.shortage:
-                refused = _lack(plan)
+                refused = lack(plan)
             else:
                 found.append(plan)
         fitting += found
@@ -89,18 +89,19 @@ def _compare(subject: Subject, options: ServingOptions) -> list[str]:
     return comparison_lines(sorted(fitting, key=lambda plan: plan.tpu.price), misfits)
 
 
-def _lack(plan: ServingPlan) -> str:
+def lack(plan: ServingPlan) -> str:
     """By how much a model does not fit."""
-    unit = device_text(plan.tpu.generation)
+    unit, settings = device_text(plan.tpu.generation), plan.settings
     return (
         f"{plan.tpu.name}: a {unit} lacks {size_text(plan.shortage)}: of {size_text(plan.memory)} "
-        f"({plan.mem_fraction:g} of its memory) weights take {size_text(plan.weight_bytes)}, "
-        f"{plan.max_running} slots {size_text(plan.slot_bytes)} and a sequence of {plan.shortest:,} tokens "
-        f"{size_text(plan.shortage + plan.cache_room)}"
+        f"({settings.mem_fraction_static:g} of its memory) weights take {size_text(plan.weight_bytes)}, "
+        f"{settings.max_running_requests} slots {size_text(plan.slot_bytes)} and a sequence of {plan.shortest:,} "
+        f"tokens {size_text(plan.shortage + plan.cache_room)}"
     )
 
 
-def _advice(served: Served, subject: Subject, plan: ServingPlan, options: ServingOptions) -> str:
+def ways_to_fit(served: Served, subject: Subject, plan: ServingPlan, options: ServingOptions) -> str:
+    """With which flags, or on which slice, a model fits that does not."""
     ways = [*_other_flags(served, subject, plan, options), *_larger(subject, plan, options)]
     return "it fits " + ", or ".join(ways) if ways else "it fits on no slice of up to 256 chips: quantize it further"
 
@@ -114,7 +115,7 @@ def _other_flags(served: Served, subject: Subject, plan: ServingPlan, options: S
     if options.tp_size is not None and _fits(subject, tpu, whole := replace(options, tp_size=None)):
         yield f"with --tp-size {plan_serving(subject, tpu, whole).tp_size}"
     if plan.shortage < plan.slot_bytes:
-        most = int(plan.max_running * (1 - plan.shortage / plan.slot_bytes))
+        most = int(plan.settings.max_running_requests * (1 - plan.shortage / plan.slot_bytes))
         if most > 0 and _fits(subject, tpu, replace(options, max_running_requests=most)):
             yield f"with --max-running-requests {most}"
     if served.rules_path is None and not plan.model.schemes:

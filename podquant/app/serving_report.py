@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from podquant.app.report import size_text, table
 from podquant.cluster.topology import Generation
 from podquant.engine.capacity import AT_ONCE, ServingOptions, ServingPlan
+from podquant.engine.settings import notes
 
 _BOUND = (
     "at most: reading at the full speed of the memory, or multiplying at that of the matrix unit, whichever takes "
@@ -25,7 +26,7 @@ def serving_lines(plan: ServingPlan, options: ServingOptions) -> list[str]:
     hosts = "1 host" if tpu.num_hosts == 1 else f"{tpu.num_hosts} hosts"
     sizes = f"--tp-size {plan.tp_size}" + (f" --ep-size {plan.ep_size}" if plan.ep_size > 1 else "")
     sizes += f" --dp-size {plan.dp_size}" if plan.dp_size > 1 else ""
-    given = size_text(tpu.generation.device_bytes)
+    share, given = plan.settings.mem_fraction_static, size_text(tpu.generation.device_bytes)
     rows = [
         ("serving", f"a {unit}"),
         ("weights", size_text(plan.weight_bytes)),
@@ -36,14 +37,14 @@ def serving_lines(plan: ServingPlan, options: ServingOptions) -> list[str]:
     says = [
         f"{tpu.name}, {tpu.num_chips} chips on {hosts}: {sizes}",
         schemes_text(plan),
-        f"of {plan.max_running} sequences at a time",
-        f"the rest of {size_text(plan.memory)}, {plan.mem_fraction:g} of the {given} that programs may use",
+        f"of {plan.settings.max_running_requests} sequences at a time",
+        f"the rest of {size_text(plan.memory)}, {share:g} of the {given} that programs may use",
         f"in the cache: {_cache_text(plan)}",
     ]
     lines = [f"{row}  {said}" for row, said in zip(table(rows), says, strict=True)]
     lines += [_room_line(plan), "", *_step_lines(plan, unit), _BOUND, ""]
     lines.append(f"recommended for {tpu.generation.name}: {' '.join(recommendation(tpu.generation))}")
-    lines += [f"default: {line}" for line in _open_lines(plan, options)]
+    lines += [f"default: {line}" for line in notes(options, plan.defaults)]
     return lines
 
 
@@ -137,9 +138,3 @@ def _step_lines(plan: ServingPlan, unit: str) -> list[str]:
 
 def _speed_text(speed: float | None) -> str:
     return "-" if speed is None else f"{speed:,.0f}"
-
-
-def _open_lines(plan: ServingPlan, options: ServingOptions) -> list[str]:
-    """The defaults of flags that were not given, and whose value there is."""
-    given = {f"--{name.replace('_', '-')}" for name, value in vars(options).items() if value is not None}
-    return [line for line in plan.defaults.lines if line.split(" ", 1)[0] not in given]

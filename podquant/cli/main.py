@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "quantize a checkpoint into an artifact",
     "serve": "serve an artifact or a checkpoint over HTTP",
     "plan": "show what converting and serving a model take, without doing it",
+    "compile": "compile a server's steps for a TPU slice, without one",
     "inspect": "show what an artifact holds and how good it is",
     "verify": "check an artifact to the last byte",
     "merge": "put the tensor-parallel slices of an artifact together",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from podquant.cli.arguments import up_to
@@ -18,12 +19,14 @@ FLAGS = (
     "mem_fraction_static",
     "context_length",
     "max_running_requests",
+    "chunked_prefill_size",
     "page_size",
 )
 """Beside --tp-size; fields of `ServingOptions`."""
 
 _MOST = 2**31 - 1
 _MOST_PAGE = 256
+_MOST_PREFILL = 1 << 20
 
 
 def add_serving_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +51,18 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--context-length", metavar="N", type=up_to(_MOST), help="tokens of a prompt and its output")
     group.add_argument("--max-running-requests", metavar="N", type=up_to(1 << 16), help="sequences computed at a time")
-    group.add_argument("--page-size", metavar="N", type=_page, help="tokens in a page of the KV cache, a power of two")
+    group.add_argument(
+        "--chunked-prefill-size",
+        metavar="N",
+        type=_power_up_to(_MOST_PREFILL),
+        help="tokens of a step, of sequences that are generating and of prompts, a power of two",
+    )
+    group.add_argument(
+        "--page-size",
+        metavar="N",
+        type=_power_up_to(_MOST_PAGE),
+        help="tokens in a page of the KV cache, a power of two",
+    )
 
 
 def read_serving_flags(arguments: argparse.Namespace) -> ServingOptions:
@@ -73,8 +87,11 @@ def _share(text: str) -> float:
     return value
 
 
-def _page(text: str) -> int:
-    value = int(text)
-    if not 2 <= value <= _MOST_PAGE or value & (value - 1):
-        raise argparse.ArgumentTypeError(f"expected a power of two from 2 to {_MOST_PAGE}, got {cut(text)}")
-    return value
+def _power_up_to(most: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if not 2 <= value <= most or value & (value - 1):
+            raise argparse.ArgumentTypeError(f"expected a power of two from 2 to {most:,}, got {cut(text)}")
+        return value
+
+    return integer

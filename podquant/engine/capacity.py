@@ -14,6 +14,7 @@ from podquant.config.scheme import CacheDtype
 from podquant.engine.device_defaults import DeviceDefaults, device_defaults
 from podquant.engine.memory import cache_copies, leaf_bytes, slot_bytes, token_bytes
 from podquant.engine.roofline import StepCost, decode_cost
+from podquant.engine.settings import Settings, settle
 from podquant.errors import MeshError
 from podquant.families.config import ModelConfig
 from podquant.families.declaration import Declaration
@@ -40,6 +41,7 @@ class ServingOptions:
     mem_fraction_static: float | None = None
     context_length: int | None = None
     max_running_requests: int | None = None
+    chunked_prefill_size: int | None = None
     page_size: int | None = None
 
 
@@ -79,10 +81,8 @@ class ServingPlan:
         model: the same, laid out over the devices of a replica.
         dp_size: replicas.
         defaults: what flags mean that were not given.
+        settings: what they come to.
         cache_dtype: of keys and values.
-        mem_fraction: share of a device's memory for weights, slots and KV cache.
-        max_running: sequences of a replica at a time.
-        page_size: tokens of a page.
         context_length: tokens of the longest sequence.
         weight_bytes, slot_bytes: held.
         token_bytes: of a token in the KV cache.
@@ -94,10 +94,8 @@ class ServingPlan:
     model: Model = field(repr=False)
     dp_size: int
     defaults: DeviceDefaults = field(repr=False)
+    settings: Settings
     cache_dtype: CacheDtype
-    mem_fraction: float
-    max_running: int
-    page_size: int
     context_length: int
     weight_bytes: int
     slot_bytes: int
@@ -117,7 +115,7 @@ class ServingPlan:
     @property
     def memory(self) -> int:
         """For weights, slots and KV cache."""
-        return int(self.tpu.generation.device_bytes * self.mem_fraction)
+        return int(self.tpu.generation.device_bytes * self.settings.mem_fraction_static)
 
     @property
     def cache_room(self) -> int:
@@ -127,7 +125,7 @@ class ServingPlan:
     @property
     def cache_tokens(self) -> int:
         """Tokens that the cache of a replica has room for, in whole pages."""
-        return max(0, self.cache_room // self.token_bytes) // self.page_size * self.page_size
+        return max(0, self.cache_room // self.token_bytes) // self.settings.page_size * self.settings.page_size
 
     @property
     def shortest(self) -> int:
@@ -156,12 +154,12 @@ class ServingPlan:
 
     def tokens_per_second(self, at_once: int) -> float | None:
         """Of all replicas at the bound; None where the cache has no room for so many, or they do not run at a time."""
-        if at_once > min(self.sequences(self.shortest), self.dp_size * self.max_running):
+        if at_once > min(self.sequences(self.shortest), self.dp_size * self.settings.max_running_requests):
             return None
         return at_once / self.step(at_once).seconds
 
     def _in_pages(self, length: int) -> int:
-        return -(-length // self.page_size) * self.page_size
+        return -(-length // self.settings.page_size) * self.settings.page_size
 
 
 def plan_serving(subject: Subject, tpu: TpuSlice, options: ServingOptions) -> ServingPlan:
@@ -174,20 +172,18 @@ def plan_serving(subject: Subject, tpu: TpuSlice, options: ServingOptions) -> Se
         MeshError: the model cannot be cut so, or the slice has fewer devices, or they do not come out even.
     """
     model, defaults = _lay_out(subject, tpu, options)
-    max_running = options.max_running_requests or defaults.max_running_requests.value
+    settings = settle(options, defaults)
     return ServingPlan(
         tpu=tpu,
         subject=subject,
         model=model,
         dp_size=tpu.num_devices // model.layout.tp_size,
         defaults=defaults,
+        settings=settings,
         cache_dtype=options.kv_cache_dtype,
-        mem_fraction=options.mem_fraction_static or defaults.mem_fraction_static.value,
-        max_running=max_running,
-        page_size=options.page_size or defaults.page_size.value,
         context_length=options.context_length or subject.config.max_positions,
         weight_bytes=sum(leaf_bytes(model)),
-        slot_bytes=slot_bytes(model, max_running),
+        slot_bytes=slot_bytes(model, settings.max_running_requests),
         token_bytes=token_bytes(model, options.kv_cache_dtype),
         copies=cache_copies(model),
     )

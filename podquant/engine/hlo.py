@@ -19,6 +19,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%[\w.-]+")
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|calls)=(%[\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _TILE = re.compile(r"T\(([\d,]+)\)")
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
@@ -53,6 +54,12 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from, with the names of scopes: `jit(step)/while/body/scope/while`."""
+        found = _OP_NAME.search(self.attributes)
+        return found[1] if found else ""
 
     @property
     def called(self) -> list[str]:
@@ -176,7 +183,7 @@ class Program:
         if opcode in ("call", "call-start", "async-start"):
             return self._moved(instruction.called[0])
         if opcode == "copy-start":  # (to, from, a flag)
-            return instruction.hbm_bytes
+            return 0.0 if _is_fetched_before(instruction, inside) else instruction.hbm_bytes
         if opcode == "fusion":
             return self._fused(instruction, inside)
         source = inside[instruction.operands[0]] if instruction.operands else None
@@ -251,6 +258,14 @@ class Program:
                 result.called[0], next(e for e in self.computations[result.called[0]].values() if e.is_root), size
             )
         return size
+
+
+def _is_fetched_before(copy: Instruction, inside: dict[str, Instruction]) -> bool:
+    """Whether an array lies in VMEM when the program begins, because the run before has fetched it at its end."""
+    return "cross_program_prefetch_index" in copy.attributes and any(
+        other.opcode == "copy-start" and other.operands == copy.operands and other.name != copy.name
+        for other in inside.values()
+    )
 
 
 def _split(rest: str) -> tuple[str, str]:

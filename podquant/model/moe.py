@@ -144,7 +144,7 @@ class Experts(nnx.Module):
         """
         choices = chosen.size
         groups = self._groups(chosen.reshape(-1))
-        tile = _tile_rows(choices, self.num_experts)
+        tile = tile_rows(choices, self.num_experts)
         each = chosen.shape[1]
         gate_rows = self._sorted(x, self.gate_proj.form, groups, each, tile)
         up_rows = gate_rows
@@ -247,7 +247,7 @@ class MoE(nnx.Module):
         return sum_over_shards(y.astype(x.dtype))
 
 
-def _tile_rows(choices: int, num_experts: int) -> int:
+def tile_rows(choices: int, num_experts: int) -> int:
     """About as many rows as an expert gets."""
     mean = -(-choices // num_experts)
     return min(_MOST_TILE, max(_LEAST_TILE, 1 << (mean - 1).bit_length()))
@@ -282,5 +282,6 @@ def _by_tiles(
         start = first_rows[expert] + (number - ends[expert] + counts[expert]) * tile
         return jax.lax.dynamic_update_slice_in_dim(filled, compute(start, expert), start, axis=0)
 
-    result: jax.Array = jax.lax.fori_loop(jnp.int32(0), ends[-1], body, out)
+    with jax.named_scope("experts"):  # by which `engine.ahead` knows the loop in the compiled program
+        result: jax.Array = jax.lax.fori_loop(jnp.int32(0), ends[-1], body, out)
     return result

@@ -2,11 +2,13 @@
 
 Rows are taken in tiles: several rows of one token each, or a run of tokens of one longer row. A tile walks the pages of
 its rows in chunks with a running softmax (arXiv:2205.14135), as many as its longest row needs: one program for every
-context length, and no more memory than a chunk. Tiles that a step does not have cost nothing.
+context length, and no more memory than a chunk. Tiles that a step does not have cost nothing. The loops have names in
+the compiled program, by which `engine.ahead` knows how often they run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -18,10 +20,10 @@ from podquant.model.kv_cache import Cache, gather, gather_scales
 CHUNK_TOKENS = 256
 """Positions of the context that one round of the running softmax takes."""
 
-_TILE_ROWS = 8
+TILE_ROWS = 8
 """Rows of one token in a tile. More would all walk as far as the longest of them."""
 
-_TILE_TOKENS = 64
+TILE_TOKENS = 64
 """Tokens of a longer row in a tile."""
 
 _FLOOR = -1e38
@@ -60,7 +62,7 @@ def attend(
     """
     num_tokens, heads, head_dim = q.shape
     pages = _Pages(cache, base, window, head_dim**-0.5 if scale is None else scale, cap, value_dim)
-    tile_rows, tile_tokens = min(_TILE_ROWS, len(at.lengths)), min(_TILE_TOKENS, num_tokens)
+    tile_rows, tile_tokens = min(TILE_ROWS, len(at.lengths)), min(TILE_TOKENS, num_tokens)
     padding = max(tile_rows, tile_tokens)  # the last tile may reach behind the last token
     queries = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     starts, table = (jnp.pad(each, ((0, tile_rows), (0, 0))[: each.ndim]) for each in (at.starts, at.page_table))
@@ -86,12 +88,20 @@ def attend(
 
     num_short = (at.lengths == 1).sum(dtype=jnp.int32)
     out = jnp.zeros((num_tokens + padding, heads, pages.width), jnp.float32)
-    out = jax.lax.fori_loop(jnp.int32(0), -(-num_short // tile_rows), short_rows, out)
+    out = _repeat("short_rows", -(-num_short // tile_rows), short_rows, out)
     if num_tokens > 1:
         tiles = jnp.where(at.lengths > 1, -(-at.lengths // tile_tokens), 0)
         ends = jnp.cumsum(tiles)
-        out = jax.lax.fori_loop(jnp.int32(0), ends[-1], long_row, out)
+        out = _repeat("long_rows", ends[-1], long_row, out)
     result: jax.Array = out[:num_tokens]
+    return result
+
+
+def _repeat(
+    name: str, times: jax.Array, body: Callable[[jax.Array, jax.Array], jax.Array], out: jax.Array
+) -> jax.Array:
+    with jax.named_scope(name):
+        result: jax.Array = jax.lax.fori_loop(jnp.int32(0), times, body, out)
     return result
 
 
@@ -148,7 +158,8 @@ class _Pages:
         )
         first = jnp.maximum(positions[:, 0].min() - self.window + 1, 0) // chunk
         last = positions.max() // chunk + 1
-        _, total, acc = jax.lax.fori_loop(first, last, body, start)
+        with jax.named_scope("walk"):
+            _, total, acc = jax.lax.fori_loop(first, last, body, start)
         y = (acc / total).reshape(batch, kv_heads, -1, length, self.width)
         result: jax.Array = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, self.width)
         return result

@@ -132,6 +132,8 @@ def _podquant(arguments: list[str], places: Mapping[str, Path], scratch: Path) -
         assert engine_options(options).tp_size
     elif getattr(parsed, "address", None):
         parse_slice(parsed.accelerator)
+    elif command == "compile":  # takes minutes; tests/app/test_compile_ahead.py does it
+        parse_slice(parsed.topology)
     elif command != "demo":
         assert main([command, *words]) == 0
 

@@ -132,3 +132,20 @@ ENTRY %main (p0: f32[8,128], p1: s32[]) -> f32[8,128] {
 )
 def test_arrays_take_whole_tiles(text: str, expected: list[tuple[float, bool]]) -> None:
     assert list(arrays_of(text)) == expected
+
+
+def test_what_the_run_before_has_fetched_is_counted_once() -> None:
+    text = """HloModule jit_step
+
+ENTRY %main (p0: f32[8,128]) -> f32[8,128] {
+  %p0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %first = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p0), cross_program_prefetch_index=0
+  %there = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%first)
+  %last = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p0)
+  %again = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%last)
+  ROOT %sum = f32[8,128]{1,0:T(8,128)S(1)} add(%there, %again)
+}
+"""  # noqa: E501
+    assert Program(text).hbm_bytes == 8 * 128 * 4
+    alone = text.replace("copy-start(%p0)\n", "copy-start(%there)\n")
+    assert Program(alone).hbm_bytes == 2 * 8 * 128 * 4

@@ -81,6 +81,19 @@ def test_chips_meet_twice_a_layer_and_three_times_outside(compiled: Compiler, to
 
 
 @pytest.mark.parametrize(("topology", "name"), REAL)
+def test_a_step_takes_the_memory_that_a_plan_says(compiled: Compiler, topology: str, name: str) -> None:
+    facts = compiled(topology, name)
+    assert facts["argument_bytes"] + facts["temp_bytes"] == pytest.approx(facts["planned_bytes"], rel=0.03)
+
+
+@pytest.mark.parametrize(("topology", "name"), [pair for pair in REAL if "decode" in str(pair.values)])
+def test_a_step_reads_what_a_plan_says(compiled: Compiler, topology: str, name: str) -> None:
+    """Weights once, and the keys and values of rows that are all alike."""
+    facts = compiled(topology, name)
+    assert facts["bound_bytes"] < facts["hbm_bytes"] <= 1.1 * facts["bound_bytes"]
+
+
+@pytest.mark.parametrize(("topology", "name"), REAL)
 def test_no_floating_point_copy_of_a_weight(compiled: Compiler, topology: str, name: str) -> None:
     assert compiled(topology, name)["wide_copies"] == []
 

@@ -26,8 +26,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from podquant.cluster.topology import GENERATIONS
 from podquant.config.scheme import Scheme
+from podquant.engine import hlo
+from podquant.engine.ahead import Load
+from podquant.engine.memory import leaf_bytes, slot_bytes, token_bytes
 from podquant.engine.programs import Bucket, lower_step
+from podquant.engine.roofline import decode_cost
 from podquant.engine.slots import slot_arrays
 from podquant.families.registry import read_model_config
 from podquant.model.axes import TP
@@ -168,7 +173,13 @@ def _facts(model: Model, batch: int, bucket: Bucket) -> dict[str, Any]:
     )
     tallies = slot_arrays(model, shape).tallies
     rows, columns = tallies.sharding.shard_shape(tallies.shape)
+    tokens = shape.num_pages * shape.page_size
+    load = Load(batch, CONTEXT, 0)
+    cost = decode_cost(model, lambda module: None, GENERATIONS[-1], token_bytes(model), batch=batch, context=CONTEXT)
     return {
+        "planned_bytes": sum(leaf_bytes(model)) + slot_bytes(model, batch) + tokens * token_bytes(model),
+        "hbm_bytes": hlo.Program(text, lambda loop: load.trips(model, loop)).hbm_bytes,
+        "bound_bytes": cost.weight_bytes + cost.cache_bytes,
         "seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
