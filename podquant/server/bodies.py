@@ -45,7 +45,7 @@ class BodyRoute(APIRoute):
             engine = service_of(request).engine
             longest = 0 if engine is None else engine.limits.longest
             _require_json(request)
-            text = await request.body()
+            text = b"".join([piece async for piece in request.stream() if piece])  # `body` would copy the one there is
             if len(text) <= _SHORT_BODY:
                 body = read(text, kind, longest)
             else:

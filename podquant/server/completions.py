@@ -37,12 +37,7 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     """Continue one or several prompts."""
     service = service_of(http)
     engine = service.require(body.model)
-    for prompt in body.prompt:
-        if not isinstance(prompt, str):
-            engine.limits.check_length(len(prompt), 0, "prompt")
-    texts = dict.fromkeys(prompt for prompt in body.prompt if isinstance(prompt, str))  # each is tokenized once
-    read = {text: await _read(engine, text, add_special_tokens=body.add_special_tokens) for text in texts}
-    prompts = [read[prompt] if isinstance(prompt, str) else _Prompt(tuple(prompt), "") for prompt in body.prompt]
+    prompts = await _read_all(engine, body)
     require_prompts_fit(sum(len(prompt.ids) for prompt in prompts) * body.n, engine.limits)
     writer = _Writer(str(service.model_name), service.tokens, engine, body, prompts)
     requests = [
@@ -61,6 +56,22 @@ async def complete(body: CompletionBody, http: HttpRequest) -> Response:
     outputs = await collect(generation, len(requests))
     size = sum(len(request.prompt_ids) for request in requests)
     return await off_loop(size, lambda: JSONResponse(writer.whole(outputs)))
+
+
+async def _read_all(engine: Backend, body: CompletionBody) -> list[_Prompt]:
+    """Every prompt; a text that is as the one before it is not tokenized again."""
+    for prompt in body.prompt:
+        if not isinstance(prompt, str):
+            engine.limits.check_length(len(prompt), 0, "prompt")
+    prompts: list[_Prompt] = []
+    for prompt in body.prompt:
+        if not isinstance(prompt, str):
+            prompts.append(_Prompt(tuple(prompt), ""))
+        elif prompts and prompt and prompts[-1].text == prompt:
+            prompts.append(prompts[-1])
+        else:
+            prompts.append(await _read(engine, prompt, add_special_tokens=body.add_special_tokens))
+    return prompts
 
 
 async def _read(engine: Backend, prompt: str, *, add_special_tokens: bool) -> _Prompt:

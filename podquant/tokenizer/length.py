@@ -19,16 +19,18 @@ class TooManyTokensError(Exception):
         self.at_least = at_least
 
 
-def check_length(text: str, most: int, longest: int | None, count: Callable[[str], int]) -> None:
+def check_length(
+    text: str, most: int, longest: int | None, count: Callable[[str], int], *, dropped: bytes = b""
+) -> None:
     """Raises TooManyTokensError if a text surely has more than `most` tokens; others may still turn out to have more.
 
     Args:
         longest: bytes of text that one token stands for at the most; None if that is not known.
         count: tokens of a text.
+        dropped: bytes that may leave no token.
     """
     if longest is not None:
-        num_bytes = len(text) if text.isascii() else len(text.encode())
-        _refuse_more(-(-num_bytes // longest), most)
+        _refuse_more(-(-_num_bytes(text, 2 * longest * most, dropped) // longest), most)
     size = _CHARACTERS * (most + 1)
     if len(text) <= 2 * size:
         return
@@ -38,6 +40,13 @@ def check_length(text: str, most: int, longest: int | None, count: Callable[[str
         # what is around a piece may change how its ends are cut, and no more
         at_least += max(num_tokens - num_tokens // 8 - 16, 0)
         _refuse_more(at_least, most)
+
+
+def _num_bytes(text: str, enough: int, dropped: bytes) -> int:
+    """The bytes of a text; where some do not count, of those characters that are enough to tell."""
+    if dropped:
+        return len(text[:enough].encode().translate(None, dropped))
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _refuse_more(at_least: int, most: int) -> None:

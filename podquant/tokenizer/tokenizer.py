@@ -172,7 +172,7 @@ class Tokenizer:
         def count(beginning: str) -> int:
             return len(self._vocabulary.encode(beginning, add_special_tokens=False))
 
-        check_length(text, most, self._vocabulary.longest, count)
+        check_length(text, most, self._vocabulary.longest, count, dropped=self._vocabulary.dropped)
 
 
 def _load_vocabulary(files: TokenizerFiles, model_type: str | None) -> tuple[Vocabulary, TokenizerFiles]:

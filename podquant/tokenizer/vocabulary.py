@@ -17,11 +17,13 @@ class Vocabulary(Protocol):
         num_ids: one more than the largest id that a plain text can give; added tokens may lie above.
         longest: bytes of text that one token stands for at the most; None where a token may stand for any length, or
             text is dropped.
+        dropped: bytes of which text may be dropped all the same, so that they do not count.
     """
 
     special_ids: frozenset[int]
     num_ids: int
     longest: int | None
+    dropped: bytes
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids; added tokens written out in `text` become those tokens. Long texts do not hold Python's lock."""

@@ -67,6 +67,7 @@ class JsonVocabulary:
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
         self.num_ids = max(vocabulary.values(), default=-1) + 1
         self.longest = _longest(tokenizer, vocabulary)
+        self.dropped = _missing_bytes(vocabulary) if self.longest is not None and _is_by_bytes(tokenizer) else b""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """See `Vocabulary`."""
@@ -127,7 +128,7 @@ def _longest(tokenizer: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> 
     """See `Vocabulary`."""
     added = tokenizer.get_added_tokens_decoder().values()
     splitters = _steps(tokenizer.pre_tokenizer, "pretokenizers")
-    by_bytes = any(each["type"] == "ByteLevel" for each in splitters) and vocabulary.keys() >= _BYTE_OF_CHARACTER.keys()
+    by_bytes = _is_by_bytes(tokenizer) and (not _missing_bytes(vocabulary) or _drops_missing_alone(tokenizer))
     falls_back = getattr(tokenizer.model, "byte_fallback", False) and vocabulary.keys() >= _BYTE_TOKENS
     drops = any(
         each["type"] not in _KEEPS_ALL and each.get("behavior", "Removed") == "Removed" for each in splitters
@@ -145,6 +146,24 @@ def _longest(tokenizer: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> 
         return None
     sizes = map(len, vocabulary) if by_bytes else (len(content.encode()) for content in vocabulary)
     return factor * max(*sizes, *(len(token.content.encode()) for token in added), 1)
+
+
+def _is_by_bytes(tokenizer: tokenizers.Tokenizer) -> bool:
+    return any(each["type"] == "ByteLevel" for each in _steps(tokenizer.pre_tokenizer, "pretokenizers"))
+
+
+def _missing_bytes(vocabulary: Mapping[str, int]) -> bytes:
+    """Bytes that have no token: rare ones, where the vocabulary was trained without a token for every one."""
+    return bytes(byte for character, byte in _BYTE_OF_CHARACTER.items() if character not in vocabulary)
+
+
+def _drops_missing_alone(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether bytes without a token are dropped, and no others: none is made of others first, or marked as last."""
+    model = tokenizer.model
+    is_plain = isinstance(model, tokenizers.models.BPE) and not (
+        model.unk_token or model.continuing_subword_prefix or model.end_of_word_suffix
+    )
+    return is_plain and tokenizer.normalizer is None
 
 
 def _steps(component: Any, key: str) -> list[dict[str, Any]]:

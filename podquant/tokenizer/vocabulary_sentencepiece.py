@@ -96,6 +96,7 @@ class SentencepieceVocabulary:
         self._names = {token_id: content for content, token_id in self._added.items()}
         self._finder = Finder(added)
         self.longest = self._longest(parsed, added)
+        self.dropped = b""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """See `Vocabulary`."""

@@ -107,6 +107,7 @@ class TiktokenVocabulary:
         self._bytes |= {token_id: content.encode() for content, token_id in added.items()}
         self.num_ids = max(ranks.values()) + 1
         self.longest: int | None = max(map(len, self._bytes.values())) * (1 if kind.form is None else _COMPOSED)
+        self.dropped = b""
         self.special_ids = frozenset(special_ids)
         self.chat_format = kind.chat_format
 

@@ -25,12 +25,12 @@ CORPUS = [
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def byte_level() -> tokenizers.Tokenizer:
-    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have."""
+def byte_level(*, is_whole: bool = True) -> tokenizers.Tokenizer:
+    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have; or not whole, as SmolLM2: some bytes have no token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if is_whole else []
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )

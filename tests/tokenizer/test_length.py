@@ -28,10 +28,12 @@ def count_nothing(text: str) -> int:
     raise AssertionError(f"{len(text)} characters were tokenized")
 
 
-def at_least(text: str, most: int, longest: int | None, count: Callable[[str], int] = count_nothing) -> int | None:
+def at_least(
+    text: str, most: int, longest: int | None, count: Callable[[str], int] = count_nothing, dropped: bytes = b""
+) -> int | None:
     """How many tokens a refused text has at the least."""
     try:
-        check_length(text, most, longest, count)
+        check_length(text, most, longest, count, dropped=dropped)
     except TooManyTokensError as error:
         return error.at_least
     return None
@@ -83,6 +85,29 @@ def test_no_token_stands_for_more_than_is_said(kind: str) -> None:
     for text in HARD_TEXTS:
         holds = example(text)(holds)
     holds()
+
+
+def test_bytes_without_a_token_do_not_count() -> None:
+    vocabulary = JsonVocabulary(byte_level(is_whole=False))
+    longest, dropped = vocabulary.longest, vocabulary.dropped
+    assert longest is not None
+    assert b"\x04" in dropped
+
+    @given(st.text() | st.text(alphabet="a\x04é\u0301 \x00"))
+    def holds(text: str) -> None:
+        ids = vocabulary.encode(text, add_special_tokens=False)
+        assert len(text.encode().translate(None, dropped)) <= longest * len(ids)
+        assert at_least(text, len(ids), longest, lambda text: 0, dropped=dropped) is None
+
+    for text in HARD_TEXTS:
+        holds = example(text)(holds)
+    holds()
+    assert at_least("\x04" * 1_000_000, 10, longest, lambda text: 0, dropped=dropped) is None
+    assert at_least("a" * 1_000_000, 10, longest, dropped=dropped) == 20
+    composed = byte_level(is_whole=False)
+    composed.normalizer = normalizers.NFC()
+    assert JsonVocabulary(composed).longest is None  # it may make those bytes of others
+    assert changed(lambda each: setattr(each.model, "unk_token", "<unk>"), lambda: byte_level(is_whole=False)) is None
 
 
 def changed(change: Callable[[tokenizers.Tokenizer], object], base: Callable[[], tokenizers.Tokenizer]) -> int | None:
