@@ -132,7 +132,7 @@ def start_executor(
     for line in notes(options, defaults):
         _log.info("%s", line)
     dtype = opened.config.compute_dtype if options.dtype == "auto" else options.dtype
-    numerics = Numerics(dtype, device.platform)
+    numerics = Numerics(dtype, device.platform, device.device_kind)
     model = Model(opened.config, source.scheme_of, numerics, mesh, settings.ep_size)
     for line in advise(device.device_kind, model.schemes):
         _log.warning("%s", line)

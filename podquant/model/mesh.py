@@ -13,6 +13,7 @@ from podquant.cluster.topology import generation_of
 from podquant.config.scheme import Scheme
 from podquant.errors import MeshError
 from podquant.model.axes import TP
+from podquant.model.matmul import rebiases
 
 Exchange = Callable[[bytes], list[bytes]]
 """Gives every process the bytes of all, by rank. All of them call it, in the same order."""
@@ -103,7 +104,8 @@ def advise(device_kind: str, schemes: Iterable[Scheme]) -> list[str]:
         return []
     native = generation.fast_8_bit
     lines = []
-    for dtype in sorted({d for s in schemes for d in (s.weight_dtype, s.activation_dtype) if d not in (None, native)}):
+    dtypes = {d for s in schemes if not rebiases(s, device_kind) for d in (s.weight_dtype, s.activation_dtype)}
+    for dtype in sorted(d for d in dtypes if d not in (None, native)):
         lines.append(
             f"{device_kind} has no matrix unit for {dtype}: it is upcast, which saves memory but little or no time; "
             f"{native} is the 8-bit type this chip multiplies"

@@ -28,7 +28,7 @@ from podquant.model.axes import block_axis
 from podquant.model.batch import Batch
 from podquant.model.kv_cache import Cache, write
 from podquant.model.linear import Linear, RMSNorm, project
-from podquant.model.matmul import Numerics
+from podquant.model.matmul import Numerics, stored_dtype
 from podquant.model.paged_attention import attend
 from podquant.model.parameter import Module
 from podquant.model.rope import rotate
@@ -119,7 +119,7 @@ class Expansion(nnx.Module):
         block = scheme.weight_block_size if scheme else None
         self.blocks = 1 if block is None else -(-self.rank // block[1])
         width = self.rank if block is None or self.blocks == 1 else self.blocks * block[1]
-        stored = scheme.weight_dtype if scheme and numerics.platform != "cpu" else self.product_dtype
+        stored = stored_dtype(scheme, numerics) if scheme and numerics.platform != "cpu" else self.product_dtype
         self.weight = module.parameter("weight", stored, (rows, width))
         if scheme is not None:
             axes = (module.axes[0], block_axis(module.axes[1], self.blocks))

@@ -10,6 +10,7 @@ not multiply the type (fp8 on v6e: 201 MB in a single layer); the loop takes 0.4
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -34,8 +35,8 @@ _LEAST_TILE, _MOST_TILE = 8, 256
 class Router(Linear):
     """The projection of tokens to scores of experts, in float32 unless a rule names it."""
 
-    def __init__(self, module: Module, platform: str) -> None:
-        super().__init__(module, Numerics("float32", platform))
+    def __init__(self, module: Module, numerics: Numerics) -> None:
+        super().__init__(module, replace(numerics, dtype="float32"))
         if "e_score_correction_bias" in module.weights:
             self.e_score_correction_bias = module.parameter("e_score_correction_bias", "float32")
 
@@ -219,7 +220,7 @@ class MoE(nnx.Module):
         assert config.moe is not None
         self.how = config.moe
         self.start = start
-        self.gate = Router(modules["mlp.gate"], numerics.platform)
+        self.gate = Router(modules["mlp.gate"], numerics)
         self.experts = Experts(config, self.how, modules, numerics, shards)
         if self.how.shared_ffn_size:
             self.shared_experts = MLP(config, modules, numerics, "mlp.shared_experts")

@@ -13,9 +13,10 @@ import ml_dtypes
 import numpy as np
 
 from podquant.artifact.naming import weight_of
+from podquant.errors import CheckpointError
 from podquant.weights.hostmemory import empty
 from podquant.weights.source import WeightSource
-from podquant.weights.windows import Part, Stream, Window
+from podquant.weights.windows import REBIASED, Part, Stream, Window
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -39,13 +40,13 @@ def read_block(source: WeightSource, window: Window, device: int, dtypes: list[n
     parts, columns = window.parts_of(device), window.columns_of(device)
     if len(parts) == 1 and parts[0] is not None and parts[0].last - parts[0].first == window.rows:
         whole = _read_part(source, window.stream, parts[0], columns)
-        return tuple(_as_dtype(values, dtype)[None] for values, dtype in zip(whole, dtypes, strict=True))
+        return tuple(as_dtype(values, dtype)[None] for values, dtype in zip(whole, dtypes, strict=True))
     blocks = tuple(empty(window.shape_of(position), dtype) for position, dtype in enumerate(dtypes))
     for slot, part in enumerate(parts):
         num_rows = 0 if part is None else part.last - part.first
         rows = () if part is None else _read_part(source, window.stream, part, columns)
         for block, values in zip(blocks, rows, strict=False):
-            block[slot, :num_rows] = _as_dtype(values, block.dtype)
+            block[slot, :num_rows] = as_dtype(values, block.dtype)
         for block in blocks:
             block[slot, num_rows:] = 0
     return blocks
@@ -84,10 +85,10 @@ def _read_rows(
     """Rows of whole scale blocks, each row with scales of its own: shards then need no alignment to blocks."""
     if stream.quantizes:
         rows = source.read_quantized(module, first, last)
-        return rows.codes, _laid_out(rows.scales, stream, last - first)
+        return rows.codes, _laid_out(rows.scales, stream, last - first, module)
     tensor = f"{module}.{stream.name}"
     values = source.read_rows(tensor, first // stream.repeat, -(-last // stream.repeat), columns)
-    return (_laid_out(values, stream, last - first) if stream.name == "weight_scale" else values,)
+    return (_laid_out(values, stream, last - first, module) if stream.name == "weight_scale" else values,)
 
 
 def _num_rows(source: WeightSource, stream: Stream, module: str) -> int:
@@ -95,18 +96,29 @@ def _num_rows(source: WeightSource, stream: Stream, module: str) -> int:
     return source.tensors[weight_of(module) if stream.repeat > 1 else f"{module}.{stream.name}"].shape[0]
 
 
-def _laid_out(scales: Array, stream: Stream, num_rows: int) -> Array:
+def _laid_out(scales: Array, stream: Stream, num_rows: int, module: str) -> Array:
     """Scales for each of `num_rows` rows of the weight, and for each shard those of the blocks that it touches."""
+    if stream.scale_factor != 1.0:
+        scales = scales.astype(np.float32)
+        if not (scales < np.finfo(np.float32).max / stream.scale_factor).all():
+            raise CheckpointError(
+                f"{module}.weight_scale: expected scales below {np.finfo(np.float32).max / stream.scale_factor:.3g}, "
+                f"got {scales.max():.3g}: with its codes it gives weights that float32 does not hold. Convert the "
+                "original checkpoint again"
+            )
+        scales = scales * np.float32(stream.scale_factor)
     if stream.scale_blocks is not None:
         scales = scales[:, list(stream.scale_blocks)]
     return scales if stream.step == 1 else np.repeat(scales, stream.step, axis=0)[:num_rows]
 
 
-def _as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
+def as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
+    """The same values in a type that holds them; of codes to float8_e4m3b11fnuz, the same bits: see `REBIASED`."""
     if values.dtype == dtype:
         return values
     out = empty(values.shape, dtype)
     if values.dtype == ml_dtypes.float8_e4m3fn:
-        return np.take(_FP8_VALUES.astype(dtype), values.view(np.uint8), out=out, mode="clip")
+        table = _FP8_VALUES / REBIASED if dtype == ml_dtypes.float8_e4m3b11fnuz else _FP8_VALUES
+        return np.take(table.astype(dtype), values.view(np.uint8), out=out, mode="clip")
     out[...] = values
     return out

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
 
+import ml_dtypes
 import numpy as np
 
 from podquant.families.declaration import Rows
@@ -41,6 +42,9 @@ class Limits:
 
 
 LIMITS = Limits()
+
+REBIASED = 16.0
+"""How many times the value of a float8_e4m3fn code is that of the same bits as float8_e4m3b11fnuz."""
 
 
 class Spread(Enum):
@@ -71,6 +75,7 @@ class Stream:
         shape: of an expert's, a row of block scales counting as many times as the block has rows.
         scale_columns: of the scales, those that quantizing gives too, as they lie on the devices.
         scale_blocks: which column on disk each of these is; None: in order.
+        scale_factor: what they are multiplied by, where codes are held as a sixteenth of what they are on disk.
         step: rows that are read together.
         repeat: rows that a row on disk stands for.
         shard_rows: rows of a shard, where they are shared out.
@@ -87,6 +92,7 @@ class Stream:
     shape: tuple[int, ...]
     scale_columns: int
     scale_blocks: tuple[int, ...] | None
+    scale_factor: float
     step: int
     repeat: int
     shard_rows: int
@@ -236,6 +242,7 @@ def _stream(
         shape=shape,
         scale_columns=columns if scale_blocks is None else len(scale_blocks),
         scale_blocks=scale_blocks,
+        scale_factor=REBIASED if model.leaves[leaves["weight"]].dtype == ml_dtypes.float8_e4m3b11fnuz else 1.0,
         step=step,
         repeat=step if is_scale else 1,
         shard_rows=leaf.shard_rows,

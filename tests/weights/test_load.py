@@ -288,7 +288,8 @@ def test_a_mesh_that_cannot_be() -> None:
     ("kind", "scheme", "count"),
     [
         ("TPU v6 lite", Scheme("int8", "int8"), 0),
-        ("TPU v5 lite", Scheme("float8_e4m3fn"), 1),
+        ("TPU v5 lite", Scheme("float8_e4m3fn", "float8_e4m3fn"), 1),
+        ("TPU v5 lite", Scheme("float8_e4m3fn"), 0),
         ("TPU7x", Scheme("int8", "float8_e4m3fn"), 1),
         ("cpu", Scheme("int8"), 0),
     ],
