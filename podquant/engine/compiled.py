@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from podquant.engine.compile_cache import was_found
+from podquant.engine.compiler import compiler_options
 from podquant.engine.programs import Bucket, lower_step
 from podquant.model.layout import CacheShape, Model
 
@@ -39,6 +40,7 @@ class Programs:
         self.model, self.shape, self.sizes = model, shape, tuple(sizes)
         self.num_compiled = 0
         self._num_top = min(num_top, model.config.vocab_size)
+        self._options = dict(compiler_options(model.numerics.device_kind, model.numerics.dtype))
         self._programs: dict[Bucket, Program] = {}
         self._lock = threading.Lock()
 
@@ -72,7 +74,7 @@ class Programs:
         if program is not None:
             return program
         began = time.monotonic()
-        program = lower_step(self.model, self.shape, bucket, self._num_top).compile()
+        program = lower_step(self.model, self.shape, bucket, self._num_top).compile(self._options)
         is_found = was_found()
         with self._lock:
             self.num_compiled += not is_found
