@@ -102,12 +102,14 @@ def write(cache: Cache, key: jax.Array, value: jax.Array | None, base: jax.Array
 def _put(
     cache: jax.Array, scales: jax.Array | None, new: jax.Array, base: jax.Array, at: Batch
 ) -> tuple[jax.Array, jax.Array | None]:
-    pages = base + at.write_pages
+    # By token and head: written over all heads at once the TPU compiler would keep them side by side, where attention
+    # wants a head's tokens so, and would copy the whole cache between the two in every layer.
+    pages, slots = (base + at.write_pages)[:, None], at.write_slots[:, None]
+    heads = jnp.arange(cache.shape[1], dtype=jnp.int32)[None, :]
     if scales is None:
-        return cache.at[pages, :, at.write_slots, :].set(new.astype(cache.dtype)), None
+        return cache.at[pages, heads, slots].set(new.astype(cache.dtype)), None
     codes, scale = quantize_per_token(new, str(cache.dtype))
-    cache = cache.at[pages, :, at.write_slots, :].set(codes)
-    return cache, scales.at[:, pages, at.write_slots].set(scale[..., 0].T)
+    return cache.at[pages, heads, slots].set(codes), scales.at[heads, pages, slots].set(scale[..., 0])
 
 
 def gather(cache: jax.Array, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
