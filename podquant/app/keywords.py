@@ -52,6 +52,7 @@ class EngineKeywords(TypedDict, total=False):
     allow_extra_tensors: bool
     allow_nonfinite: bool
     disable_radix_cache: bool
+    speculative_num_draft_tokens: int
     compilation_cache_dir: str | None
     revision: str | None
     download_dir: str | None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from podquant.config.job import FlagType
+from podquant.engine.options import MOST_DRAFTS
 from podquant.errors import ConfigError
 from podquant.foreign import shown
 
@@ -146,6 +147,12 @@ class ServeOptions:
         "compute every prompt whole: keep nothing of it for later prompts that begin with the same tokens", False
     )
     random_seed: int = _flag("seed from which requests that give none draw theirs", 0, "SEED")
+    speculative_num_draft_tokens: int = _flag(
+        "guess so many tokens of each sequence at a time, by what followed its last tokens earlier in the text, and "
+        "compute them together: faster where text repeats itself, and what is generated stays the same (0: guess none)",
+        0,
+        "N",
+    )
     compilation_cache_dir: str | None = _flag(
         "where compiled programs are kept, so that the next start compiles nothing: a directory or gs://…; none: "
         "nowhere (default: podquant/programs in the user's cache)",
@@ -164,6 +171,12 @@ class ServeOptions:
         fraction = self.mem_fraction_static
         self._require(
             fraction is None or 0 < fraction <= 1, "mem_fraction_static", "above 0 and up to 1", "0.9 is usual"
+        )
+        self._require(
+            0 <= self.speculative_num_draft_tokens <= MOST_DRAFTS,
+            "speculative_num_draft_tokens",
+            f"0 to {MOST_DRAFTS}",
+            "4 is usual",
         )
         self._require(self.max_logprobs >= 0, "max_logprobs", "0 or more", "0 gives only the chosen tokens'")
         self._require(0 <= self.node_rank < self.nnodes, "node_rank", f"0 to {self.nnodes - 1}", "as --nnodes says")

@@ -27,7 +27,7 @@ from podquant.engine.roofline import StepCost, decode_cost
 from podquant.model.axes import TP
 from podquant.model.layout import CacheShape, Model
 from podquant.model.moe import tile_rows
-from podquant.model.paged_attention import CHUNK_TOKENS, TILE_ROWS, TILE_TOKENS
+from podquant.model.paged_attention import CHUNK_TOKENS, TILE_ROWS, tile_tokens
 
 _NUM_TOP = 20
 """Log-probabilities of top tokens that programs report, as `podquant serve` has it by default."""
@@ -109,7 +109,8 @@ class Load:
     def trips(self, model: Model, loop: Instruction) -> float:
         """How often a loop of the program runs, which goes by the rows or by the experts that tokens go to."""
         *_, scope, _ = f"//{loop.op_name}".split("/")
-        tiles = -(-self.num_prompt // TILE_TOKENS)
+        size = tile_tokens(self.num_decodes + self.num_prompt)
+        tiles = -(-self.num_prompt // size)
         if scope == "short_rows":
             return -(-self.num_decodes // TILE_ROWS)
         if scope == "long_rows":
@@ -117,7 +118,7 @@ class Load:
         if scope == "walk" and "/short_rows/" in loop.op_name:
             return -(-self.context // CHUNK_TOKENS)
         if scope == "walk":
-            ends = range(TILE_TOKENS, (tiles + 1) * TILE_TOKENS, TILE_TOKENS)
+            ends = range(size, (tiles + 1) * size, size)
             return sum(-(-min(end, self.num_prompt) // CHUNK_TOKENS) for end in ends) / max(1, tiles)
         if scope == "experts":
             return self._expert_tiles(model)

@@ -27,6 +27,8 @@ class EngineStats:
     num_preemptions: int
     num_cached_tokens: int
     num_compiled: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
 
 
 class Backend(Protocol):

@@ -25,7 +25,8 @@ from podquant.engine.limits import Limits
 from podquant.engine.output import OutputProcessor
 from podquant.engine.pages import PagePool
 from podquant.engine.request import FinishReason, Output, Request, TokenLogprobs
-from podquant.engine.scheduler import Chunk, Scheduler, Sequence
+from podquant.engine.scheduler import Scheduler
+from podquant.engine.steps import Chunk, Sequence
 from podquant.errors import EngineStoppedError, RequestError
 from podquant.tokenizer.tokenizer import Tokenizer
 
@@ -134,6 +135,8 @@ class LocalEngine:
             num_preemptions=self._scheduler.num_preemptions,
             num_cached_tokens=self._scheduler.num_cached_tokens,
             num_compiled=self._executor.num_compiled,
+            num_draft_tokens=self._scheduler.num_draft_tokens,
+            num_accepted_tokens=self._scheduler.num_accepted_tokens,
         )
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
@@ -223,19 +226,22 @@ class LocalEngine:
 
     def _deliver(self, dispatched: Dispatched, result: StepResult) -> None:
         step = dispatched.step
-        for chunk, logprobs in zip(step.chunks, result.prompt_logprobs, strict=True):
+        for chunk, scored in zip(step.chunks, result.prompt_logprobs, strict=True):
             if chunk.is_prompt:
-                self._deliver_prompt(chunk, logprobs)
-        logprobs_of = dict(zip(map(id, step.sampled), result.logprobs, strict=True))
-        for sequence, token in self._scheduler.complete(step, result.tokens):
-            client = self._clients[sequence.request.id]
-            self._num_generated_tokens += 1
-            output = client.processor.append(token, logprobs_of[id(sequence)])
-            if output is None:
-                continue
-            if output.finish_reason is not None:
-                self._forget(client)
-            self._emit(client, output)
+                self._deliver_prompt(chunk, scored)
+        accepted = self._scheduler.complete(step, result.tokens)
+        for (sequence, tokens), logprobs in zip(accepted, result.logprobs, strict=True):
+            for index, token in enumerate(tokens):
+                client = self._clients.get(sequence.request.id)
+                if client is None or client.sequence is not sequence:  # it has ended at the token before
+                    break
+                self._num_generated_tokens += 1
+                output = client.processor.append(token, logprobs[index] if logprobs is not None else None)
+                if output is None:
+                    continue
+                if output.finish_reason is not None:
+                    self._forget(client)
+                self._emit(client, output)
 
     def _deliver_prompt(self, chunk: Chunk, logprobs: list[TokenLogprobs]) -> None:
         """Gather the prompt's log-probabilities, and end a request that wants nothing else."""

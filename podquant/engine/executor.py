@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from podquant.engine.compiled import Programs
 from podquant.engine.programs import FROM_DEVICE, Bucket, Floats, Inputs, Row, Scores, pack_rows, pad_inputs
 from podquant.engine.request import SamplingParams, TokenLogprobs
 from podquant.engine.sampling import Sampled
-from podquant.engine.scheduler import Chunk, Step
 from podquant.engine.slots import Slots, slot_arrays
+from podquant.engine.steps import Chunk, Step
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Announce = Callable[[Bucket, Inputs], None]
@@ -31,13 +32,13 @@ class StepResult:
     """What a step computed, on the host.
 
     Attributes:
-        tokens: of each sequence of `Step.sampled`.
-        logprobs: of these tokens, where they are wanted.
+        tokens: of each chunk of `Step.sampling`.
+        logprobs: of these tokens; None where they are not wanted.
         prompt_logprobs: for each chunk of the step, of the tokens after each of its positions, if it is scored.
     """
 
-    tokens: list[int]
-    logprobs: list[TokenLogprobs | None]
+    tokens: list[list[int]]
+    logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: list[list[TokenLogprobs]]
 
 
@@ -52,16 +53,18 @@ class Dispatched:
 
     def read(self) -> StepResult:
         """Wait for the step and bring its results to the host."""
-        rows = [row for row, chunk in enumerate(self.step.chunks) if chunk.samples]
-        tokens = np.asarray(self.sampled.tokens)[rows].tolist()
-        counts = [self.step.chunks[row].sequence.request.params.logprobs for row in rows]
-        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        chunks = self.step.sampling
+        flat = np.asarray(self.sampled.tokens).tolist()
+        ends = list(accumulate(chunk.num_sampled for chunk in chunks))
+        spans = [range(end - chunk.num_sampled, end) for chunk, end in zip(chunks, ends, strict=True)]
+        counts = [chunk.sequence.request.params.logprobs for chunk in chunks]
+        logprobs: list[list[TokenLogprobs] | None] = [None] * len(chunks)
         if any(count is not None for count in counts):
             chosen, ids, values = (np.asarray(array) for array in self.sampled[1:])
-            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            for i, (span, count) in enumerate(zip(spans, counts, strict=True)):
                 if count is not None:
-                    logprobs[i] = _token_logprobs(tokens[i], chosen[row], ids[row], values[row], count)
-        return StepResult(tokens, logprobs, self._prompt_logprobs())
+                    logprobs[i] = [_token_logprobs(flat[k], chosen[k], ids[k], values[k], count) for k in span]
+        return StepResult([[flat[k] for k in span] for span in spans], logprobs, self._prompt_logprobs())
 
     def _prompt_logprobs(self) -> list[list[TokenLogprobs]]:
         found: list[list[TokenLogprobs]] = [[] for _ in self.step.chunks]
@@ -146,7 +149,8 @@ class Executor:
         ends: list[tuple[int, int]] = []
         for row, chunk in enumerate(chunks):
             ids, stop = chunk.sequence.token_ids, chunk.start + chunk.length
-            tokens += ids[chunk.start : stop] or [FROM_DEVICE]
+            tokens += ids[chunk.start : stop - len(chunk.drafts)] or [FROM_DEVICE]
+            tokens += chunk.drafts
             after = ids[chunk.start + 1 : stop + 1] if _is_scored(chunk) else []
             targets += [*after, *[-1] * (chunk.length - len(after))]
             if chunk.start == 0:
@@ -175,6 +179,7 @@ class Executor:
             prompt_length=sequence.num_prompt,
             is_tallied=forbids_ends or params.is_penalized,
             forbids_ends=forbids_ends,
+            num_sampled=chunk.num_sampled,
             pages=sequence.pages,
         )
 

@@ -9,6 +9,10 @@ from typing import Literal
 from podquant.config.scheme import CacheDtype
 
 Device = Literal["tpu", "cpu", "cuda"]
+
+MOST_DRAFTS = 16
+"""Tokens of a sequence that may be guessed at a time."""
+
 _DEVICES = Path("/dev")
 
 
@@ -48,6 +52,8 @@ class EngineOptions:
         allow_extra_tensors: serve a checkpoint that holds tensors which its model does not use.
         allow_nonfinite: serve a checkpoint with NaN or infinities in what is not quantized.
         disable_radix_cache: compute every prompt whole; keep nothing of it for others that begin alike.
+        speculative_num_draft_tokens: tokens of each sequence that are guessed at a time, by what followed the last
+            tokens earlier in its text, and computed together; what is generated stays the same. 0: none.
         compilation_cache_dir: where compiled programs are kept for the next start, a directory or `gs://…`; `none`:
             nowhere; None: in the user's cache.
         revision, download_dir: of a Hugging Face id, as in `huggingface_hub`.
@@ -75,6 +81,7 @@ class EngineOptions:
     allow_extra_tensors: bool = False
     allow_nonfinite: bool = False
     disable_radix_cache: bool = False
+    speculative_num_draft_tokens: int = 0
     compilation_cache_dir: str | None = None
     revision: str | None = None
     download_dir: str | None = None

@@ -37,6 +37,7 @@ class Row(NamedTuple):
         top_k, seed, wants_logprobs: see `Sampling`.
         prompt_length: tokens of its whole prompt, which rotations that depend on it need.
         is_tallied, forbids_ends: see `Adjustment`.
+        num_sampled: tokens that are sampled, behind each of so many of its last ones; 0 for none.
         pages: of its keys and values; on the devices the page table, int32 [R, W].
     """
 
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     prompt_length: Any
     is_tallied: Any
     forbids_ends: Any
+    num_sampled: Any
     pages: Any
 
 
@@ -118,11 +120,15 @@ class Bucket:
         """R: a row has a token at least, and a slot."""
         return min(self.num_tokens, shape.num_slots)
 
+    def num_sampled(self, shape: CacheShape) -> int:
+        """S: tokens that are sampled at the most."""
+        return min(self.num_tokens, shape.num_slots * (1 + shape.num_drafts))
+
 
 def lower_step(model: Model, shape: CacheShape, bucket: Bucket, num_top: int) -> jax.stages.Lowered:
     """Lower the step for one bucket; compile the result to run it.
 
-    The program takes (weights, cache, slots, `Inputs`) and returns (cache, slots, Sampled[, Scores]), of each row and
+    The program takes (weights, cache, slots, `Inputs`) and returns (cache, slots, Sampled[, Scores]), of each pick and
     token; it donates cache and slots.
 
     Args:
@@ -191,27 +197,54 @@ def _step(
     )
     tokens = jnp.where(inputs.tokens == FROM_DEVICE, state.last_tokens[row.slot[at.rows]], inputs.tokens)
     hidden, cache = decoder.hidden(tokens, cache, at)
-    logits = decoder.logits(hidden[at.lasts])
-    adjusted, tallies = _adjusted(logits, state.tallies, row, floats, tokens, at, inputs.ends)
+    picks = _pick(bucket.num_sampled(shape), row, at)
+    logits = decoder.logits(hidden[picks.token])
+    adjusted, tallies = _adjusted(logits, picks, state.tallies, row, floats, tokens, at, inputs.ends)
+    drawn = Floats(*(each[picks.row] for each in floats))
     how = Sampling(
-        temperature=floats.temperature,
-        top_p=floats.top_p,
-        min_p=floats.min_p,
-        top_k=row.top_k,
-        seeds=row.seed,
-        positions=row.start + row.length,
-        wants_logprobs=row.wants_logprobs > 0,
-        is_adjusted=row.is_tallied > 0,
+        temperature=drawn.temperature,
+        top_p=drawn.top_p,
+        min_p=drawn.min_p,
+        top_k=row.top_k[picks.row],
+        seeds=row.seed[picks.row],
+        positions=at.positions[picks.token] + 1,
+        wants_logprobs=row.wants_logprobs[picks.row] > 0,
+        is_adjusted=row.is_tallied[picks.row] > 0,
     )
     sampled = sample(logits, adjusted, how, config.vocab_size, num_top)
-    state = Slots(state.last_tokens.at[row.slot].set(sampled.tokens), tallies)
+    slots = jnp.where(picks.is_one, row.slot[picks.row], shape.num_slots)
+    state = Slots(state.last_tokens.at[slots].set(sampled.tokens), tallies)
     if not bucket.scores:
         return cache, state, sampled
     return cache, state, sampled, _scores(decoder, hidden, inputs.targets, config.vocab_size, num_top)
 
 
+class _Picks(NamedTuple):
+    """The tokens behind which one is sampled: int32 [S] their rows and indices in the batch, and bool, no padding."""
+
+    row: jax.Array
+    token: jax.Array
+    is_one: jax.Array
+
+
+def _pick(num_sampled: int, row: Row, at: Batch) -> _Picks:
+    ends = jnp.cumsum(row.num_sampled)
+    index = jnp.arange(num_sampled, dtype=jnp.int32)
+    rows = jnp.minimum((ends[None, :] <= index[:, None]).sum(axis=1, dtype=jnp.int32), len(ends) - 1)
+    token = at.firsts[rows] + at.lengths[rows] - (ends[rows] - index)
+    is_one = index < ends[-1]
+    return _Picks(rows, jnp.where(is_one, token, 0), is_one)
+
+
 def _adjusted(
-    logits: jax.Array, tallies: jax.Array, row: Row, floats: Floats, tokens: jax.Array, at: Batch, ends: jax.Array
+    logits: jax.Array,
+    picks: _Picks,
+    tallies: jax.Array,
+    row: Row,
+    floats: Floats,
+    tokens: jax.Array,
+    at: Batch,
+    ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits to choose from, and the tallies with the tokens of this step."""
     how = Adjustment(
@@ -225,7 +258,8 @@ def _adjusted(
     def tally_and_adjust(tallies: jax.Array) -> tuple[jax.Array, jax.Array]:
         positions = jnp.where(at.is_token, at.positions, -1)
         tallies = tally(tallies, row.slot, row.start, row.prompt_length, how.is_used, tokens, positions, at.rows, ends)
-        return adjust(logits, tallies[row.slot], how), tallies
+        picked = Adjustment(*(each[picks.row] for each in how))
+        return adjust(logits, tallies[row.slot[picks.row]], picked), tallies
 
     adjusted, tallies = jax.lax.cond(jnp.any(how.is_used), tally_and_adjust, lambda tallies: (logits, tallies), tallies)
     return adjusted, tallies

@@ -24,109 +24,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 from podquant.engine.pages import PagePool
 from podquant.engine.prefix import PageKeys
 from podquant.engine.request import Request
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """A request on its way through the device.
-
-    Attributes:
-        request: what was asked.
-        arrival: its place in the order of arrival.
-        token_ids: the prompt and the generated tokens read back so far.
-        pages: where its KV entries are: entry i in page `pages[i // page_size]`; empty while it waits.
-        slot: its row of the device's `last token` array; -1 while it waits.
-        num_computed: KV entries written by the steps dispatched so far.
-        num_in_flight: tokens sampled by dispatched steps but not read back yet.
-        keys: names of its full pages.
-        num_named: pages of which the pool has been told what is in them.
-        num_cached: tokens of the prompt that were in the cache when it first ran.
-        was_preempted: it has lost its pages before.
-        finished: it has all its tokens, was stopped or aborted; tokens still in flight are dropped.
-    """
-
-    request: Request
-    arrival: int
-    token_ids: list[int]
-    keys: PageKeys
-    pages: list[int] = field(default_factory=list)
-    slot: int = -1
-    num_computed: int = 0
-    num_in_flight: int = 0
-    num_named: int = 0
-    num_cached: int = 0
-    was_preempted: bool = False
-    finished: bool = False
-
-    @property
-    def can_share(self) -> bool:
-        """Whether its prompt need not be computed whole: log-probabilities of it, and tallies of its tokens, do."""
-        params = self.request.params
-        return params.prompt_logprobs is None and params.min_tokens == 0 and not params.is_penalized
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def num_generated(self) -> int:
-        """Generated tokens read back so far."""
-        return len(self.token_ids) - self.num_prompt
-
-    @property
-    def num_left(self) -> int:
-        """Known tokens whose KV entries no step has been dispatched for."""
-        return len(self.token_ids) - self.num_computed
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Every token it may have is read back or in flight."""
-        return self.num_generated + self.num_in_flight >= self.request.params.max_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one sequence in a step.
-
-    Attributes:
-        sequence: whose.
-        start, length: their positions; `token_ids` has them all, but for the last token generated, which may be known
-            to the devices alone.
-        is_prompt: whether they come before what is generated next for the first time, or again after a preemption.
-        samples: whether the token behind them is sampled, into the sequence's slot. A request for no tokens
-            (`max_tokens` 0) samples too; `complete` drops that token.
-    """
-
-    sequence: Sequence
-    start: int
-    length: int
-    is_prompt: bool
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What the devices do at a time: the KV entries of each chunk are written, and tokens sampled.
-
-    Attributes:
-        chunks: of different sequences; those of one token first, the longest contexts in front, as attention wants it.
-    """
-
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """Whose tokens it samples, in order."""
-        return [chunk.sequence for chunk in self.chunks if chunk.samples]
+from podquant.engine.steps import Chunk, Sequence, Step
 
 
 class Scheduler:
@@ -137,11 +39,16 @@ class Scheduler:
         max_running: sequences that hold pages at a time, and the number of slots.
         max_tokens: tokens of a step at the most; more than `max_running`.
         keeps_prefixes: pages are kept and shared for what is in them.
+        num_drafts: tokens that are guessed at a time for each sequence that is generating, see `lookup`. Such a
+            sequence waits for each of its steps to be completed, since the next one depends on its tokens.
     """
 
-    def __init__(self, pool: PagePool, *, max_running: int, max_tokens: int, keeps_prefixes: bool = True) -> None:
+    def __init__(
+        self, pool: PagePool, *, max_running: int, max_tokens: int, keeps_prefixes: bool = True, num_drafts: int = 0
+    ) -> None:
         self._pool = pool
         self._keeps_prefixes = keeps_prefixes
+        self._num_drafts = num_drafts
         self._max_tokens = max_tokens
         # each in the order of arrival
         self._waiting: list[Sequence] = []
@@ -152,6 +59,8 @@ class Scheduler:
         self._num_unfinished = 0
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -187,27 +96,39 @@ class Scheduler:
             self._release(sequence)
         self._admit()
         chunks = self._decode_chunks()
-        chunks += self._prompt_chunks(self._max_tokens - len(chunks))
+        chunks += self._prompt_chunks(self._max_tokens - sum(chunk.length for chunk in chunks))
         if not chunks:
             return None
         return Step(tuple(sorted(chunks, key=_by_shape)))
 
-    def complete(self, step: Step, tokens: Seq[int]) -> list[tuple[Sequence, int]]:
-        """Hand in the tokens a step sampled, one for each of `Step.sampled`.
+    def complete(self, step: Step, tokens: Seq[Seq[int]]) -> list[tuple[Sequence, list[int]]]:
+        """Hand in the tokens that a step sampled: of each chunk of `Step.sampling`, `num_sampled` of them.
 
-        Steps are completed in the order they were scheduled. Returns the tokens that count; those of sequences that
-        have finished meanwhile are dropped. A sequence that now has `max_tokens` is finished.
+        Steps are completed in the order they were scheduled. Returns the tokens that count, for each of these chunks:
+        behind a draft only if it was right; none of sequences that have finished meanwhile. A sequence that now has
+        `max_tokens` is finished.
         """
-        accepted = []
-        for sequence, token in zip(step.sampled, tokens, strict=True):
-            sequence.num_in_flight -= 1
-            if sequence.finished:
-                continue
-            if sequence.request.params.max_tokens > 0:
-                sequence.token_ids.append(token)
-                accepted.append((sequence, token))
-            if sequence.num_generated >= sequence.request.params.max_tokens:
-                self.finish(sequence)
+        return [
+            (chunk.sequence, self._accept(chunk, sampled)) for chunk, sampled in zip(step.sampling, tokens, strict=True)
+        ]
+
+    def _accept(self, chunk: Chunk, sampled: Seq[int]) -> list[int]:
+        sequence = chunk.sequence
+        sequence.num_in_flight -= 1
+        num_right = 0
+        while num_right < len(chunk.drafts) and sampled[num_right] == chunk.drafts[num_right]:
+            num_right += 1
+        if sequence.num_computed == chunk.start + chunk.length:  # else it has lost its pages
+            sequence.num_computed -= len(chunk.drafts) - num_right
+        if sequence.finished:
+            return []
+        self.num_draft_tokens += len(chunk.drafts)
+        self.num_accepted_tokens += num_right
+        most = sequence.request.params.max_tokens
+        accepted = list(sampled[: min(num_right + 1, most - sequence.num_generated)])
+        sequence.token_ids += accepted
+        if sequence.num_generated >= most:
+            self.finish(sequence)
         return accepted
 
     def finish(self, sequence: Sequence) -> None:
@@ -233,11 +154,33 @@ class Scheduler:
             else:
                 self._preempt_latest()
         chunks = []
+        room = (self._max_tokens // 2 if self._prefilling else self._max_tokens) - len(self._decoding)
         for sequence in self._decoding:
-            chunks.append(Chunk(sequence, sequence.num_computed, 1, is_prompt=False, samples=True))
-            sequence.num_computed += 1
+            if self._num_drafts and sequence.num_in_flight > 0:
+                continue  # its next step depends on tokens that are not known yet
+            drafts = self._drafts(sequence, room)
+            room -= len(drafts)
+            start, length = sequence.num_computed, 1 + len(drafts)
+            chunks.append(Chunk(sequence, start, length, is_prompt=False, samples=True, drafts=drafts))
+            sequence.num_computed += length
             sequence.num_in_flight += 1
         return chunks
+
+    def _drafts(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """Guesses at what follows, as many as are wanted, may follow, and have pages without taking another's."""
+        params = sequence.request.params
+        if not self._num_drafts or params.is_penalized or params.min_tokens:  # whose tallies know no guesses
+            return ()
+        most = min(most, self._num_drafts, params.max_tokens - sequence.num_generated - 1)
+        if most <= 0:
+            return ()
+        drafts = sequence.lookup.drafts(sequence.token_ids, most)
+        lacking = self._pool.num_pages_for(sequence.num_computed + 1 + len(drafts)) - len(sequence.pages)
+        if lacking > 0:
+            if lacking + self.num_running > self._pool.num_free:
+                return ()
+            sequence.pages += self._pool.allocate(lacking)
+        return tuple(drafts)
 
     def _prompt_chunks(self, num_tokens: int) -> list[Chunk]:
         """So many tokens of prompts: in the order of arrival, with up to half of them for the one with the least left.

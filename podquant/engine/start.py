@@ -27,7 +27,7 @@ from podquant.engine.device_defaults import device_defaults
 from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Announce, Executor
 from podquant.engine.limits import Limits
-from podquant.engine.options import EngineOptions
+from podquant.engine.options import MOST_DRAFTS, EngineOptions
 from podquant.engine.pages import PagePool
 from podquant.engine.programs import step_sizes
 from podquant.engine.scheduler import Scheduler
@@ -197,6 +197,7 @@ def build_engine(
         pool,
         max_running=shape.num_slots,
         max_tokens=executor.max_tokens,
+        num_drafts=shape.num_drafts,
         keeps_prefixes=not (options.disable_radix_cache or config.rope.depends_on_prompt),
     )
     limits = Limits(
@@ -292,6 +293,10 @@ def _check(options: EngineOptions) -> None:
     fraction = options.mem_fraction_static
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigError(f"mem_fraction_static must lie above 0 and up to 1, got {fraction}")
+    if not 0 <= options.speculative_num_draft_tokens <= MOST_DRAFTS:
+        raise ConfigError(
+            f"speculative_num_draft_tokens must be 0 to {MOST_DRAFTS}, got {options.speculative_num_draft_tokens}"
+        )
     dtypes = typing.get_args(CacheDtype)
     if options.kv_cache_dtype not in dtypes:
         raise ConfigError(f"kv_cache_dtype must be one of {', '.join(dtypes)}, got {shown(options.kv_cache_dtype)}")
@@ -319,4 +324,5 @@ def _cache_shape(
     if options.max_total_tokens is None:
         tokens = min(int(each) for each in exchange(str(tokens).encode()))
     page_size = settings.page_size
-    return CacheShape(tokens // page_size + 1, page_size, settings.max_running_requests, length, dtype)
+    drafts = options.speculative_num_draft_tokens
+    return CacheShape(tokens // page_size + 1, page_size, settings.max_running_requests, length, dtype, drafts)

@@ -121,6 +121,8 @@ class RemoteEngine:
             now.num_preemptions + before.num_preemptions,
             now.num_cached_tokens + before.num_cached_tokens,
             now.num_compiled + before.num_compiled,
+            now.num_draft_tokens + before.num_draft_tokens,
+            now.num_accepted_tokens + before.num_accepted_tokens,
         )
 
     def stop(self, drain_seconds: float = 0.0) -> None:

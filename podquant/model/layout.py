@@ -86,6 +86,7 @@ class CacheShape:
         num_slots: sequences that run at a time.
         context_length: tokens of the longest sequence.
         dtype: of keys and values.
+        num_drafts: tokens of each sequence that are guessed at a time.
     """
 
     num_pages: int
@@ -93,6 +94,7 @@ class CacheShape:
     num_slots: int
     context_length: int
     dtype: CacheDtype = "auto"
+    num_drafts: int = 0
 
     @property
     def table_width(self) -> int:

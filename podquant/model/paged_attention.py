@@ -23,8 +23,13 @@ CHUNK_TOKENS = 256
 TILE_ROWS = 8
 """Rows of one token in a tile. More would all walk as far as the longest of them."""
 
-TILE_TOKENS = 64
-"""Tokens of a longer row in a tile."""
+_TILE_TOKENS = 64
+
+
+def tile_tokens(num_tokens: int) -> int:
+    """Tokens of a longer row in a tile, in a step of so many: few in small steps, where rows are short."""
+    return _TILE_TOKENS if num_tokens > _TILE_TOKENS else min(_TILE_TOKENS // 4, num_tokens)
+
 
 _FLOOR = -1e38
 """The running maximum before any score: finite, so that a chunk a row sees nothing of gives exp(-inf) = 0, not NaN."""
@@ -62,8 +67,8 @@ def attend(
     """
     num_tokens, heads, head_dim = q.shape
     pages = _Pages(cache, base, window, head_dim**-0.5 if scale is None else scale, cap, value_dim)
-    tile_rows, tile_tokens = min(TILE_ROWS, len(at.lengths)), min(TILE_TOKENS, num_tokens)
-    padding = max(tile_rows, tile_tokens)  # the last tile may reach behind the last token
+    tile_rows, row_tokens = min(TILE_ROWS, len(at.lengths)), tile_tokens(num_tokens)
+    padding = max(tile_rows, row_tokens)  # the last tile may reach behind the last token
     queries = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     starts, table = (jnp.pad(each, ((0, tile_rows), (0, 0))[: each.ndim]) for each in (at.starts, at.page_table))
 
@@ -78,10 +83,10 @@ def attend(
 
     def long_row(tile: jax.Array, out: jax.Array) -> jax.Array:
         row = (ends <= tile).sum(dtype=jnp.int32)
-        skipped = (tile - ends[row] + tiles[row]) * tile_tokens
-        offsets = jnp.minimum(skipped + jnp.arange(tile_tokens, dtype=jnp.int32), at.lengths[row] - 1)
+        skipped = (tile - ends[row] + tiles[row]) * row_tokens
+        offsets = jnp.minimum(skipped + jnp.arange(row_tokens, dtype=jnp.int32), at.lengths[row] - 1)
         first = at.firsts[row] + skipped
-        q = jax.lax.dynamic_slice_in_dim(queries, first, tile_tokens)[None]
+        q = jax.lax.dynamic_slice_in_dim(queries, first, row_tokens)[None]
         y = pages.walk(q, (at.starts[row] + offsets)[None], at.page_table[row][None])
         # What lies behind the row's end is of rows that come later, and overwrite it.
         return jax.lax.dynamic_update_slice_in_dim(out, y[0], first, 0)
@@ -90,11 +95,10 @@ def attend(
     out = jnp.zeros((num_tokens + padding, heads, pages.width), jnp.float32)
     out = _repeat("short_rows", -(-num_short // tile_rows), short_rows, out)
     if num_tokens > 1:
-        tiles = jnp.where(at.lengths > 1, -(-at.lengths // tile_tokens), 0)
+        tiles = jnp.where(at.lengths > 1, -(-at.lengths // row_tokens), 0)
         ends = jnp.cumsum(tiles)
         out = _repeat("long_rows", ends[-1], long_row, out)
-    result: jax.Array = out[:num_tokens]
-    return result
+    return jax.lax.slice_in_dim(out, 0, num_tokens)
 
 
 def _repeat(

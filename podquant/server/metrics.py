@@ -81,3 +81,7 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "podquant_programs_compiled", "Programs compiled, not found from an earlier start.", stats.num_compiled
         )
+        yield CounterMetricFamily("podquant_draft_tokens", "Tokens guessed.", stats.num_draft_tokens)
+        yield CounterMetricFamily(
+            "podquant_accepted_draft_tokens", "Tokens guessed that were right.", stats.num_accepted_tokens
+        )

@@ -200,7 +200,7 @@ def _row(what: str, status: int, body: dict[str, Any]) -> list[str]:
 
 
 def _metrics() -> Iterator[list[str]]:
-    text = Metrics(lambda: EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)).exposition().decode()
+    text = Metrics(lambda: EngineStats(*[0] * 11)).exposition().decode()
     for family in text_string_to_metric_families(text):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         if not family.name.endswith("_created"):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from podquant.engine.pages import PagePool
 from podquant.engine.request import Request
-from podquant.engine.scheduler import Chunk, Scheduler, Sequence, Step
+from podquant.engine.scheduler import Scheduler
+from podquant.engine.steps import Chunk, Sequence, Step
 
 VOCABULARY = 97
 
@@ -38,21 +39,22 @@ class Machine:
         self.memory: dict[tuple[int, int], int] = {}
         self.last_token: dict[int, int] = {}
 
-    def run(self, step: Step) -> list[int]:
+    def run(self, step: Step) -> list[list[int]]:
         """As the devices do: the inputs are read first, then all is written, then all is read back."""
         for chunk, tokens in [(chunk, self._tokens(chunk)) for chunk in step.chunks]:
             self.memory.update(zip(self._places(chunk)[chunk.start :], tokens, strict=True))
         sampled = []
-        for chunk in step.chunks:
-            token = next_token([self.memory[place] for place in self._places(chunk)])
-            if chunk.samples:
-                self.last_token[chunk.sequence.slot] = token
-                sampled.append(token)
+        for chunk in step.sampling:
+            text = [self.memory[place] for place in self._places(chunk)]
+            ends = range(len(text) - chunk.num_sampled + 1, len(text) + 1)
+            sampled.append([next_token(text[:end]) for end in ends])
+            self.last_token[chunk.sequence.slot] = sampled[-1][-1]
         return sampled
 
     def _tokens(self, chunk: Chunk) -> list[int]:
-        known = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
-        return known or [self.last_token[chunk.sequence.slot]]
+        stop = chunk.start + chunk.length - len(chunk.drafts)
+        known = chunk.sequence.token_ids[chunk.start : stop]
+        return [*(known or [self.last_token[chunk.sequence.slot]]), *chunk.drafts]
 
     def _places(self, chunk: Chunk) -> list[tuple[int, int]]:
         pages = chunk.sequence.pages
@@ -69,9 +71,10 @@ class Run:
     max_tokens: int
     run_ahead: int
     stop_token: int
+    num_drafts: int = 0
     outputs: dict[str, list[int]] = field(default_factory=dict)
     sequences: dict[str, Sequence] = field(default_factory=dict)
-    in_flight: deque[tuple[Step, list[int]]] = field(default_factory=deque)
+    in_flight: deque[tuple[Step, list[list[int]]]] = field(default_factory=deque)
     oldest: Sequence | None = None
 
     def __post_init__(self) -> None:
@@ -90,18 +93,21 @@ class Run:
         else:
             assert self.in_flight or not self.scheduler.has_work, "nothing to run, nothing to wait for, yet not done"
         if self.in_flight and (step is None or len(self.in_flight) > self.run_ahead):
-            for sequence, token in self.scheduler.complete(*self.in_flight.popleft()):
-                self.outputs[sequence.request.id].append(token)
-                if token == self.stop_token:
-                    self.scheduler.finish(sequence)
+            for sequence, tokens in self.scheduler.complete(*self.in_flight.popleft()):
+                for token in tokens:
+                    self.outputs[sequence.request.id].append(token)
+                    if token == self.stop_token:
+                        self.scheduler.finish(sequence)
+                        break
 
     def check_step(self, step: Step) -> None:
         assert 1 <= step.num_tokens <= self.max_tokens
         assert len({chunk.sequence.slot for chunk in step.chunks}) == len(step.chunks)
         lengths = [chunk.length for chunk in step.chunks]
         assert lengths == sorted(lengths, key=lambda length: length > 1)
-        generating = [s for s in self.sequences.values() if s.slot >= 0 and s.num_in_flight > 0]
-        assert {id(s) for s in step.sampled} == {id(s) for s in generating if not s.finished}
+        generating = {id(s) for s in self.sequences.values() if s.slot >= 0 and s.num_in_flight > 0 and not s.finished}
+        assert {id(chunk.sequence) for chunk in step.sampling} <= generating
+        assert self.num_drafts or {id(chunk.sequence) for chunk in step.sampling} == generating
         for chunk in step.chunks:
             sequence = chunk.sequence
             if chunk.is_prompt:
@@ -109,6 +115,8 @@ class Run:
                 assert chunk.samples == (chunk.start + chunk.length == len(sequence.token_ids))
             assert not sequence.finished
             assert sequence.num_computed == chunk.start + chunk.length <= len(sequence.pages) * self.pool.page_size
+            assert len(chunk.drafts) <= self.num_drafts
+            assert sequence.num_generated + chunk.num_sampled <= max(sequence.request.params.max_tokens, 1)
             assert sequence.num_generated + sequence.num_in_flight <= max(sequence.request.params.max_tokens, 1)
 
     def check_pages(self) -> None:

@@ -19,8 +19,8 @@ from podquant.engine.engine import LocalEngine
 from podquant.engine.executor import Dispatched, StepResult
 from podquant.engine.options import EngineOptions
 from podquant.engine.request import FinishReason, Output, Request, SamplingParams
-from podquant.engine.scheduler import Step
 from podquant.engine.start import start_engine
+from podquant.engine.steps import Step
 from podquant.errors import EngineStoppedError, QueueFullError, RequestError, RequestTooLongError
 from tests.matrix import MATRIX
 
@@ -34,7 +34,7 @@ PROMPTS = [CHOOSER.integers(3, 500, length).tolist() for length in (24, 5, 17, 3
 @contextmanager
 def running(name: str = "llama", rules: str | None = None, **more: Any) -> Iterator[LocalEngine]:
     """A started engine of few shapes, in float32."""
-    options = {"max_running_requests": 2, "chunked_prefill_size": 32, "page_size": 16, "max_total_tokens": 1024}
+    options = {"max_running_requests": 2, "chunked_prefill_size": 8, "page_size": 16, "max_total_tokens": 1024}
     engine = start_engine(
         EngineOptions(
             str(GOLDENS / name),
@@ -313,7 +313,7 @@ class Watched(Dispatched):
 def test_the_device_never_waits_for_the_host() -> None:
     """Each step is dispatched before the one before it is read, so the device has the next when it ends one."""
     events: list[tuple[str, int]] = []
-    with running() as engine:
+    with running(chunked_prefill_size=32) as engine:
         dispatch = engine._executor.dispatch
 
         def watched(step: Step) -> Dispatched:

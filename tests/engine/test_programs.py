@@ -86,14 +86,14 @@ def test_table_width_holds_the_context_in_whole_chunks() -> None:
 
 def test_what_is_packed_is_padded_to_the_bucket() -> None:
     shape = CacheShape(9, 16, 2, 256)
-    row = Row(1, 5, 3, 40, 7, True, 8, True, False, [4, 6])
+    row = Row(1, 5, 3, 40, 7, True, 8, True, False, 1, [4, 6])
     tokens, ends = np.asarray([7, 8, 9], np.int32), np.asarray([[0, 30]], np.int32)
     packed = Inputs(*pack_rows([row], [Floats(0.5, 0.9, 0.1, 1.2, 0.3, 0.4)]), tokens, ends)
     assert packed.rows.shape == (1, NUM_INTS + 2)
     padded = pad_inputs(packed, Bucket(4), shape)
     assert padded.rows.shape == (2, NUM_INTS + 16)
-    assert padded.rows[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 1, 0, 4, 6, 0]
-    assert padded.rows[1].tolist() == [2] + [0] * 24  # the slot behind the last, and page 0
+    assert padded.rows[0, : NUM_INTS + 3].tolist() == [1, 5, 3, 40, 7, 1, 8, 1, 0, 1, 4, 6, 0]
+    assert padded.rows[1].tolist() == [2] + [0] * 25  # the slot behind the last, and page 0
     np.testing.assert_allclose(padded.floats, np.asarray([[0.5, 0.9, 0.1, 1.2, 0.3, 0.4], [0.0] * 6]), rtol=1e-6)
     assert padded.tokens.tolist() == [7, 8, 9, 0]
     assert padded.ends.tolist() == [[0, 30], *[[-1, -1]] * (NUM_ENDS - 1)]

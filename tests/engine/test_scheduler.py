@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from podquant.engine.pages import PagePool
 from podquant.engine.request import Request, SamplingParams
-from podquant.engine.scheduler import Chunk, Scheduler, Sequence, Step
+from podquant.engine.scheduler import Scheduler
+from podquant.engine.steps import Chunk, Sequence, Step
 from tests.calls import calls_of
 from tests.engine.reference_machine import VOCABULARY, Run, expected_tokens
 
@@ -27,9 +28,11 @@ def make_scheduler(
     max_tokens: int = 8,
     *,
     keeps_prefixes: bool = True,
+    num_drafts: int = 0,
 ) -> tuple[PagePool, Scheduler]:
     pool = PagePool(num_pages, page_size)
-    return pool, Scheduler(pool, max_running=max_running, max_tokens=max_tokens, keeps_prefixes=keeps_prefixes)
+    options = {"max_running": max_running, "max_tokens": max_tokens, "num_drafts": num_drafts}
+    return pool, Scheduler(pool, **options, keeps_prefixes=keeps_prefixes)
 
 
 @settings(max_examples=300, deadline=None)
@@ -53,9 +56,10 @@ def make_scheduler(
     run_ahead=st.integers(0, 2),
     stop_token=st.integers(0, 4),
     keeps_prefixes=st.booleans(),
+    num_drafts=st.sampled_from((0, 0, 1, 4)),
 )
-@example([(0, 7, 14, None, 0, "")] * 4, 2, 0, 4, 3, 2, -1, True)
-@example([(0, 7, 14, None, 1, "")] * 4, 2, 0, 4, 3, 2, -1, True)
+@example([(0, 7, 14, None, 0, "")] * 4, 2, 0, 4, 3, 2, -1, True, 0)
+@example([(0, 7, 14, None, 1, "")] * 4, 2, 0, 4, 3, 2, -1, True, 0)
 def test_every_request_ends_with_its_own_tokens(
     arrivals: list[tuple[int, int, int, int | None, int, str]],
     page_size: int,
@@ -65,12 +69,18 @@ def test_every_request_ends_with_its_own_tokens(
     run_ahead: int,
     stop_token: int,
     keeps_prefixes: bool,
+    num_drafts: int,
 ) -> None:
     longest = max(-(-(prompt + max(new - 1, 0)) // page_size) for _, prompt, new, *_ in arrivals)
     pool, scheduler = make_scheduler(
-        1 + longest + spare_pages, page_size, max_running, max_running + room, keeps_prefixes=keeps_prefixes
+        1 + longest + spare_pages,
+        page_size,
+        max_running,
+        max_running + room,
+        keeps_prefixes=keeps_prefixes,
+        num_drafts=num_drafts,
     )
-    run = Run(pool, scheduler, max_running, max_running + room, run_ahead, stop_token)
+    run = Run(pool, scheduler, max_running, max_running + room, run_ahead, stop_token, num_drafts)
     events: list[tuple[int, str, Request]] = []
     now = 0
     for index, (gap, prompt, new, abort, text, salt) in enumerate(arrivals):
@@ -214,7 +224,7 @@ def test_steps_run_ahead_of_their_tokens_but_never_past_the_limit() -> None:
     sequence = scheduler.add(make_request("a", 3, 3))
     steps = [scheduler.schedule() for _ in range(4)]
     assert [step and step.chunks[0].start for step in steps] == [0, 3, 4, None]
-    assert [scheduler.complete(step, [9]) for step in steps if step] == [[(sequence, 9)]] * 3
+    assert [scheduler.complete(step, [[9]]) for step in steps if step] == [[(sequence, [9])]] * 3
     assert sequence.finished
     assert not scheduler.has_work
 
@@ -227,7 +237,7 @@ def test_pages_and_slot_are_free_once_the_last_token_is_dispatched() -> None:
     assert step == Step((prompt(first, 0, 3),))
     assert scheduler.schedule() == Step((prompt(second, 0, 3),))
     assert pool.num_free == pool.num_usable - 1
-    assert scheduler.complete(step, [5]) == [(first, 5)]
+    assert scheduler.complete(step, [[5]]) == [(first, [5])]
 
 
 def test_a_request_for_no_tokens_only_prefills() -> None:
@@ -238,7 +248,7 @@ def test_a_request_for_no_tokens_only_prefills() -> None:
     assert scheduler.schedule() is None
     assert scheduler.complete(steps[0], []) == []
     assert not sequence.finished
-    assert scheduler.complete(steps[1], [1]) == []
+    assert scheduler.complete(steps[1], [[1]]) == [(sequence, [])]
     assert sequence.finished
     assert pool.num_free == pool.num_usable
 
@@ -247,12 +257,12 @@ def test_tokens_of_a_stopped_sequence_are_dropped() -> None:
     pool, scheduler = make_scheduler()
     sequence = scheduler.add(make_request("a", 3, 10))
     steps = [next_step(scheduler) for _ in range(3)]
-    assert scheduler.complete(steps[0], [1]) == [(sequence, 1)]
+    assert scheduler.complete(steps[0], [[1]]) == [(sequence, [1])]
     scheduler.finish(sequence)
     scheduler.finish(sequence)
     assert pool.num_free == pool.num_usable
-    assert scheduler.complete(steps[1], [2]) == []
-    assert scheduler.complete(steps[2], [3]) == []
+    assert scheduler.complete(steps[1], [[2]]) == [(sequence, [])]
+    assert scheduler.complete(steps[2], [[3]]) == [(sequence, [])]
     assert sequence.token_ids[3:] == [1]
     assert not scheduler.has_work
 
@@ -267,7 +277,7 @@ def test_the_latest_is_preempted_and_prefilled_again_but_for_what_is_kept() -> N
         if scheduler.num_preemptions == 1 and not first.finished:
             assert [chunk.sequence for chunk in steps[-1].chunks] == [first]
             assert (scheduler.num_running, scheduler.num_waiting, second.pages, second.slot) == (1, 1, [], -1)
-        scheduler.complete(steps[-1], [3] * len(steps[-1].sampled))
+        scheduler.complete(steps[-1], [[3]] * len(steps[-1].sampling))
     assert scheduler.num_preemptions == 1
     prompts = [chunk for step in steps for chunk in step.chunks if chunk.is_prompt]
     assert prompts == [prompt(first, 0, 1), prompt(second, 0, 1), prompt(second, 2, 3)]
@@ -284,8 +294,34 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     while second.num_in_flight > 0:
         assert scheduler.schedule() is None
         step = steps.popleft()
-        scheduler.complete(step, [3] * len(step.sampled))
+        scheduler.complete(step, [[3]] * len(step.sampling))
     assert scheduler.schedule() == Step((prompt(second, 0, len(second.token_ids)),))
+
+
+def test_drafts_are_what_followed_earlier_and_count_as_far_as_they_are_right() -> None:
+    pool, scheduler = make_scheduler(num_drafts=3)
+    text = (1, 2, 3, 4, 5, 6, 1, 2, 3)
+    sequence = scheduler.add(Request("a", text, SamplingParams(max_tokens=20)))
+    scheduler.complete(next_step(scheduler), [])
+    assert scheduler.complete(next_step(scheduler), [[4]]) == [(sequence, [4])]
+    (chunk,) = next_step(scheduler).chunks
+    assert (chunk.start, chunk.length, chunk.drafts, chunk.num_sampled) == (9, 4, (5, 6, 1), 4)
+    assert scheduler.schedule() is None  # until it is known what was right
+    assert scheduler.complete(Step((chunk,)), [[5, 9, 1, 2]]) == [(sequence, [5, 9])]
+    assert (sequence.num_computed, scheduler.num_draft_tokens, scheduler.num_accepted_tokens) == (11, 3, 1)
+    (chunk,) = next_step(scheduler).chunks
+    assert (chunk.start, chunk.drafts) == (11, ())  # nothing followed 5, 9 before
+    assert pool.num_free == pool.num_usable - 4
+
+
+def test_no_more_is_guessed_than_may_follow() -> None:
+    _, scheduler = make_scheduler(num_drafts=4)
+    sequence = scheduler.add(Request("a", (1, 2, 1, 2, 1), SamplingParams(max_tokens=3)))
+    assert scheduler.complete(next_step(scheduler), [[2]]) == [(sequence, [2])]
+    step = next_step(scheduler)
+    assert step.chunks[0].drafts == (1,)
+    assert scheduler.complete(step, [[1, 2]]) == [(sequence, [1, 2])]
+    assert sequence.finished
 
 
 def test_a_waiting_request_can_be_aborted() -> None:

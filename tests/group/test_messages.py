@@ -30,7 +30,7 @@ OUTPUTS = (
 LAUNCH = Launch(
     Member(1, 2, 4), 7, new_nonce(), EngineOptions("m", tp_size=4), Deadlines(liveness=2.5), "h", "h:1", "h:2"
 )
-STATS = EngineStats(1, 2, 3, 4, 5, 6, 7, 8, 9)
+STATS = EngineStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
 PARAMS = SamplingParams(
     max_tokens=7,
     min_tokens=1,

@@ -29,6 +29,8 @@ STATS = EngineStats(
     num_preemptions=0,
     num_cached_tokens=0,
     num_compiled=3,
+    num_draft_tokens=0,
+    num_accepted_tokens=0,
 )
 
 
