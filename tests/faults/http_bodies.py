@@ -318,6 +318,16 @@ def send_all(options: argparse.Namespace) -> list[Sent]:
     return sender.sent
 
 
+def warm_up(options: argparse.Namespace) -> None:
+    """Have steps of every size compiled, which on a CPU happens at their first use; beside a stream."""
+    headers = {"Authorization": f"Bearer {options.key}"} if options.key else {}
+    with httpx.Client(base_url=options.url, timeout=600, headers=headers) as client:
+        for power in range(12):
+            for more in ({}, {"echo": True, "logprobs": 1}):
+                body = {"prompt": [1000 + power] * ((1 << power) - 1 or 1), "max_tokens": 1, **more}
+                client.post("/v1/completions", json=body).raise_for_status()
+
+
 def report(sent: list[Sent], waits: list[tuple[str, float, float]]) -> None:
     """The worst waits, each with what was sent in it; statuses; what was not meant."""
     for kind in sorted({kind for kind, _, _ in waits}):
@@ -356,6 +366,8 @@ def main() -> None:
     threading.Thread(target=lambda: waits.extend(iter(queue.get, None)), daemon=True).start()
     while not any(kind == "stream" for kind, _, _ in waits):
         time.sleep(0.1)
+    warm_up(options)
+    waits.clear()
     time.sleep(3)
     before = memory(options.pid)
     began = time.perf_counter()
