@@ -5,8 +5,8 @@ before it are not known yet. That works because a device runs its programs in or
 the device's own `last token` array, and pages or slots freed on the host can be handed out at once, since whatever
 still writes to them was dispatched earlier.
 
-Every step has a token of each sequence that is generating, and fills up with tokens of prompts: nobody who generates
-waits for a prompt longer than for one step's share of it.
+Every step has a token of each sequence that is generating, and fills up with tokens of prompts. A prompt that needs
+several steps has a quarter of each, while others are generating: these wait for no more of it at a time.
 
 Memory goes by the order of arrival: who arrived later is preempted for who arrived earlier, so the oldest is never
 preempted, always has room (requests fit the whole pool, see `Limits`), and ends: nobody starves. What a step has for
@@ -96,7 +96,8 @@ class Scheduler:
             self._release(sequence)
         self._admit()
         chunks = self._decode_chunks()
-        chunks += self._prompt_chunks(self._max_tokens - sum(chunk.length for chunk in chunks))
+        most = self._max_tokens // 4 if chunks else self._max_tokens
+        chunks += self._prompt_chunks(self._max_tokens - sum(chunk.length for chunk in chunks), most)
         if not chunks:
             return None
         return Step(tuple(sorted(chunks, key=_by_shape)))
@@ -182,8 +183,9 @@ class Scheduler:
             sequence.pages += self._pool.allocate(lacking)
         return tuple(drafts)
 
-    def _prompt_chunks(self, num_tokens: int) -> list[Chunk]:
-        """So many tokens of prompts: in the order of arrival, with up to half of them for the one with the least left.
+    def _prompt_chunks(self, num_tokens: int, most: int) -> list[Chunk]:
+        """So many tokens of prompts: in the order of arrival, with up to half of them for the one with the least left,
+        and no more than `most` of one that cannot have all that it has left.
 
         Of requests with `min_tokens` one begins in a step: it brings its end tokens along.
         """
@@ -203,6 +205,7 @@ class Scheduler:
                 if brings_ends:
                     continue
                 brings_ends = True
+            room = room if sequence.num_left <= room else min(room, max(1, most))
             chunks.append(self._prompt_chunk(sequence, min(room, sequence.num_left)))
             num_tokens -= chunks[-1].length
         return chunks

@@ -1,6 +1,6 @@
 """KL divergence and perplexity of quantization files on a text, against the project's own unquantized float32 logits.
 
-    python tests/benchmarks/quality.py CHECKPOINT [--text FILE] [--configs int8.yaml fp8.yaml …]
+    python tests/benchmarks/quality.py CHECKPOINT [--text FILE] [--configs int8.yaml …] [--kv-cache bfloat16 int8 fp8]
 
 Without a text it takes the prose of Python's own documentation (`pydoc_data.topics`). Figures in nats a token.
 """
@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from podquant.config.rules import load_quantization_config
+from podquant.config.scheme import CacheDtype
 from podquant.families.registry import read_model_config
 from podquant.model.batch import flat_batch
 from podquant.model.kv_cache import Cache
@@ -38,14 +39,14 @@ SEED_FILES = ["int8.yaml", "int8_w8a8.yaml", "fp8.yaml", "fp8_w8a8.yaml"]
 class Scorer:
     """Log-probabilities of every next token over windows of a text, in float32 on one CPU device."""
 
-    def __init__(self, checkpoint: str, config: str | None, length: int) -> None:
+    def __init__(self, checkpoint: str, config: str | None, length: int, cache: CacheDtype = "auto") -> None:
         source = open_source(checkpoint, load_quantization_config(config) if config else None)
         model_config = read_model_config(source.config, source.tensors)
         model = Model(model_config, source.scheme_of, Numerics("float32", "cpu"), make_mesh("cpu", 1))
         self._weights = load_weights(model, source)
         source.close()
         page_size = 64
-        self._shape = CacheShape(length // page_size + 1, page_size, 1, length)
+        self._shape = CacheShape(length // page_size + 1, page_size, 1, length, cache)
         arrays = model.cache_arrays(self._shape)
         self._cache = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), arrays)
         table = np.zeros((1, self._shape.table_width), np.int32)
@@ -84,7 +85,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--configs", nargs="+", default=SEED_FILES)
+    parser.add_argument("--configs", nargs="*", default=SEED_FILES)
+    parser.add_argument("--kv-cache", nargs="*", default=[], help="keys and values kept so, of the model as it is")
     options = parser.parse_args()
     text = options.text.read_text() if options.text else prose()
     tokenizer = Tokenizer.load(Path(options.checkpoint), {})
@@ -94,13 +96,15 @@ def main() -> None:
     reference = [scorer(window) for window in windows]
     print(f"{windows.size} tokens, perplexity of the reference {_perplexity(reference, windows):.2f}")
     print(f"{'file':<28}{'KL':>9}{'perplexity':>12}{'top-1':>8}")
-    for config in options.configs:
-        scorer = Scorer(options.checkpoint, config, options.window)
+    measured: list[tuple[str, str | None, CacheDtype]] = [(name, name, "auto") for name in options.configs]
+    measured += [(f"keys and values in {name}", None, name) for name in options.kv_cache]
+    for label, config, cache in measured:
+        scorer = Scorer(options.checkpoint, config, options.window, cache)
         found = [scorer(window) for window in windows]
         pairs = list(zip(reference, found, strict=True))
         kl = np.mean([(np.exp(r) * (r - f)).sum(-1).mean() for r, f in pairs])
         top = np.mean([(r.argmax(-1) == f.argmax(-1)).mean() for r, f in pairs])
-        print(f"{config:<28}{kl:>9.4f}{_perplexity(found, windows):>12.2f}{top:>8.3f}", flush=True)
+        print(f"{label:<28}{kl:>9.5f}{_perplexity(found, windows):>12.2f}{top:>8.3f}", flush=True)
 
 
 def _perplexity(scores: list[np.ndarray[Any, Any]], windows: np.ndarray[Any, Any]) -> float:

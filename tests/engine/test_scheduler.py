@@ -129,17 +129,21 @@ def lengths(scheduler: Scheduler) -> dict[str, int]:
 
 
 def test_a_step_has_a_token_of_each_that_generates_and_fills_up_with_prompts() -> None:
-    _, scheduler = make_scheduler(max_tokens=4)
+    """A prompt that needs several steps has a quarter of each."""
+    _, scheduler = make_scheduler(max_tokens=8)
     first = scheduler.add(make_request("a", 3, 10))
     assert scheduler.schedule() == Step((prompt(first, 0, 3),))
-    second = scheduler.add(make_request("b", 7, 10))
+    second = scheduler.add(make_request("b", 9, 10))
     steps = [next_step(scheduler) for _ in range(4)]
-    generating = [Chunk(first, start, 1, is_prompt=False, samples=True) for start in (3, 4, 5, 6)]
+    firsts, seconds = (
+        [Chunk(sequence, start + i, 1, is_prompt=False, samples=True) for i in range(4)]
+        for sequence, start in ((first, 3), (second, 9))
+    )
     assert steps == [
-        Step((generating[0], prompt(second, 0, 3, samples=False))),
-        Step((generating[1], prompt(second, 3, 3, samples=False))),
-        Step((prompt(second, 6, 1), generating[2])),  # of one token too, and its context is longer
-        Step((Chunk(second, 7, 1, is_prompt=False, samples=True), generating[3])),
+        Step((firsts[0], prompt(second, 0, 2, samples=False))),
+        Step((firsts[1], prompt(second, 2, 7))),
+        Step((seconds[0], firsts[2])),  # of one token each, the longer context in front
+        Step((seconds[1], firsts[3])),
     ]
 
 
@@ -157,9 +161,9 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert lengths(scheduler) == {"g": 8}
     scheduler.add(make_request("a", 3, 2))
     assert lengths(scheduler) == {"g": 5, "a": 3}
-    scheduler.add(make_request("b", 7, 10))
-    assert lengths(scheduler) == {"a": 1, "g": 4, "b": 3}
-    assert lengths(scheduler) == {"g": 4, "b": 4}
+    scheduler.add(make_request("b", 5, 10))
+    assert lengths(scheduler) == {"a": 1, "g": 2, "b": 5}
+    assert lengths(scheduler) == {"g": 2, "b": 1}
 
 
 def test_a_long_prompt_has_half_of_every_step_however_many_short_ones_come() -> None:
@@ -197,7 +201,7 @@ def test_a_short_prompt_overtakes_a_long_one_that_waits_for_memory_and_makes_roo
     short = scheduler.add(make_request("b", 8, 20))
     assert lengths(scheduler) == {"a": 8, "b": 8}
     assert (long.slot, scheduler.num_waiting) == (-1, 1)
-    assert lengths(scheduler) == {"b": 1, "a": 15}
+    assert lengths(scheduler) == {"b": 1, "a": 4}
     scheduler.finish(first)
     assert lengths(scheduler) == {"g": 16}
     assert (short.slot, len(long.pages), scheduler.num_preemptions) == (-1, 10, 1)
