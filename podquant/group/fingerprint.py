@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import podquant
 from podquant.checkpoint.fingerprint import Fingerprint, differs
 from podquant.engine.options import EngineOptions
+from podquant.group.launch import OWN_OPTIONS
 from podquant.weights.source import WeightSource
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes")
@@ -27,7 +28,7 @@ class Fingerprints:
 
     Attributes:
         weights: of the model.
-        config: a digest of config.json and the engine's options, but for where the model is found.
+        config: a digest of config.json and the engine's options, but for each host's own.
         code: a digest of podquant's own files, and of the versions of what they compute with.
     """
 
@@ -44,7 +45,7 @@ def fingerprints(source: WeightSource, options: EngineOptions) -> Fingerprints:
     Raises:
         StorageError: the weights cannot be read.
     """
-    engine = asdict(replace(options, model_path="", download_dir=None, quantization_config_path=None))
+    engine = {name: value for name, value in asdict(options).items() if name not in OWN_OPTIONS}
     config = _digest(json.dumps([source.config, engine], sort_keys=True).encode())
     return Fingerprints(source.fingerprint, config, _code())
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from podquant.engine.options import EngineOptions
 from podquant.errors import ConfigError
 
-OWN_OPTIONS = ("model_path", "download_dir", "quantization_config_path")
+OWN_OPTIONS = ("model_path", "download_dir", "quantization_config_path", "compilation_cache_dir")
 """Options that are each host's own business: fingerprints tell whether what is behind them is the same."""
 
 

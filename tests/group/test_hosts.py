@@ -87,7 +87,7 @@ def test_a_host_with_other_flags_is_refused(host0: Host0, number: int, flags: Sh
 
 
 def test_what_is_a_hosts_own_may_differ(host0: Host0) -> None:
-    own = replace(FLAGS.options, model_path="elsewhere", download_dir="here")
+    own = replace(FLAGS.options, model_path="elsewhere", download_dir="here", compilation_cache_dir="there")
     thread = threading.Thread(target=serve, args=(host0, 1, replace(FLAGS, options=own)))
     thread.start()
     wait_until(lambda: host0.hosts[1].absence is None, 10, "host 1 has come")
