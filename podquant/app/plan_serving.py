@@ -102,15 +102,18 @@ def lack(plan: ServingPlan) -> str:
 
 def ways_to_fit(served: Served, subject: Subject, plan: ServingPlan, options: ServingOptions) -> str:
     """With which flags, or on which slice, a model fits that does not."""
-    ways = [*_other_flags(served, subject, plan, options), *_larger(subject, plan, options)]
+    ways = [
+        *_other_flags(subject, plan, options),
+        *_quantized(served, plan, options),
+        *_larger(subject, plan.tpu, options),
+    ]
     return "it fits " + ", or ".join(ways) if ways else "it fits on no slice of up to 256 chips: quantize it further"
 
 
-def _other_flags(served: Served, subject: Subject, plan: ServingPlan, options: ServingOptions) -> Iterator[str]:
+def _other_flags(subject: Subject, plan: ServingPlan, options: ServingOptions) -> Iterator[str]:
     """What makes it fit on the same slice."""
     tpu = plan.tpu
-    kinder = replace(options, kv_cache_dtype="int8")
-    if options.kv_cache_dtype in ("auto", "bfloat16") and _fits(subject, tpu, kinder):
+    if options.kv_cache_dtype in ("auto", "bfloat16") and _fits(subject, tpu, _with_small_cache(options)):
         yield "with --kv-cache-dtype int8"
     if options.tp_size is not None and _fits(subject, tpu, whole := replace(options, tp_size=None)):
         yield f"with --tp-size {plan_serving(subject, tpu, whole).tp_size}"
@@ -118,24 +121,36 @@ def _other_flags(served: Served, subject: Subject, plan: ServingPlan, options: S
         most = int(plan.settings.max_running_requests * (1 - plan.shortage / plan.slot_bytes))
         if most > 0 and _fits(subject, tpu, replace(options, max_running_requests=most)):
             yield f"with --max-running-requests {most}"
-    if served.rules_path is None and not plan.model.schemes:
-        rules, _ = recommendation(tpu.generation)
-        quantized = open_subject(replace(served, rules_path=rules))
-        if _fits(quantized, tpu, options):
-            yield f"with --quantization-config-path {rules}"
-        elif _fits(quantized, tpu, kinder):
-            yield f"with --quantization-config-path {rules} and --kv-cache-dtype int8"
 
 
-def _larger(subject: Subject, plan: ServingPlan, options: ServingOptions) -> Iterator[str]:
+def _quantized(served: Served, plan: ServingPlan, options: ServingOptions) -> Iterator[str]:
+    """Rules by which a model fits that is not quantized, on the same slice or on a smaller one than it takes."""
+    if served.rules_path is not None or plan.model.schemes:
+        return
+    rules, _ = recommendation(plan.tpu.generation)
+    subject = open_subject(replace(served, rules_path=rules))
+    flag = f"with --quantization-config-path {rules}"
+    if _fits(subject, plan.tpu, options):
+        yield flag
+    elif _fits(subject, plan.tpu, _with_small_cache(options)):
+        yield f"{flag} and --kv-cache-dtype int8"
+    else:
+        yield from (f"{flag} {where}" for where in _larger(subject, plan.tpu, options))
+
+
+def _with_small_cache(options: ServingOptions) -> ServingOptions:
+    return replace(options, kv_cache_dtype="int8")
+
+
+def _larger(subject: Subject, tpu: TpuSlice, options: ServingOptions) -> Iterator[str]:
     """The cheapest slice of the same generation on which it fits, or of any if there is none."""
     anywhere = replace(options, tp_size=None, ep_size=None)
     slices = sorted(known_slices(), key=lambda tpu: tpu.price)
-    same = [tpu for tpu in slices if tpu.generation == plan.tpu.generation]
+    same = [each for each in slices if each.generation == tpu.generation]
     for choice in (same, slices):
-        for tpu in choice:
-            if _fits(subject, tpu, anywhere):
-                yield f"on {tpu.name}"
+        for each in choice:
+            if _fits(subject, each, anywhere):
+                yield f"on {each.name}"
                 return
 
 

@@ -23,7 +23,7 @@ def serving_lines(plan: ServingPlan, options: ServingOptions) -> list[str]:
         options: by which it was made; what they leave open is listed with the reason for the choice.
     """
     tpu, unit = plan.tpu, device_text(plan.tpu.generation)
-    hosts = "1 host" if tpu.num_hosts == 1 else f"{tpu.num_hosts} hosts"
+    chips, hosts = _counted(tpu.num_chips, "chip"), _counted(tpu.num_hosts, "host")
     sizes = f"--tp-size {plan.tp_size}" + (f" --ep-size {plan.ep_size}" if plan.ep_size > 1 else "")
     sizes += f" --dp-size {plan.dp_size}" if plan.dp_size > 1 else ""
     share, given = plan.settings.mem_fraction_static, size_text(tpu.generation.device_bytes)
@@ -35,7 +35,7 @@ def serving_lines(plan: ServingPlan, options: ServingOptions) -> list[str]:
         ("a token", size_text(plan.token_bytes)),
     ]
     says = [
-        f"{tpu.name}, {tpu.num_chips} chips on {hosts}: {sizes}",
+        f"{tpu.name}, {chips} on {hosts}: {sizes}",
         schemes_text(plan),
         f"of {plan.settings.max_running_requests} sequences at a time",
         f"the rest of {size_text(plan.memory)}, {share:g} of the {given} that programs may use",
@@ -103,6 +103,10 @@ def schemes_text(plan: ServingPlan) -> str:
     return " and ".join(labels) if labels else f"{plan.model.numerics.dtype}, not quantized"
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def _cache_text(plan: ServingPlan) -> str:
     dtype = plan.model.numerics.dtype if plan.cache_dtype == "auto" else plan.cache_dtype
     if plan.copies == 1:
@@ -119,6 +123,8 @@ def _room_line(plan: ServingPlan) -> str:
         f"room for {plan.dp_size * plan.cache_tokens:,} tokens: {plan.sequences(plan.shortest):,} sequences of "
         f"{plan.shortest:,}"
     )
+    if longest == plan.shortest:
+        return line
     if longest == plan.context_length:
         return f"{line}, or {plan.sequences(longest):,} of {longest:,}, the whole context"
     return f"{line}; the longest has {longest:,}, less than the context of {plan.context_length:,}"

@@ -85,6 +85,9 @@ def test_what_does_not_fit_is_told_with_what_and_where_it_does(large: str, small
     assert advice(Served(large), "tpu7x:2x2x1", ServingOptions(tp_size=1)) == (
         "with --tp-size 8, or with --quantization-config-path fp8_w8a8.yaml, or on tpu7x:2x2x1"
     )
+    assert (
+        advice(Served(large), "v6e:1x1") == "with --quantization-config-path int8_w8a8.yaml on v6e:2x2, or on v6e:2x4"
+    )
     tight = ServingOptions(mem_fraction_static=0.494)
     assert advice(Served(small, "int8.yaml"), "v5e:1x1", tight).startswith("with --kv-cache-dtype int8, or ")
     many = ServingOptions(max_running_requests=20_000)
