@@ -182,6 +182,9 @@ class Program:
             return min(map(self._moved, instruction.branches))
         if opcode in ("call", "call-start", "async-start"):
             return self._moved(instruction.called[0])
+        if opcode == "slice-start":  # ((from), to, a flag)
+            (_, from_hbm), (size, to_hbm), *_ = arrays_of(instruction.type)
+            return size * (from_hbm + to_hbm)
         if opcode == "copy-start":  # (to, from, a flag)
             return 0.0 if _is_fetched_before(instruction, inside) else instruction.hbm_bytes
         if opcode == "fusion":

@@ -120,5 +120,6 @@ def gather(cache: jax.Array, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def gather_scales(scales: jax.Array, index: jax.Array) -> jax.Array:
     """Those of the pages `index` [B, n]: float32 [B, K, 1, n * page_size]."""
-    taken = scales[:, index].transpose(1, 0, 2, 3)  # [B, K, n, page_size]
+    heads = jnp.arange(scales.shape[0], dtype=jnp.int32)[None, :, None]  # one by one, as they are written
+    taken = scales[heads, index[:, None, :]]  # [B, K, n, page_size]
     return taken.reshape(*taken.shape[:2], 1, -1)

@@ -11,9 +11,11 @@ import pytest
 from podquant.app import compile_ahead
 from podquant.app.compile_ahead import Compiled, Served, ServingOptions, compile_report
 from podquant.cluster.topology import parse_slice
+from podquant.config.scheme import CacheDtype
 from podquant.errors import CapacityError, ConfigError, StorageError
 from tests.checkpoint.hollow import write_hollow
 from tests.engine.shapes import LLAMA_3_70B
+from tests.matrix import MATRIX
 
 SMALL = LLAMA_3_70B | {
     "vocab_size": 512,
@@ -66,10 +68,11 @@ def test_a_place_that_cannot_be_written_is_refused(model: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_small_model_is_compiled_counted_and_kept(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=MATRIX)])
+def test_a_small_model_is_compiled_counted_and_kept(model: str, tmp_path: Path, dtype: CacheDtype) -> None:
     pytest.importorskip("libtpu")
     told: list[str] = []
-    options = ServingOptions(max_running_requests=8, chunked_prefill_size=32)
+    options = ServingOptions(max_running_requests=8, chunked_prefill_size=32, kv_cache_dtype=dtype)
     out = tmp_path / "cache"
     lines = compile_report(Served(model, "int8.yaml"), "v6e:1x1", options, str(out), told.append)
     text = "\n".join(lines)

@@ -149,3 +149,15 @@ ENTRY %main (p0: f32[8,128]) -> f32[8,128] {
     assert Program(text).hbm_bytes == 8 * 128 * 4
     alone = text.replace("copy-start(%p0)\n", "copy-start(%there)\n")
     assert Program(alone).hbm_bytes == 2 * 8 * 128 * 4
+
+
+def test_a_slice_that_is_fetched_is_counted_by_its_own_size() -> None:
+    text = """HloModule jit_step
+
+ENTRY %main (p0: s8[4096]) -> s8[1024] {
+  %p0 = s8[4096]{0:T(1024)(128)(4,1)} parameter(0)
+  %start = ((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%p0)
+  ROOT %done = s8[1024]{0:T(1024)(128)(4,1)S(1)} slice-done(%start)
+}
+"""
+    assert Program(text).hbm_bytes == 1024
