@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from podquant.engine.cache_size import cache_tokens
 from podquant.engine.capacity import ServingPlan
 from podquant.engine.compiled import Programs
+from podquant.engine.compiler import compiler_options
 from podquant.engine.hlo import Instruction, Program
 from podquant.engine.programs import Bucket, lower_step, step_sizes
 from podquant.engine.roofline import StepCost, decode_cost
@@ -32,7 +33,8 @@ from podquant.model.paged_attention import CHUNK_TOKENS, TILE_ROWS, tile_tokens
 _NUM_TOP = 20
 """Log-probabilities of top tokens that programs report, as `podquant serve` has it by default."""
 
-_EXCEEDED = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
+_EXCEEDED = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)|Exceeded hbm capacity by ([\d.]+)([KMG])")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def compile_steps(plan: ServingPlan) -> Iterator[Compiled]:
     description = topologies.get_topology_desc(f"{generation.compiler_name}:{plan.tpu.topology}", "tpu")
     devices = sorted(description.devices, key=_place)[: plan.tp_size]
     subject, mesh = plan.subject, Mesh(np.array(devices), (TP,))
-    model = Model(subject.config, subject.scheme_of, plan.model.numerics, mesh, plan.ep_size, subject.declaration)
+    numerics = replace(plan.model.numerics, device_kind=generation.device_kind)
+    model = Model(subject.config, subject.scheme_of, numerics, mesh, plan.ep_size, subject.declaration)
     sizes = step_sizes("tpu", plan.settings.step_tokens)
     for bucket in Programs(model, cache_shape(plan), sizes, _NUM_TOP).buckets:
         yield _compile(plan, model, bucket)
@@ -147,12 +150,14 @@ def load_of(plan: ServingPlan, bucket: Bucket) -> Load:
 def _compile(plan: ServingPlan, model: Model, bucket: Bucket) -> Compiled:
     began = time.monotonic()
     try:
-        compiled = lower_step(model, cache_shape(plan), bucket, _NUM_TOP).compile()
+        options = dict(compiler_options(model.numerics.device_kind, model.numerics.dtype))
+        compiled = lower_step(model, cache_shape(plan), bucket, _NUM_TOP).compile(options)
     except jax.errors.JaxRuntimeError as error:
         exceeded = _EXCEEDED.search(str(error))
         if exceeded is None:
             raise
-        lacking = (float(exceeded[1]) - float(exceeded[2])) * (1 << 30)
+        held, most, by, unit = exceeded.groups()
+        lacking = float(by) * _UNITS[unit] if by else (float(held) - float(most)) * _UNITS["G"]
         return Compiled(str(bucket), time.monotonic() - began, lacking=int(lacking))
     seconds = time.monotonic() - began
     memory, text, load = compiled.memory_analysis(), compiled.as_text(), load_of(plan, bucket)

@@ -1,6 +1,7 @@
-"""The compiled steps of one model, by their buckets: before the first request, or each at its first use.
+"""The compiled steps of one model, by their buckets: before the first request, beside the first ones, or at first use.
 
-They need no weights, so they are compiled while these are loaded. Knows nothing of requests.
+They need no weights, so they are compiled while these are loaded. On a CPU, which often serves one user for a minute,
+two are enough to begin with; steps are then as large as what is there, until all are. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -31,18 +32,24 @@ class Programs:
         shape: of the KV cache.
         sizes: tokens of each program's step, the largest last.
         num_top: log-probabilities of top tokens that they report.
+        is_lazy: compile each at its first use.
 
     Attributes:
         num_compiled: programs that were compiled, and not found in the cache of an earlier start.
     """
 
-    def __init__(self, model: Model, shape: CacheShape, sizes: Sequence[int], num_top: int) -> None:
+    def __init__(
+        self, model: Model, shape: CacheShape, sizes: Sequence[int], num_top: int, *, is_lazy: bool = False
+    ) -> None:
         self.model, self.shape, self.sizes = model, shape, tuple(sizes)
         self.num_compiled = 0
+        self._is_lazy = is_lazy
         self._num_top = min(num_top, model.config.vocab_size)
         self._options = dict(compiler_options(model.numerics.device_kind, model.numerics.dtype))
         self._programs: dict[Bucket, Program] = {}
         self._lock = threading.Lock()
+        self._is_closed = threading.Event()
+        self._rest = threading.Thread(target=self._compile_rest, name="compile")
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -51,16 +58,47 @@ class Programs:
 
     @property
     def first(self) -> list[Bucket]:
-        """Those to compile before the first request.
+        """To compile before the first request: all; on a CPU one with room for all sequences, and the smallest."""
+        if self._is_lazy:
+            return []
+        if self.model.numerics.platform != "cpu":
+            return self.buckets
+        roomy = next((size for size in self.sizes if size >= 2 * self.shape.num_slots), self.sizes[-1])
+        return [Bucket(size) for size in dict.fromkeys((roomy, self.sizes[0]))]
 
-        All of them; but on a CPU, which compiles one in seconds and often runs for one user, the smallest alone.
-        """
-        return [Bucket(self.sizes[0])] if self.model.numerics.platform == "cpu" else self.buckets
+    @property
+    def max_tokens(self) -> int:
+        """Of a step, for which there is a program by now."""
+        return self.sizes[-1] if self._is_lazy else max(self._ready)
 
     def bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
         """The smallest that takes so many tokens; prompts are scored in the largest."""
-        size = self.sizes[-1] if scores else next(size for size in self.sizes if size >= num_tokens)
-        return Bucket(size, scores)
+        if scores:
+            return Bucket(self.sizes[-1], scores=True)
+        sizes = self.sizes if self._is_lazy else self._ready
+        return Bucket(min(size for size in sizes if size >= num_tokens))
+
+    def start_rest(self) -> None:
+        """Compile what is missing beside the first requests, until `close`."""
+        if not self._is_lazy:
+            self._rest.start()
+
+    def close(self) -> None:
+        """Compile no more; waits for the program that is being compiled."""
+        self._is_closed.set()
+        if self._rest.ident is not None:
+            self._rest.join()
+
+    @property
+    def _ready(self) -> list[int]:
+        return [bucket.num_tokens for bucket in list(self._programs) if not bucket.scores]
+
+    def _compile_rest(self) -> None:
+        for bucket in self.buckets:
+            if self._is_closed.is_set():
+                return
+            if not bucket.scores:  # which most never ask for
+                self.get(bucket)
 
     def compile(self, buckets: Sequence[Bucket]) -> None:
         """Compile these, several at a time."""

@@ -122,6 +122,7 @@ class LocalEngine:
         self._commands.put(lambda: None)
         if self._thread.ident is not None:
             self._thread.join()
+        self._executor.close()
 
     def stats(self) -> EngineStats:
         """Load and totals; may be called from any thread."""
@@ -205,6 +206,7 @@ class LocalEngine:
         self._take_commands()
         if not self._accepting and (not self._clients or time.monotonic() >= self._deadline):
             return False
+        self._scheduler.max_tokens = self._executor.max_tokens
         step = self._scheduler.schedule()
         self._busy_since = time.monotonic() if step is not None or self._in_flight else None
         if step is not None:

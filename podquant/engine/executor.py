@@ -121,14 +121,19 @@ class Executor:
 
     @property
     def max_tokens(self) -> int:
-        """Of a step at the most."""
-        return self._programs.sizes[-1]
+        """Of a step at the most, by now."""
+        return self._programs.max_tokens
 
     def warm_up(self) -> None:
-        """Run each program that is there before the first request once, on padding."""
+        """Run each program that is there before the first request once, on padding, and compile the rest beside."""
         for bucket in self._programs.first:
             self.run(bucket, self._packed([], is_scored=bucket.scores))
         jax.block_until_ready(self._cache)
+        self._programs.start_rest()
+
+    def close(self) -> None:
+        """Compile no more."""
+        self._programs.close()
 
     def dispatch(self, step: Step) -> Dispatched:
         """Start a step; returns before it is done."""

@@ -37,7 +37,7 @@ class Scheduler:
     Args:
         pool: the pages; no one else allocates from it.
         max_running: sequences that hold pages at a time, and the number of slots.
-        max_tokens: tokens of a step at the most; more than `max_running`.
+        max_tokens: tokens of a step at the most; more than `max_running`, and may be changed between steps.
         keeps_prefixes: pages are kept and shared for what is in them.
         num_drafts: tokens that are guessed at a time for each sequence that is generating, see `lookup`. Such a
             sequence waits for each of its steps to be completed, since the next one depends on its tokens.
@@ -49,7 +49,7 @@ class Scheduler:
         self._pool = pool
         self._keeps_prefixes = keeps_prefixes
         self._num_drafts = num_drafts
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         # each in the order of arrival
         self._waiting: list[Sequence] = []
         self._prefilling: list[Sequence] = []
@@ -96,8 +96,8 @@ class Scheduler:
             self._release(sequence)
         self._admit()
         chunks = self._decode_chunks()
-        most = self._max_tokens // 4 if chunks else self._max_tokens
-        chunks += self._prompt_chunks(self._max_tokens - sum(chunk.length for chunk in chunks), most)
+        most = self.max_tokens // 4 if chunks else self.max_tokens
+        chunks += self._prompt_chunks(self.max_tokens - sum(chunk.length for chunk in chunks), most)
         if not chunks:
             return None
         return Step(tuple(sorted(chunks, key=_by_shape)))
@@ -155,7 +155,7 @@ class Scheduler:
             else:
                 self._preempt_latest()
         chunks = []
-        room = (self._max_tokens // 2 if self._prefilling else self._max_tokens) - len(self._decoding)
+        room = (self.max_tokens // 2 if self._prefilling else self.max_tokens) - len(self._decoding)
         for sequence in self._decoding:
             if self._num_drafts and sequence.num_in_flight > 0:
                 continue  # its next step depends on tokens that are not known yet
@@ -228,7 +228,7 @@ class Scheduler:
         for sequence in self._waiting[1:]:
             if not self._free_slots or self._pool.num_free <= self.num_running:
                 return
-            if len(sequence.token_ids) <= self._max_tokens // 2 and self._has_room(sequence):
+            if len(sequence.token_ids) <= self.max_tokens // 2 and self._has_room(sequence):
                 self._begin(sequence)
 
     def _has_room(self, sequence: Sequence) -> bool:

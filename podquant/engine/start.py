@@ -138,15 +138,15 @@ def start_executor(
         _log.warning("%s", line)
     shape = _cache_shape(opened, settings, model, device, exchange_over(mesh))
     cache = open_cache(options.compilation_cache_dir)
-    programs = Programs(model, shape, step_sizes(device.platform, settings.step_tokens), options.max_logprobs)
+    sizes = step_sizes(device.platform, settings.step_tokens)
+    programs = Programs(model, shape, sizes, options.max_logprobs, is_lazy=options.skip_server_warmup)
     with ThreadPoolExecutor(1, "compile") as pool:
-        compiling = pool.submit(programs.compile, [] if options.skip_server_warmup else programs.first)
+        compiling = pool.submit(programs.compile, programs.first)
         weights = _load(model, source, on_load)
         compiling.result()
     executor = Executor(programs, weights, eos_ids, announce)
-    if not options.skip_server_warmup:
-        executor.warm_up()
-        _log.info("%d of %d programs were compiled", programs.num_compiled, len(programs.first))
+    executor.warm_up()
+    _log.info("%d of %d programs were compiled", programs.num_compiled, len(programs.first))
     cache.publish()
     return executor, shape
 

@@ -34,7 +34,7 @@ def test_experts_take_one_all_reduce_and_no_memory_beside_their_codes(
     assert facts["layer_collectives"] == ["all-reduce", "all-reduce"]  # attention's and the experts'
     assert facts["repeated_collectives"] == []
     # An expert's projection in bfloat16 is 12.6 MB, in int8 6.3 MB.
-    assert facts["temp_bytes"] < 5e6
+    assert facts["temp_bytes"] < 6e6
     assert facts["temp_bytes"] < 0.01 * sum(facts["expert_bytes"])
 
 
