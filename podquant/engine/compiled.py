@@ -95,7 +95,7 @@ class Programs:
 
     def _compile_rest(self) -> None:
         for bucket in self.buckets:
-            if self._is_closed.is_set():
+            if self._is_closed.is_set() or not threading.main_thread().is_alive():  # nobody will run it
                 return
             if not bucket.scores:  # which most never ask for
                 self.get(bucket)

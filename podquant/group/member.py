@@ -141,7 +141,7 @@ def _serve(launch: Launch, key: bytes, link: ParentLink) -> None:
             executor, _ = start_executor(opened, on_load)
             busy = _Busy()
             link.busy_seconds = busy.seconds
-            with sparing_what_is_there():
+            with sparing_what_is_there(), contextlib.closing(executor):
                 link.report(Ready())
                 follow(executor, leader, deadlines, busy.begin)
             return

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from podquant.engine.compiled import Programs
 from podquant.engine.programs import Bucket
@@ -54,3 +58,24 @@ def test_no_more_is_compiled_once_it_is_closed() -> None:
     found.start_rest()
     found._rest.join()
     assert found.num_compiled == 0
+
+
+SCRIPT = """
+import threading
+from tests.engine.test_compiled import programs
+found = programs()
+get, started = found.get, threading.Event()
+def watched(bucket):
+    started.set()
+    get(bucket)
+    print(bucket.num_tokens, flush=True)
+found.get = watched
+found.start_rest()
+started.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_waits_for_one_program_at_the_most() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "8\n"
