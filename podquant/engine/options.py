@@ -53,7 +53,7 @@ class EngineOptions:
         allow_nonfinite: serve a checkpoint with NaN or infinities in what is not quantized.
         disable_radix_cache: compute every prompt whole; keep nothing of it for others that begin alike.
         speculative_num_draft_tokens: tokens of each sequence that are guessed at a time, by what followed the last
-            tokens earlier in its text, and computed together; what is generated stays the same. 0: none.
+            tokens earlier in its text, and computed together; only what would have been chosen counts. 0: none.
         compilation_cache_dir: where compiled programs are kept for the next start, a directory or `gs://…`; `none`:
             nowhere; None: in the user's cache.
         revision, download_dir: of a Hugging Face id, as in `huggingface_hub`.
