@@ -149,7 +149,7 @@ class ServeOptions:
     random_seed: int = _flag("seed from which requests that give none draw theirs", 0, "SEED")
     speculative_num_draft_tokens: int = _flag(
         "guess so many tokens of each sequence at a time, by what followed its last tokens earlier in the text, and "
-        "compute them together: faster where text repeats itself; only what would have been chosen counts (0: guess none)",
+        "compute them together: faster where text repeats itself; only what would have been chosen counts (0: none)",
         0,
         "N",
     )
