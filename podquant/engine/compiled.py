@@ -49,7 +49,7 @@ class Programs:
         self._programs: dict[Bucket, Program] = {}
         self._lock = threading.Lock()
         self._is_closed = threading.Event()
-        self._rest = threading.Thread(target=self._compile_rest, name="compile")
+        self._rest: threading.Thread | None = None
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -78,27 +78,29 @@ class Programs:
         sizes = self.sizes if self._is_lazy else self._ready
         return Bucket(min(size for size in sizes if size >= num_tokens))
 
-    def start_rest(self) -> None:
-        """Compile what is missing beside the first requests, until `close`."""
+    def start_rest(self, on_end: Callable[[], None]) -> None:
+        """Compile what is missing beside the first requests, until `close`; then call `on_end`, in a thread."""
         if not self._is_lazy:
+            self._rest = threading.Thread(target=self._compile_rest, args=(on_end,), name="compile")
             self._rest.start()
 
     def close(self) -> None:
         """Compile no more; waits for the program that is being compiled."""
         self._is_closed.set()
-        if self._rest.ident is not None:
+        if self._rest is not None:
             self._rest.join()
 
     @property
     def _ready(self) -> list[int]:
         return [bucket.num_tokens for bucket in list(self._programs) if not bucket.scores]
 
-    def _compile_rest(self) -> None:
+    def _compile_rest(self, on_end: Callable[[], None]) -> None:
         for bucket in self.buckets:
             if self._is_closed.is_set() or not threading.main_thread().is_alive():  # nobody will run it
                 return
             if not bucket.scores:  # which most never ask for
                 self.get(bucket)
+        on_end()
 
     def compile(self, buckets: Sequence[Bucket]) -> None:
         """Compile these, several at a time."""

@@ -125,11 +125,10 @@ class Executor:
         return self._programs.max_tokens
 
     def warm_up(self) -> None:
-        """Run each program that is there before the first request once, on padding, and compile the rest beside."""
+        """Run each program that is there before the first request once, on padding."""
         for bucket in self._programs.first:
             self.run(bucket, self._packed([], is_scored=bucket.scores))
         jax.block_until_ready(self._cache)
-        self._programs.start_rest()
 
     def close(self) -> None:
         """Compile no more."""

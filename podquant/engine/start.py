@@ -148,6 +148,7 @@ def start_executor(
     executor.warm_up()
     _log.info("%d of %d programs were compiled", programs.num_compiled, len(programs.first))
     cache.publish()
+    programs.start_rest(cache.publish)
     return executor, shape
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,9 @@ def test_on_a_cpu_two_are_enough_to_begin_with_and_the_rest_follows() -> None:
     found.compile(found.first)
     assert found.max_tokens == 4
     assert [found.bucket(n, scores=False).num_tokens for n in (1, 2, 4)] == [1, 4, 4]
-    found.start_rest()
-    found._rest.join()
+    ended = threading.Event()
+    found.start_rest(ended.set)
+    assert ended.wait(60)
     assert found.max_tokens == 8
     assert [found.bucket(n, scores=False).num_tokens for n in (1, 2, 4, 5)] == [1, 2, 4, 8]
     found.close()
@@ -48,15 +50,15 @@ def test_at_first_use_a_step_has_its_own_size() -> None:
     assert found.max_tokens == 8
     assert found.bucket(3, scores=False) == Bucket(4)
     assert found.bucket(3, scores=True) == Bucket(8, scores=True)
-    found.start_rest()
+    found.start_rest(pytest.fail)
     found.close()
 
 
 def test_no_more_is_compiled_once_it_is_closed() -> None:
     found = programs()
     found.close()
-    found.start_rest()
-    found._rest.join()
+    found.start_rest(pytest.fail)
+    found.close()
     assert found.num_compiled == 0
 
 
@@ -70,7 +72,7 @@ def watched(bucket):
     get(bucket)
     print(bucket.num_tokens, flush=True)
 found.get = watched
-found.start_rest()
+found.start_rest(lambda: None)
 started.wait()
 """
 
