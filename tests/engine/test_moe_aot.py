@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.matrix import MATRIX
+
 pytest.importorskip("libtpu", reason="the TPU compiler exists for Linux on x86-64 only")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, MATRIX]
 
 EP_SIZES = ("1", "16")
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from tests.matrix import MATRIX
+
 pytest.importorskip("libtpu", reason="the TPU compiler exists for Linux on x86-64 only")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, MATRIX]
 
 PROGRAMS = {"tpu7x:2x2x1": ("Llama-3-70B",), "v6e:4x4": ("Qwen3-32B blocks", "Qwen3-235B blocks")}
 CELLS = [(topology, name) for topology, names in PROGRAMS.items() for name in names]
