@@ -193,7 +193,7 @@ def test_strangers_do_not_get_in_and_do_no_harm(service: Service, expected: list
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--page-size", "32"], "--page-size is 32 there and 64 on host 0"),
+        (["--page-size", "32"], "--page-size is 32 there and not given on host 0"),
         (["--tp-size", "2"], "--tp-size is 2 there and 4 on host 0"),
     ],
 )
