@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from podquant.cli.arguments import up_to
-from podquant.cli.serving_flags import add_serving_flags, read_serving_flags
+from podquant.cli.serving_flags import add_serving_flags, read_served, read_serving_flags
 from podquant.config.job import MOST_SLICES
 
 
@@ -37,17 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compile, and print what the compiler says."""
-    from podquant.app.compile_ahead import Served, compile_report
+    from podquant.app.compile_ahead import compile_report
 
-    served = Served(
-        arguments.model,
-        arguments.quantization_config_path,
-        revision=arguments.revision,
-        download_dir=arguments.download_dir,
-        allow_extra_tensors=arguments.allow_extra_tensors,
-    )
     report = compile_report(
-        served,
+        read_served(arguments),
         arguments.topology,
         read_serving_flags(arguments),
         arguments.out,

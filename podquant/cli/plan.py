@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from podquant.cli.arguments import add_source_arguments, num_threads, up_to
-from podquant.cli.serving_flags import add_serving_flags, read_serving_flags, refuse_serving_flags
+from podquant.cli.serving_flags import add_serving_flags, read_served, read_serving_flags, refuse_serving_flags
 from podquant.config.job import MOST_HOSTS, MOST_WORKERS_PER_HOST
 from podquant.errors import ConfigError
 
@@ -77,13 +77,6 @@ def _conversion(arguments: argparse.Namespace) -> list[str]:
 
 
 def _serving(arguments: argparse.Namespace) -> list[str]:
-    from podquant.app.plan_serving import Served, serving_report
+    from podquant.app.plan_serving import serving_report
 
-    served = Served(
-        arguments.model,
-        arguments.quantization_config_path,
-        revision=arguments.revision,
-        download_dir=arguments.download_dir,
-        allow_extra_tensors=arguments.allow_extra_tensors,
-    )
-    return serving_report(served, arguments.topology, read_serving_flags(arguments))
+    return serving_report(read_served(arguments), arguments.topology, read_serving_flags(arguments))

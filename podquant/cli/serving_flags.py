@@ -11,7 +11,7 @@ from podquant.errors import ConfigError
 from podquant.foreign import cut
 
 if TYPE_CHECKING:
-    from podquant.app.plan_serving import ServingOptions
+    from podquant.app.plan_serving import Served, ServingOptions
 
 FLAGS = (
     "ep_size",
@@ -71,6 +71,19 @@ def read_serving_flags(arguments: argparse.Namespace) -> ServingOptions:
 
     given = {name: getattr(arguments, name) for name in FLAGS}
     return ServingOptions(tp_size=arguments.tp_size, **given | {"kv_cache_dtype": arguments.kv_cache_dtype or "auto"})
+
+
+def read_served(arguments: argparse.Namespace) -> Served:
+    """The model of a parsed command line, and by which rules it is quantized."""
+    from podquant.app.plan_serving import Served
+
+    return Served(
+        arguments.model,
+        arguments.quantization_config_path,
+        revision=arguments.revision,
+        download_dir=arguments.download_dir,
+        allow_extra_tensors=arguments.allow_extra_tensors,
+    )
 
 
 def refuse_serving_flags(arguments: argparse.Namespace) -> None:
